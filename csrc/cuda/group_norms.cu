@@ -1,0 +1,45 @@
+// Euclidean norm of every group. A block owns the groups that start in one chunk of the sorted members.
+#include "../dtype.h"
+#include "groups.cuh"
+
+namespace moreau::cuda {
+namespace {
+
+template <class S>
+__global__ void __launch_bounds__(kGroupThreads, 4) group_norms_kernel(GroupNorms a, int64_t chunks_each) {
+  __shared__ double shared[kGroupWarps][1];
+  const int64_t features = a.extents.channels * a.extents.positions;
+  for (int64_t i = blockIdx.x; i < a.extents.batch * chunks_each; i += gridDim.x) {
+    const int64_t input = i / chunks_each;
+    const Chunk chunk(a.groups, features, input, i % chunks_each);
+    const S* v = static_cast<const S*>(a.v) + input * features;
+    S* norms = static_cast<S*>(a.norms) + input * a.groups.count;
+    for (int64_t g = chunk.group + threadIdx.x; g < chunk.groups_end; g += kGroupThreads)
+      if (chunk.offsets[g] == chunk.offsets[g + 1]) norms[g] = S(0);
+    group_sums<1>(
+        chunk, shared,
+        [&](int64_t member, double(&sums)[1]) {
+          const double value = v[chunk.order[member]];
+          sums[0] = fma(value, value, sums[0]);
+        },
+        [&](int64_t g, int64_t, int64_t, const double(&sums)[1]) { norms[g] = S(sqrt(sums[0])); });
+    __syncthreads();  // before the next item takes `shared`
+  }
+}
+
+template <class S>
+void run(const GroupNorms& a, void* stream) {
+  const int64_t each = chunks(a.extents);
+  launch("group_norms", group_norms_kernel<S>, a.extents.batch * each, kGroupThreads, stream, a, each);
+}
+
+}  // namespace
+
+void group_norms(const GroupNorms& a, int device, void* stream) {
+  if (a.extents.batch * a.extents.channels * a.extents.positions * a.groups.count == 0) return;
+  const DeviceGuard guard(device, "group_norms");
+  if (a.dtype == Dtype::f64) return run<double>(a, stream);
+  run<float>(a, stream);
+}
+
+}  // namespace moreau::cuda

@@ -1,0 +1,9 @@
+"""``python -m moreau_ext`` is the command line, where the ``moreau-ext`` script is not on the path."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

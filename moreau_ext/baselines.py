@@ -1,0 +1,205 @@
+"""The gradient baselines, with the call of the explainers, so that they can stand beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .explainers import Explainer, Noisy, Sparse, check_count
+from .groups import flat_rows
+from .penalties import Penalty
+from .scores import row_chunks
+from .solvers import NoisyCopies, Problem, ProximalGradient, Solution
+
+Tensors = tuple[Tensor, ...]
+
+
+def at_zero(solution: Solution) -> Solution:
+    """What a baseline's Solution describes is the point δ = 0: the displacement is zero, the envelope f_σ(x), the
+    residual NaN, and nothing is converged, since nothing is solved."""
+    nan = torch.full_like(solution.residual, math.nan)
+    return replace(
+        solution,
+        displacement=tuple(torch.zeros_like(d) for d in solution.displacement),
+        residual=nan,
+        relative_residual=nan,
+        converged=torch.zeros_like(solution.converged),
+    )
+
+
+def _one_step(problem: Problem, num_samples: int, antithetic: bool, max_batch: int | None) -> Solution:
+    """The first step of a solver is an averaged gradient, shrunk where there is a penalty."""
+    solver = ProximalGradient(num_samples=num_samples, max_steps=1, antithetic=antithetic, average_last=1, tol=0.0)
+    return at_zero(solver.solve(problem, max_batch=max_batch))
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient(Explainer):
+    """The plain gradient, A(x) = ∇f(x).
+
+    Args:
+        model, score, max_batch, unused_inputs: see :class:`MoreauGrad`.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext import Gradient
+        >>> Gradient(lambda x: x.square().sum(1)).attribute(torch.tensor([[1.0, 2.0]]))
+        tensor([[2., 4.]])
+
+    Source: Simonyan et al., arXiv 1312.6034 (signed, without the maximum over channels).
+    """
+
+    def _solve(self, problem: Problem) -> Solution:
+        return _one_step(problem, 1, False, self.max_batch)
+
+
+@dataclass(frozen=True, eq=False)
+class SmoothGrad(Noisy):
+    """The mean gradient over noisy copies, A(x) = (1/m) Σ_i ∇f(x + σz_i).
+
+    Args:
+        model, noise_level, sigma, seed, score, max_batch, unused_inputs: see :class:`MoreauGrad`.
+        num_samples: m; the default costs as much as the default MoreauGrad.
+        antithetic: samples in pairs z, −z.
+
+    The noise is the bank of step 0, so MoreauGrad with one step of size ρ gives the same map.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext import SmoothGrad
+        >>> f = SmoothGrad(lambda x: x.square().sum(1), num_samples=2, antithetic=True)
+        >>> f.attribute(torch.tensor([[1.0, 2.0]]))
+        tensor([[2., 4.]])
+
+    Source: Smilkov et al., arXiv 1706.03825.
+    """
+
+    num_samples: int = field(default=480, kw_only=True)
+    antithetic: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_samples", self.num_samples)
+
+    def _solve(self, problem: Problem) -> Solution:
+        return _one_step(problem, self.num_samples, self.antithetic, self.max_batch)
+
+
+@dataclass(frozen=True, eq=False)
+class SoftThresholdedSmoothGrad(Sparse, SmoothGrad):
+    """SmoothGrad, soft-thresholded: A(x) = S_η(mean gradient), the cheapest sparse rival: one step of SparseMoreauGrad.
+
+    Args:
+        model, noise_level, sigma, num_samples, antithetic, seed, score, max_batch, unused_inputs: see
+            :class:`SmoothGrad`.
+        eta, eta_ratio: see :class:`SparseMoreauGrad`.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext import SoftThresholdedSmoothGrad
+        >>> f = SoftThresholdedSmoothGrad(lambda x: (x * torch.tensor([3.0, 0.1])).sum(1), eta=1.0, num_samples=2)
+        >>> f.attribute(torch.ones(1, 2))
+        tensor([[2., 0.]])
+    """
+
+    def _penalty(self, inputs: Tensors) -> Penalty | None:
+        return self._l1(inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class SparsifiedSmoothGrad(Noisy):
+    """The mean over noisy copies of sparsified gradients, A(x) = (1/m) Σ_i τ(|∇f(x + σz_i)|).
+
+    τ keeps the ⌈keep·d⌉ largest entries, clips them at the ⌈clip·d⌉-th largest, and divides by it. So the map is
+    non-negative, in [0, 1], and says nothing about sign or size.
+
+    Args:
+        model, noise_level, sigma, seed, score, max_batch, unused_inputs: see :class:`MoreauGrad`.
+        num_samples: m; 256 in the paper's comparison.
+        keep: fraction of features kept per sample.
+        clip: fraction of features that are clipped.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext import SparsifiedSmoothGrad
+        >>> f = SparsifiedSmoothGrad(lambda x: (x * torch.tensor([3.0, 0.1])).sum(1), keep=0.5, num_samples=2)
+        >>> f.attribute(torch.ones(1, 2))
+        tensor([[1., 0.]])
+
+    Source: Levine, Singla, Feizi, arXiv 1905.12105; settings of arXiv 2302.05294.
+    """
+
+    num_samples: int = field(default=256, kw_only=True)
+    keep: float = field(default=0.1, kw_only=True)
+    clip: float = field(default=0.01, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_samples", self.num_samples)
+        if not 0 < self.clip <= self.keep <= 1:
+            raise ValueError(f"keep, clip: expected 0 < clip <= keep <= 1, got keep={self.keep!r}, clip={self.clip!r}")
+
+    def _solve(self, problem: Problem) -> Solution:
+        # Whole inputs per pass where they fit, samples in chunks where they do not: as in the solver.
+        batch, limit = problem.keys.shape[0], self.max_batch
+        size = batch if limit is None else max(1, limit // self.num_samples)
+        return Solution.concatenate(
+            self._some(problem.take(rows)) for rows in row_chunks(batch, size, problem.keys.device)
+        )
+
+    def _some(self, problem: Problem) -> Solution:
+        batch = problem.keys.shape[0]
+        chunk = min(self.num_samples, self.max_batch or self.num_samples)
+        copies = NoisyCopies(problem, self.num_samples, False, chunk)
+        shapes = [x.shape[1:] for x in problem.inputs]
+        sizes = [math.prod(shape) for shape in shapes]
+        features = sum(sizes)
+        keep, clip = math.ceil(self.keep * features), math.ceil(self.clip * features)
+        state = ops.state_dtype(problem.inputs[0].dtype)
+        value = torch.zeros(batch, dtype=torch.float64, device=problem.keys.device)
+        mean = torch.zeros(batch, features, dtype=state, device=problem.keys.device)
+        p = torch.zeros_like(mean)
+        for chunk in range(len(copies.chunks)):
+            copies.write(chunk, None)
+            scores, gradients = copies.gradient(chunk)
+            flat = torch.cat([flat_rows(g).to(state) for g in gradients], dim=1)
+            if not bool(torch.isfinite(flat).all()):
+                row = int((~torch.isfinite(flat)).any(1).nonzero()[0]) // scores.shape[1]
+                raise ValueError(f"model: the gradient for input id {int(problem.ids[row])} is not finite")
+            top, where = flat.abs().topk(keep, dim=1)
+            level = top[:, clip - 1 : clip]
+            scaled = torch.where(level > 0, top.minimum(level) / level, 0.0)
+            sparse = torch.zeros_like(flat).scatter_(1, where, scaled)
+            value += scores.sum(1, dtype=torch.float64)
+            mean += sparse.view(batch, -1, features).sum(1)
+            p += flat.view(batch, -1, features).sum(1)
+
+        def tensors(flat: Tensor) -> Tensors:
+            pieces = torch.split(flat, sizes, dim=1)
+            return tuple(t.reshape(batch, *shape) for t, shape in zip(pieces, shapes, strict=True))
+
+        mean /= self.num_samples
+        nnz = (mean != 0).sum(1)
+        ones = torch.ones_like(nnz)
+        return at_zero(
+            Solution(
+                attribution=tuple(a.to(x.dtype) for a, x in zip(tensors(mean), problem.inputs, strict=True)),
+                displacement=tensors(mean),
+                envelope=value / self.num_samples,
+                envelope_gradient=tensors(p / self.num_samples),
+                score=problem.value,
+                residual=value,
+                relative_residual=value,
+                steps=ones,
+                gradient_evaluations=ones * self.num_samples,
+                converged=ones.bool(),
+                nnz=nnz,
+                empty=nnz == 0,
+                eta=tuple(torch.zeros_like(r) for r in problem.rho),
+                sigma=problem.sigma,
+            )
+        )

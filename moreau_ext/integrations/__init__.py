@@ -1,0 +1,1 @@
+"""Thin adapters to other toolboxes, each imported only when it is used."""

@@ -1,0 +1,134 @@
+"""Pictures of maps. Nothing here touches pyplot's global state: safe in servers, threads and notebooks alike."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["gallery"]
+
+_PANEL = 1.15  # inches, edge of one picture
+_LABEL = 0.75  # inches, for the row titles
+_HEAD = 0.45  # inches, for the column titles
+_CAPTION_LINE = 0.17  # inches per line of the caption
+_LETTER = 0.061  # inches per letter of the caption, on average with some to spare
+
+
+def _image(batch: Tensor, name: str, rows: int) -> Tensor:
+    """[B, H, W] float64 on the CPU: channels summed."""
+    if batch.dim() not in (3, 4) or batch.shape[0] != rows or batch.numel() == 0:
+        raise ValueError(
+            f"{name}: expected {rows} images, [B, H, W] or [B, channels, H, W], got shape {tuple(batch.shape)}"
+        )
+    image = batch.detach().to("cpu", torch.float64)
+    bad = (~image.flatten(1).isfinite().all(1)).nonzero()
+    if len(bad):
+        raise ValueError(f"{name}: input {int(bad[0])} holds NaN or infinity, which no colour can show")
+    return image.sum(1) if image.dim() == 4 else image
+
+
+def gallery(
+    inputs: Tensor, maps: Mapping[str, Tensor], titles: Sequence[str] | None = None, caption: str = ""
+) -> Figure:
+    """A grid that shows every input beside its maps: one row per input, one column per method.
+
+    Inputs are gray, dark where small, each from its own minimum to its maximum. A map is coloured on its own scale
+    from -max|map| (blue: raising this feature lowers the score) over exactly 0 (the neutral near-white) to +max|map|
+    (red: it raises the score), so colours compare within a map and not between maps. Channels are summed. A map of
+    zeros only is drawn blank, with the word "empty".
+
+    Args:
+        inputs: [B, H, W] or [B, channels, H, W].
+        maps: by the name that heads their column, in the order of the columns, each shaped like ``inputs``.
+        titles: one per input, to the left of its row.
+        caption: below the grid; line breaks are kept, long lines wrapped.
+
+    Returns:
+        A matplotlib Figure with an Agg canvas; write it with ``figure.savefig(path)``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: shapes or counts that do not match, no inputs, NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.plots import gallery
+        >>> figure = gallery(torch.rand(2, 1, 8, 8), {"one": torch.randn(2, 1, 8, 8), "none": torch.zeros(2, 1, 8, 8)})
+        >>> [axes.get_title() for axes in figure.axes[:3]]
+        ['input', 'one', 'none']
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f'pictures need matplotlib ({error}); install it with: pip install "moreau_ext[demo]"'
+        ) from error
+
+    rows, columns = len(inputs), 1 + len(maps)
+    grays = _image(inputs, "inputs", rows)
+    images = {name: _image(batch, f"maps[{name!r}]", rows) for name, batch in maps.items()}
+    for name, image in images.items():
+        if image.shape != grays.shape:
+            raise ValueError(
+                f"maps[{name!r}]: expected pictures of {tuple(grays.shape[1:])}, as the inputs are, "
+                f"got {tuple(image.shape[1:])}"
+            )
+    if titles is not None and len(titles) != rows:
+        raise ValueError(f"titles: expected one per input, {rows}, got {len(titles)}")
+
+    left = _LABEL if titles is not None else 0.1
+    width = left + columns * _PANEL + 0.1
+    lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, int((width - 0.2) / _LETTER))]
+    foot = 0.1 + _CAPTION_LINE * len(lines)
+    height = _HEAD + rows * _PANEL + foot
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        gridspec_kw={
+            "left": left / width,
+            "right": 1 - 0.1 / width,
+            "top": 1 - _HEAD / height,
+            "bottom": foot / height,
+            "wspace": 0.08,
+            "hspace": 0.08,
+        },
+    )
+    # An odd number of colours, so that 0 has one of its own, exactly in the middle.
+    diverging = colormaps["RdBu_r"].resampled(257)
+    for row in range(rows):
+        panels[row, 0].imshow(grays[row].numpy(), cmap="gray", interpolation="nearest")
+        if titles is not None:
+            panels[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=9)
+        for column, image in enumerate(images.values(), 1):
+            _draw(panels[row, column], image[row], diverging)
+    for axes, title in zip(panels[0], ["input", *maps], strict=True):
+        axes.set_title(title, fontsize=8.5)
+    for axes in panels.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_color("0.7")
+    if lines:
+        text = "\n".join(lines)
+        figure.text(0.1 / width, 0.07 / height, text, fontsize=7.5, va="bottom", color="0.25", linespacing=1.25)
+    return figure
+
+
+def _draw(axes: Any, image: Tensor, diverging: Any) -> None:
+    largest = float(image.abs().max())
+    if largest == 0:
+        axes.imshow(torch.ones(*image.shape, 3).numpy())
+        axes.text(0.5, 0.5, "empty", transform=axes.transAxes, ha="center", va="center", fontsize=8, color="0.4")
+        return
+    axes.imshow((image / largest).numpy(), cmap=diverging, vmin=-1, vmax=1, interpolation="nearest")

@@ -1,0 +1,262 @@
+"""The operations in plain PyTorch: the specification of every kernel, and what runs where there is no kernel.
+
+Same names and signatures as :mod:`moreau_ext.ops`. Clear before fast: noise is drawn in float64 and held in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .groups import Partition, in_memory_order, memory_layout, rows_like
+from .noise import Noise
+
+STATISTICS = ("residual2", "displacement2", "image2", "gradient2", "nonzero")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of displacement, averages and scalars for inputs of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit words (the key 64 bits).
+
+    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    mask = 0xFFFFFFFF
+    k0, k1 = key & mask, (key >> 32) & mask
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2^64; the bits are right
+        c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    u = (a.double() + 0.5) * 2.0**-32
+    gap = ((a ^ 0xFFFFFFFF).double() + 0.5) * 2.0**-32
+    radius = torch.sqrt(-2 * torch.where(u < 0.5, torch.log(u), torch.log1p(-gap)))
+    angle = torch.where(b < 1 << 31, b, b - (1 << 32)).double() * (math.pi * 2.0**-31)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def normals(noise: Noise, features: int) -> Tensor:
+    """The bank's standard normals, float64 [B, num_samples, features] in row-major order of the features."""
+    device = noise.keys.device
+    element = noise.element_offset + torch.arange(features, device=device)
+    sample = noise.sample_offset + torch.arange(noise.num_samples, device=device)
+    sign = torch.ones_like(sample, dtype=torch.float64)
+    if noise.antithetic:
+        sign = sign - 2 * (sample % 2)
+        sample = sample - sample % 2
+    first, last = noise.element_offset // 4, (noise.element_offset + max(features, 1) - 1) // 4
+    block = torch.arange(first, last + 1, device=device)
+    zero = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
+    words = philox(
+        noise.keys[:, None, None],
+        (
+            zero + (block & 0xFFFFFFFF),
+            zero + (block >> 32),
+            zero + (sample & 0xFFFFFFFF)[None, :, None],
+            zero + (noise.step & 0xFFFFFFFF)[:, None, None],
+        ),
+    )
+    z = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1).flatten(2)
+    return z[:, :, element - 4 * first] * sign[None, :, None]
+
+
+def perturb(x: Tensor, displacement: Tensor | None, noise: Noise, *, out: Tensor | None = None) -> Tensor:
+    """Noisy copies of every input, out[b·m + k] = x[b] + δ[b] + σ[b]·z(b, k).
+
+    Args:
+        x: [B, *features], contiguous or channels_last; float32, float64, float16 or bfloat16.
+        displacement: δ, state dtype (:func:`state_dtype`), shaped and laid out as x; None for 0.
+        noise: which normals, and σ.
+        out: [B·m, *features] to write to, of the dtype and layout of x.
+
+    Returns:
+        out: [B·num_samples, *features]; sums are formed in the state dtype and rounded once.
+    """
+    out = rows_like(x, x.shape[0] * noise.num_samples) if out is None else out
+    base = x.to(state_dtype(x.dtype))
+    if displacement is not None:
+        base = base + displacement
+    rows = base.unsqueeze(1).expand(-1, noise.num_samples, *x.shape[1:])
+    if noise.sigma is not None:
+        z = normals(noise, math.prod(x.shape[1:])).to(base.dtype).view(rows.shape)
+        rows = rows + noise.sigma.view(-1, *[1] * x.dim()) * z
+    out.copy_(rows.reshape(out.shape))
+    return out
+
+
+def accumulate(gradients: Tensor, total: Tensor, *, carry: bool) -> Tensor:
+    """Sum over samples, total[b] (+)= Σ_k gradients[b·m + k], in the state dtype and in the order of k.
+
+    Args:
+        gradients: [B·m, *features].
+        total: [B, *features], state dtype, overwritten (carry=False) or added to (carry=True).
+        carry: whether ``total`` holds the sum of earlier chunks.
+
+    Returns:
+        total.
+    """
+    if not carry:
+        total.zero_()
+    samples = gradients.shape[0] // max(total.shape[0], 1)
+    for row in gradients.view(total.shape[0], samples, *total.shape[1:]).unbind(1):
+        total += row
+    return total
+
+
+def group_norms(v: Tensor, groups: Partition) -> Tensor:
+    """Euclidean norms of the groups, ‖v_g‖₂ = √Σ_{i∈g} v_i², summed in float64.
+
+    Args:
+        v: [B, *features], float32 or float64.
+        groups: a partition of the features in the memory order of v.
+
+    Returns:
+        [B, count] in the dtype of v; 0 for an empty group.
+    """
+    flat = in_memory_order(v).double()
+    labels = groups.labels.long().expand(flat.shape[0], -1)
+    squares = torch.zeros(flat.shape[0], groups.count, dtype=torch.float64, device=v.device)
+    return squares.scatter_add_(1, labels, flat.square()).sqrt().to(v.dtype)
+
+
+def soft_threshold(v: Tensor, threshold: Tensor) -> Tensor:
+    """S_t(v) = sign(v)·max(|v| − t, 0), written v − clip(v, −t, t): exactly +0 inside, exactly v for t = 0."""
+    return v - torch.minimum(torch.maximum(v, -threshold), threshold)
+
+
+def group_factors(norms: Tensor, threshold: Tensor) -> Tensor:
+    """max(1 − t/‖v_g‖, 0), formed in float64; 1 where t = 0 and 0 where ‖v_g‖ ≤ t, so never 0/0."""
+    norm, t = norms.double(), threshold.double().expand_as(norms)
+    kept = torch.where(norm <= t, 0.0, 1 - t / torch.where(norm <= t, 1.0, norm))
+    return torch.where(t == 0, 1.0, kept)
+
+
+def _shrink(v: Tensor, eta: Tensor | None, scale: Tensor | float, groups: Partition | None) -> Tensor:
+    """The prox of scale·η·Ω at v; all tensors in memory order, [B, features]."""
+    if eta is None:
+        return v
+    if groups is None:
+        return soft_threshold(v, (scale * eta).expand_as(v))
+    labels = groups.labels.long().expand(v.shape[0], -1)
+    squares = torch.zeros(v.shape[0], groups.count, dtype=torch.float64, device=v.device)
+    squares.scatter_add_(1, labels, v.double().square())
+    threshold = torch.as_tensor(scale).double() * (eta.double() * groups.weights.double())
+    factors = group_factors(squares.sqrt(), threshold).to(v.dtype).gather(1, labels)
+    return torch.where(factors == 0, 0 * (v - v), v * factors)
+
+
+def shrink(v: Tensor, eta: Tensor, groups: Partition | None = None) -> Tensor:
+    """The proximal map S_η(v) of η·Ω.
+
+    L1 (no groups): sign(v)·max(|v| − η, 0). Groups: v_g·max(1 − η·w_g/‖v_g‖, 0).
+
+    Args:
+        v: [B, *features], float32 or float64, contiguous or channels_last.
+        eta: state dtype [B]; for L1 also [1, *features] or [B, *features].
+        groups: the partition, for the group penalty.
+
+    Returns:
+        As v; zeros are exact, NaN stays NaN, η = 0 returns v.
+    """
+    flat = in_memory_order(v)
+    out = _shrink(flat, eta_columns(eta, v), 1.0, groups)
+    if out is flat:
+        return v.clone()
+    layout = memory_layout(v)
+    if layout is not None and layout[0] > 1:
+        return out.view(v.shape[0], *v.shape[2:], v.shape[1]).movedim(-1, 1)
+    return out.view(v.shape)
+
+
+def eta_columns(eta: Tensor, v: Tensor) -> Tensor:
+    """η as [B or 1, 1 or features] in the memory order of v, from [B] or [1 or B, *features]."""
+    if eta.dim() == 1:
+        return eta[:, None]
+    layout = memory_layout(v)
+    ordered = eta if layout is None or layout[0] == 1 else eta.movedim(1, -1)
+    return ordered.reshape(eta.shape[0], math.prod(v.shape[1:]))
+
+
+def prox_step(
+    gradients: Tensor | None,
+    gradient: Tensor,
+    displacement: Tensor,
+    *,
+    count: int,
+    rho: Tensor,
+    step_size: Tensor,
+    carry: bool = False,
+    eta: Tensor | None = None,
+    groups: Partition | None = None,
+    total: Tensor | None = None,
+    total_of: Literal["gradient", "displacement"] = "gradient",
+    x: Tensor | None = None,
+    noise: Noise | None = None,
+    out: Tensor | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """One step of the proximal gradient method, in place, fused into one pass.
+
+    p  = (Σ_k g_k) / count                     the averaged gradient
+    y  = −ρ·S_η(p)                             the KKT image of δ
+    δ⁺ = S_{γη}((1 − γ/ρ)·δ − γ·p)             the new displacement
+    out[k] = x + δ⁺ + σ·z_k                    the next noisy copies
+
+    Args:
+        gradients: [B·m, *features] in the dtype of the model; None when all are in ``gradient`` already.
+        gradient: state dtype [B, *features]. On entry, with ``carry``, the sum of earlier chunks; on return p.
+        displacement: δ, state dtype [B, *features], replaced by δ⁺.
+        count: how many gradients the sum holds in all.
+        rho: ρ, state dtype [B].
+        step_size: γ, state dtype [B].
+        carry: see ``gradient``.
+        eta: η, state dtype [B]; for L1 also [1, *features] or [B, *features]. None: no penalty.
+        groups: the partition, for the group penalty.
+        total: state dtype [B, *features] to which p or δ⁺ is added.
+        total_of: which of the two.
+        x: [B, *features], the inputs; needed with ``noise``.
+        noise: the next noisy copies; None writes none.
+        out: [B·num_samples, *features], where they go.
+        arrivals: int32 zeros [B], scratch of the CUDA kernel kept between calls; None allocates it.
+
+    Returns:
+        float64 [B, 5], of the displacement that came in: ‖δ − y‖², ‖δ‖², ‖y‖², ‖p‖², and the non-zeros of y.
+
+    Source: arXiv 2302.05294, algorithm 1, with the residual of Karush-Kuhn-Tucker conditions beside it.
+    """
+    if gradients is not None:
+        accumulate(gradients, gradient, carry=carry)
+    gradient /= count
+    p, d = in_memory_order(gradient), in_memory_order(displacement)
+    gamma, r = step_size[:, None], rho[:, None]
+    columns = None if eta is None else eta_columns(eta, displacement)
+    y = -r * _shrink(p, columns, 1.0, groups)
+    v = (1 - gamma / r) * d - gamma * p
+    statistics = torch.stack(
+        [
+            (d.double() - y.double()).square().sum(1),
+            d.double().square().sum(1),
+            y.double().square().sum(1),
+            p.double().square().sum(1),
+            (y != 0).sum(1).double(),
+        ],
+        dim=1,
+    )
+    d.copy_(_shrink(v, columns, gamma, groups))
+    if total is not None:
+        total += gradient if total_of == "gradient" else displacement
+    if noise is not None and noise.num_samples:
+        if x is None or out is None:
+            raise ValueError("noise: writing noisy copies needs x and out")
+        perturb(x, displacement, noise, out=out)
+    return statistics

@@ -1,0 +1,323 @@
+"""What is explained: a model and a target, as one score per input, and the gradient of that score.
+
+The only place that runs a model and the only caller of torch.autograd.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Tensors = tuple[Tensor, ...]
+ScoreName = Literal["logit", "log_prob", "prob", "margin"]
+UnusedInputs = Literal["raise", "zero"]
+Target = int | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Callable[[Tensor], Tensor] | None
+
+_SCORES = ("logit", "log_prob", "prob", "margin")
+
+
+def row_chunks(batch: int, size: int | None, device: torch.device) -> list[Tensor]:
+    """The row numbers 0 .. batch - 1 in pieces of at most ``size``."""
+    rows = torch.arange(batch, device=device)
+    size = batch if size is None else size
+    return [rows[start : start + size] for start in range(0, batch, size)]
+
+
+class _Evaluation:
+    """Counts who needs a module in eval mode, so that threads may share it: the first switches, the last restores."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def __call__(self, model: Callable[..., Any]) -> Iterator[None]:
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        training = False
+        with self._lock:
+            for module in modules:
+                users, flag = self._users.get(module, (0, module.training))
+                training = training or (users == 0 and flag)
+                self._users[module] = (users + 1, flag)
+                # The flag alone: train() may be overridden to do more, and could not be undone exactly.
+                module.training = False
+        try:
+            if training:
+                warnings.warn(
+                    "the model is in train mode: it is explained in eval mode and restored afterwards", stacklevel=4
+                )
+            yield
+        finally:
+            with self._lock:
+                for module in modules:
+                    users, flag = self._users[module]
+                    if users == 1:
+                        module.training = flag
+                        del self._users[module]
+                    else:
+                        self._users[module] = (users - 1, flag)
+
+
+evaluating = _Evaluation()
+
+
+def _without_cudnn_rnn(model: Callable[..., Any], inputs: Tensors) -> AbstractContextManager[Any]:
+    """cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not."""
+    on_cuda = any(x.is_cuda for x in inputs)
+    if on_cuda and isinstance(model, nn.Module) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        return torch.backends.cudnn.flags(enabled=False)
+    return nullcontext()
+
+
+def _without_inference_tensors(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model, or a copy of one that was made under torch.inference_mode, whose tensors autograd refuses."""
+    if isinstance(model, nn.Module) and any(t.is_inference() for t in chain(model.parameters(), model.buffers())):
+        return copy.deepcopy(model)
+    return model
+
+
+def _index(target: Any, batch: int) -> Tensor:
+    """A target as int64 [B, k], k indices into the axes behind the batch."""
+    if isinstance(target, (bool, np.bool_)):
+        raise TypeError(f"target: expected a class index, got {target!r}")
+    if isinstance(target, (int, np.integer)):
+        return torch.full((batch, 1), int(target), dtype=torch.int64)
+    if isinstance(target, tuple):
+        return _indices([target], "a tuple").expand(batch, -1)
+    if isinstance(target, list) and target and isinstance(target[0], tuple):
+        index = _indices(target, "a list of tuples")
+    else:
+        try:
+            values = torch.as_tensor(target)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, or a "
+                f"callable, got {target!r}"
+            ) from None
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            if values.numel():
+                raise TypeError(f"target: expected integers, got {values.dtype}")
+            values = values.to(torch.int64)
+        if values.dim() > 2 or (values.dim() == 2 and values.shape[1] != 1):
+            raise ValueError(f"target: expected shape [{batch}] or [{batch}, 1], got {tuple(values.shape)}")
+        index = values.to(torch.int64).reshape(-1, 1)
+        if values.dim() == 0:
+            index = index.expand(batch, 1)
+    if index.shape[0] != batch:
+        raise ValueError(f"target: expected one per input, {batch}, got {index.shape[0]}")
+    return index
+
+
+def _indices(tuples: list[Any], what: str) -> Tensor:
+    if not all(isinstance(t, tuple) for t in tuples):
+        raise TypeError(f"target: expected {what}, got {tuples!r}")
+    if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for t in tuples for i in t):
+        raise TypeError(f"target: expected {what} of integers, got {tuples[0]!r}")
+    if len({len(t) for t in tuples}) > 1:
+        raise ValueError("target: the tuples of a list must all have the same length")
+    return torch.tensor(tuples, dtype=torch.int64).reshape(len(tuples), -1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score per row, f(x), of a model's output, with its gradient.
+
+    Made by :func:`bind_score`; ``rows`` are inputs, or noisy copies of them after :meth:`take`.
+
+    Args:
+        model: called as ``model(*inputs, *args)``.
+        name: which score.
+        target: int64 [n, k], one index tuple per row; a callable output -> [n]; or None for a model with one output.
+        args: additional arguments, expanded to the rows where they are per input.
+        per_row: which of ``args`` are.
+        unused_inputs: what to do when the score does not depend on an input.
+    """
+
+    model: Callable[..., Any]
+    name: ScoreName
+    target: Tensor | Callable[[Tensor], Tensor] | None
+    args: tuple[Any, ...]
+    per_row: tuple[bool, ...]
+    unused_inputs: UnusedInputs
+
+    def take(self, index: Tensor) -> Score:
+        """The score for rows index[0], index[1], ...; an index may occur many times."""
+        target = self.target[index] if isinstance(self.target, Tensor) else self.target
+        args = tuple(a[index] if per else a for a, per in zip(self.args, self.per_row, strict=True))
+        return replace(self, target=target, args=args)
+
+    def output(self, inputs: Tensors) -> Tensor:
+        """The model's output tensor, checked to have one row per input."""
+        output = self.model(*inputs, *self.args)
+        if not isinstance(output, Tensor):
+            output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"model: expected a tensor (or an object with .logits) as output, got {type(output).__name__}; wrap "
+                "the model in a function that returns the tensor to explain"
+            )
+        rows = inputs[0].shape[0]
+        if output.dim() == 0 or output.shape[0] != rows:
+            raise ValueError(
+                f"model: expected an output with one row per input, [{rows}, ...], got {tuple(output.shape)}"
+            )
+        return output
+
+    def of_output(self, output: Tensor) -> Tensor:
+        """The scores [n] of an output."""
+        rows = output.shape[0]
+        if self.target is None:
+            return output.reshape(rows)
+        if not isinstance(self.target, Tensor):
+            scores = self.target(output)
+            if not isinstance(scores, Tensor) or scores.shape not in ((rows,), (rows, 1)):
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise ValueError(f"target: the callable must return one score per row, [{rows}], got {got}")
+            return scores.reshape(rows)
+        classes = output
+        if self.target.shape[1] > 1:
+            row = torch.arange(rows, device=output.device)
+            classes = output.movedim(1, -1)[(row, *self.target[:, 1:].unbind(1))]
+        index = self.target[:, :1]
+        if self.name == "logit":
+            return classes.gather(1, index).squeeze(1)
+        if classes.dtype in (torch.float16, torch.bfloat16):
+            classes = classes.float()
+        if self.name == "margin":
+            others = classes.scatter(1, index, float("-inf"))
+            return classes.gather(1, index).squeeze(1) - others.amax(1)
+        log_prob = torch.log_softmax(classes, dim=1).gather(1, index).squeeze(1)
+        return log_prob if self.name == "log_prob" else log_prob.exp()
+
+    def value(self, inputs: Tensors) -> Tensor:
+        """f of every row, [n], without a gradient."""
+        with torch.no_grad():
+            return self.of_output(self.output(inputs))
+
+    def gradient(self, inputs: Tensors) -> tuple[Tensor, Tensors]:
+        """f and ∇f of every row: ([n], one tensor per input). Parameters get no gradient."""
+        with torch.enable_grad(), _without_cudnn_rnn(self.model, inputs):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            scores = self.of_output(self.output(tuple(leaves)))
+            found: tuple[Tensor | None, ...]
+            if scores.requires_grad:
+                # Rows do not mix, so the gradient of the sum is the gradient of each.
+                found = torch.autograd.grad(scores, leaves, torch.ones_like(scores), allow_unused=True)
+            else:
+                found = (None,) * len(leaves)
+        missing = [i for i, g in enumerate(found) if g is None]
+        if missing and self.unused_inputs == "raise":
+            which = "inputs" if len(leaves) == 1 else f"inputs[{missing[0]}]"
+            raise ValueError(
+                f"model: the score does not depend on {which}. Likely causes: the model "
+                "detaches its input or computes under torch.no_grad, the output ignores it, or the input is turned "
+                "into integers; unused_inputs='zero' gives a zero map instead"
+            )
+        gradients = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
+        return scores.detach(), gradients
+
+
+def bind_score(
+    model: Callable[..., Any],
+    inputs: Tensors,
+    target: Target,
+    *,
+    score: ScoreName = "logit",
+    additional_forward_args: Any = None,
+    unused_inputs: UnusedInputs = "raise",
+    max_batch: int | None = None,
+) -> tuple[Score, Tensor]:
+    """Runs the model once on the inputs as they are, resolves and checks the target.
+
+    Args:
+        model: any callable; an nn.Module must be in eval mode (see ``evaluating``).
+        inputs: tensors [B, ...].
+        target: None (the predicted class, or the output itself where there is one per input), an int, a tensor or array
+            [B] or [B, 1], a list of B ints or tuples, a tuple (outputs of higher rank), or a callable output -> [rows].
+        score: "logit" f = o_t; "log_prob" log softmax(o)_t; "prob" softmax(o)_t; "margin" o_t − max_{c≠t} o_c.
+        additional_forward_args: passed on after the inputs; tensors whose first axis is B are repeated with the inputs.
+        unused_inputs: "raise", or "zero" for a zero gradient.
+        max_batch: rows per forward pass.
+
+    Returns:
+        The score bound to the inputs, and f(x), [B].
+
+    Raises:
+        ValueError: target out of range, of the wrong length, or missing for an output of higher rank.
+        TypeError: target not of integers, or an output that is no tensor.
+    """
+    batch = inputs[0].shape[0]
+    device = inputs[0].device
+    args = () if additional_forward_args is None else additional_forward_args
+    args = args if isinstance(args, tuple) else (args,)
+    args = tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)
+    per_row = tuple(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch for a in args)
+    index: Tensor | Callable[[Tensor], Tensor] | None
+    index = target if target is None or callable(target) else _index(target, batch).to(device)
+    bound = Score(_without_inference_tensors(model), score, index, args, per_row, unused_inputs)
+
+    with torch.no_grad():
+        # On copies (indexing makes them), for a model that changes its input in place.
+        outputs = [
+            bound.take(rows).output(tuple(x[rows] for x in inputs)) for rows in row_chunks(batch, max_batch, device)
+        ]
+        output = torch.cat(outputs)
+        bound = replace(bound, target=_resolve(bound, output))
+        return bound, bound.of_output(output)
+
+
+def _resolve(score: Score, output: Tensor) -> Tensor | Callable[[Tensor], Tensor] | None:
+    """The target as an index that fits the output."""
+    target, shape = score.target, tuple(output.shape)
+    if callable(target):
+        return target
+    single = output.dim() == 1 or (output.dim() == 2 and shape[1] == 1)
+    if single:
+        if score.name != "logit":
+            raise ValueError(
+                f"score: {score.name!r} compares classes, but the model returns one number per input, {shape}"
+            )
+        if target is not None and (output.dim() == 1 or target.shape[1] != 1 or bool((target != 0).any())):
+            raise ValueError(f"target: the model returns one number per input, {shape}; leave the target out")
+        return None
+    if target is None:
+        if output.dim() > 2:
+            raise ValueError(f"target: an output of shape {shape} needs one, a tuple of {output.dim() - 1} indices")
+        return output.argmax(1, keepdim=True)
+    if target.shape[1] != output.dim() - 1:
+        raise ValueError(
+            f"target: an output of shape {shape} needs {output.dim() - 1} indices per input, got {target.shape[1]}"
+        )
+    if score.name != "logit" and shape[1] == 1:
+        raise ValueError(
+            f"score: {score.name!r} compares the classes of axis 1, and an output of shape {shape} has one"
+        )
+    limits = torch.tensor(shape[1:], device=target.device)
+    wrong = ((target < 0) | (target >= limits)).any(1)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        got = target[row].tolist()
+        raise ValueError(
+            f"target: {got[0] if len(got) == 1 else tuple(got)} of input {row} is out of range for an output of shape "
+            f"{shape}: expected 0 <= target < {shape[1] if len(shape) == 2 else shape[1:]}"
+        )
+    return target
+
+
+def check_score_settings(score: str, unused_inputs: str) -> None:
+    """Raises ValueError for an unknown name."""
+    if score not in _SCORES:
+        raise ValueError(f"score: expected one of {', '.join(_SCORES)}, got {score!r}")
+    if unused_inputs not in ("raise", "zero"):
+        raise ValueError(f"unused_inputs: expected 'raise' or 'zero', got {unused_inputs!r}")

@@ -1,0 +1,474 @@
+"""The loop that finds the displacement: init, step, stop -> Solution. The only place that iterates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .groups import flat_rows, memory_layout, rows_like
+from .noise import Noise
+from .penalties import Penalty, per_input
+from .scores import Score, row_chunks
+
+Tensors = tuple[Tensor, ...]
+
+# Steps between two looks at the residual: each look waits for the device once.
+_LOOK_EVERY = 10
+# The floor of the relative residual's denominator, as a fraction of rho*||p(0)||: where the solution is zero, the plain
+# ratio would stay at 1 until the last zero is exact.
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What an explanation found. Fields over features have the form of the inputs (a tensor or a tuple of tensors);
+    the others hold one number per input, [B].
+
+    Args:
+        attribution: the map A = S_η(p) ≈ −δ*/ρ, in the dtype of the inputs; units of a gradient; positive raises the
+            score.
+        displacement: y = −ρ·A, the answer for δ*, state dtype.
+        envelope: H = f_σ(x+δ) + ‖δ‖²/(2ρ) + η·Ω(δ) at the last displacement that was evaluated: the envelope F(x),
+            from above, with the error of its m samples. float64.
+        envelope_gradient: p, the gradient of the envelope; dense where the map is sparse.
+        score: f(x), without noise.
+        residual: ‖δ − y‖₂ of the last displacement evaluated; it includes the noise of its m samples. float64.
+        relative_residual: residual / max(‖δ‖, ‖y‖, 10⁻³·ρ·‖p(0)‖). float64.
+        steps: steps taken.
+        gradient_evaluations: gradients of the model: steps × samples.
+        converged: relative_residual ≤ tol. Never True for the gradient baselines, which solve nothing.
+        nnz: non-zero entries of the map.
+        empty: nnz == 0.
+        eta: η that was used (absolute), 0 without a penalty; [B], or one per feature.
+        sigma: σ that was used, per tensor of a tuple.
+    """
+
+    attribution: Any
+    displacement: Any
+    envelope: Tensor
+    envelope_gradient: Any
+    score: Tensor
+    residual: Tensor
+    relative_residual: Tensor
+    steps: Tensor
+    gradient_evaluations: Tensor
+    converged: Tensor
+    nnz: Tensor
+    empty: Tensor
+    eta: Any
+    sigma: Any
+
+    @staticmethod
+    def concatenate(parts: Iterable[Solution]) -> Solution:
+        """One solution of many, in their order; every field over features must be a tuple of tensors."""
+        parts = list(parts)
+
+        def join(values: list[Any]) -> Any:
+            if isinstance(values[0], tuple):
+                return tuple(join(list(column)) for column in zip(*values, strict=True))
+            return torch.cat(values)
+
+        return Solution(**{f.name: join([getattr(p, f.name) for p in parts]) for f in fields(Solution)})
+
+    def take(self, index: Tensor) -> Solution:
+        """The solution of some of the inputs."""
+
+        def pick(value: Any) -> Any:
+            return tuple(pick(v) for v in value) if isinstance(value, tuple) else value[index]
+
+        return Solution(**{f.name: pick(getattr(self, f.name)) for f in fields(Solution)})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """minimise over δ: f_σ(x+δ) + ‖δ‖²/(2ρ) + η·Ω(δ), for a batch.
+
+    Args:
+        inputs: x, dense tensors [B, *features] that belong to the solver.
+        score: f, bound to the inputs.
+        value: f(x), [B].
+        ids: int64 [B], the names that errors use.
+        keys: int64 [B], the noise bank's keys.
+        sigma: σ per tensor, state dtype [B].
+        rho: ρ, per tensor, state dtype [B].
+        penalty: η·Ω, or None.
+    """
+
+    inputs: Tensors
+    score: Score
+    value: Tensor
+    ids: Tensor
+    keys: Tensor
+    sigma: Tensors
+    rho: Tensors
+    penalty: Penalty | None
+
+    def take(self, index: Tensor) -> Problem:
+        """The problem of some of the inputs."""
+        return Problem(
+            inputs=tuple(_take(x, index) for x in self.inputs),
+            score=self.score.take(index),
+            value=self.value[index],
+            ids=self.ids[index],
+            keys=self.keys[index],
+            sigma=tuple(s[index] for s in self.sigma),
+            rho=tuple(r[index] for r in self.rho),
+            penalty=None if self.penalty is None else self.penalty.take(index),
+        )
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Some rows of a dense batch, in its memory layout."""
+    layout = memory_layout(x)
+    if layout is None or layout[0] == 1:
+        return x[index]
+    return x.movedim(1, -1)[index].movedim(-1, 1)
+
+
+def like_layout(gradient: Tensor, x: Tensor) -> Tensor:
+    """``gradient`` in the memory layout of x (a model may hand back another, or one expanded number)."""
+    if memory_layout(gradient) == memory_layout(x):
+        return gradient
+    return torch.empty_like(x).copy_(gradient)
+
+
+class NoisyCopies:
+    """The noisy rows of a problem at a displacement, made chunk by chunk in buffers that are used again."""
+
+    def __init__(self, problem: Problem, num_samples: int, antithetic: bool, chunk: int) -> None:
+        self.problem = problem
+        self.chunks = [(start, min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
+        self.step = torch.zeros(1, dtype=torch.int64, device=problem.keys.device)
+        self._noise = []
+        offset = 0
+        for x, sigma in zip(problem.inputs, problem.sigma, strict=True):
+            self._noise.append(Noise(problem.keys, self.step, sigma, num_samples, antithetic, offset))
+            offset += x[:1].numel()
+        batch = problem.keys.shape[0]
+        row = torch.arange(batch, device=problem.keys.device)
+        self._scores = {size: problem.score.take(row.repeat_interleave(size)) for _, size in self.chunks}
+        self._rows = {size: tuple(rows_like(x, batch * size) for x in problem.inputs) for _, size in self.chunks}
+
+    def noise(self, tensor: int, chunk: int) -> Noise:
+        return self._noise[tensor].chunk(*self.chunks[chunk])
+
+    def rows(self, chunk: int) -> Tensors:
+        return self._rows[self.chunks[chunk][1]]
+
+    def write(self, chunk: int, displacement: Tensors | None) -> None:
+        """Draws a chunk of noisy copies into its buffer."""
+        for i, (x, out) in enumerate(zip(self.problem.inputs, self.rows(chunk), strict=True)):
+            d = None if displacement is None else displacement[i]
+            ops.perturb(x, d, self.noise(i, chunk), out=out)
+
+    def gradient(self, chunk: int) -> tuple[Tensor, Tensors]:
+        """Scores [B, samples] and gradients at what the buffer of a chunk holds."""
+        rows = self.rows(chunk)
+        size = self.chunks[chunk][1]
+        scores, gradients = self._scores[size].gradient(rows)
+        return scores.view(-1, size), tuple(like_layout(g, x) for g, x in zip(gradients, rows, strict=True))
+
+
+@dataclass
+class _State:
+    """What the loop carries from step to step, for the inputs that are still in it."""
+
+    problem: Problem
+    where: Tensor  # [B] positions in the batch that came in
+    copies: NoisyCopies
+    displacement: Tensors
+    gradient: Tensors
+    total: Tensors | None
+    floor: Tensor  # float64 [B], the floor of the relative residual's denominator
+    eta: Tensors | None  # as reported
+    averaged: int = 0
+
+
+@dataclass(frozen=True)
+class ProximalGradient:
+    """The proximal gradient method with noisy gradients,
+
+        δ⁺ = S_{γη}((1 − γ/ρ)·δ − γ·p),   p = mean over m noisy copies of ∇f,
+
+    from δ = 0, with a fixed number of steps. It contracts where ρλ < 1 and γ < 2/(1/ρ + β) (λ, β: weak-convexity and
+    gradient-Lipschitz constants of f_σ), by 1 − γ/ρ a step where f_σ is flat. The map returned is A = S_η(p), p
+    averaged over the last ``average_last`` steps: exactly sparse, and closer to the solution than δ.
+
+    Args:
+        num_samples: m, noisy copies per input and step.
+        max_steps: T.
+        step_size: γ; 0 < γ ≤ ρ is sensible. One step with γ = ρ is SmoothGrad.
+        noise: "fresh" draws anew each step; "fixed" keeps the bank of step 0, so that the problem is deterministic and
+            residuals can fall to rounding (for models with continuous gradients).
+        antithetic: samples in pairs z, −z: about half the variance.
+        average_last: steps whose p is averaged for the map.
+        tol: an input leaves the batch once its relative residual is ≤ tol (looked at every 10 steps), and counts as
+            converged. With fresh noise the residual includes the noise of m samples. 0 never stops early.
+        progress: show a progress bar over steps (needs tqdm).
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Example:
+        >>> from moreau_ext import ProximalGradient
+        >>> ProximalGradient(num_samples=16, max_steps=100).gradients
+        1600
+
+    Source: arXiv 2302.05294, algorithm 1.
+    """
+
+    num_samples: int = 8
+    max_steps: int = 60
+    step_size: float = 0.1
+    noise: Literal["fresh", "fixed"] = "fresh"
+    antithetic: bool = True
+    average_last: int = 10
+    tol: float = 1e-2
+    progress: bool = False
+    # Only for paper(): the published code averages iterates, which makes the union of their supports.
+    average_of: Literal["gradient", "displacement"] = "gradient"
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_steps", "average_last"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size: expected a positive number, got {self.step_size!r}")
+        if not self.tol >= 0:
+            raise ValueError(f"tol: expected a number >= 0, got {self.tol!r}")
+        if self.noise not in ("fresh", "fixed"):
+            raise ValueError(f"noise: expected 'fresh' or 'fixed', got {self.noise!r}")
+        if self.average_of not in ("gradient", "displacement"):
+            raise ValueError(f"average_of: expected 'gradient' or 'displacement', got {self.average_of!r}")
+
+    @classmethod
+    def paper(cls, num_samples: int = 32, max_steps: int = 300, progress: bool = False) -> ProximalGradient:
+        """The published schedule: 300 steps of size 0.1 with 32 independent samples, no stopping rule, and the mean of
+        the last 101 iterates as the answer (so the support is the union of theirs). The map is −δ̄/ρ, where the
+        published code returns δ̄."""
+        return cls(
+            num_samples=num_samples,
+            max_steps=max_steps,
+            antithetic=False,
+            average_last=101,
+            tol=0.0,
+            progress=progress,
+            average_of="displacement",
+        )
+
+    @property
+    def gradients(self) -> int:
+        """Gradient evaluations per input, at most."""
+        return self.num_samples * self.max_steps
+
+    def solve(self, problem: Problem, *, max_batch: int | None = None) -> Solution:
+        """Solves a problem with at most ``max_batch`` noisy inputs in one forward pass.
+
+        Inputs are taken in groups of ``max_batch // num_samples``; where even one input's samples are too many, they
+        are made and summed in chunks. Results agree to the rounding of the model's passes.
+
+        Raises:
+            ValueError: the model gave a gradient that is not finite; names the id of the input.
+        """
+        batch = problem.keys.shape[0]
+        size = batch if max_batch is None else max(1, max_batch // self.num_samples)
+        chunk = self.num_samples if max_batch is None else min(self.num_samples, max_batch)
+        rows = row_chunks(batch, size, problem.keys.device)
+        bar = _progress(self.max_steps * len(rows)) if self.progress else None
+        try:
+            return Solution.concatenate(
+                self._solve(problem if len(rows) == 1 else problem.take(index), chunk, bar) for index in rows
+            )
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _solve(self, problem: Problem, chunk: int, bar: Any) -> Solution:
+        state = self._init(problem, chunk)
+        finished: list[tuple[Tensor, Solution]] = []
+        scale = torch.stack([r.double() for r in problem.rho]).amax(0)
+        for t in range(self.max_steps):
+            last = t + 1 == self.max_steps
+            look = last or (self.tol > 0 and (t + 1) % _LOOK_EVERY == 0)
+            before = tuple(d.clone() for d in state.displacement) if look else None
+            scores, statistics = self._step(state, t, last)
+            if t == 0:
+                state.floor = _FLOOR * scale * statistics[:, 3].sqrt()
+            if bar is not None:
+                bar.update()
+            if before is None:
+                continue
+            _check_finite(statistics, state.problem.ids, t)
+            solution = self._result(state, before, scores, statistics, t + 1)
+            stop = torch.ones_like(solution.converged) if last else solution.converged
+            if bool(stop.any()):
+                done = stop.nonzero().squeeze(1)
+                finished.append((state.where[done], solution.take(done)))
+                if bool(stop.all()):
+                    if bar is not None:
+                        bar.update(self.max_steps - t - 1)
+                    break
+                state = self._compact(state, (~stop).nonzero().squeeze(1), chunk)
+        order = torch.cat([where for where, _ in finished]).argsort()
+        whole = Solution.concatenate(solution for _, solution in finished)
+        return whole.take(order) if len(finished) > 1 else whole
+
+    def _init(self, problem: Problem, chunk: int) -> _State:
+        def zeros() -> Tensors:
+            return tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in problem.inputs)
+
+        copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
+        copies.write(0, None)
+        return _State(
+            problem=problem,
+            where=torch.arange(problem.keys.shape[0], device=problem.keys.device),
+            copies=copies,
+            displacement=zeros(),
+            gradient=zeros(),
+            total=zeros() if self.average_last > 1 else None,
+            floor=problem.value.double() * 0,
+            eta=None,
+        )
+
+    def _step(self, state: _State, t: int, last: bool) -> tuple[Tensor, Tensor]:
+        """One step: (f_σ(x + δ), statistics) of the displacement that came in."""
+        copies, problem = state.copies, state.problem
+        score = torch.zeros_like(state.floor)
+        gradients: Tensors | None = None
+        for c in range(len(copies.chunks)):
+            if c:
+                copies.write(c, state.displacement)
+            scores, gradients = copies.gradient(c)
+            score += scores.sum(1, dtype=torch.float64)
+            if c + 1 < len(copies.chunks) or t == 0:
+                for g, total in zip(gradients, state.gradient, strict=True):
+                    ops.accumulate(g, total, carry=c > 0)
+        carry = len(copies.chunks) > 1 or t == 0
+        if t == 0:
+            # All of p(0) is needed before the first shrinkage where eta is a fraction of eta_max.
+            gradients = None
+            if problem.penalty is not None:
+                first = tuple(g / self.num_samples for g in state.gradient)
+                penalty, state.eta = problem.penalty.resolve(first)
+                state.problem = problem = replace(problem, penalty=penalty)
+        if self.noise == "fresh":
+            copies.step += 1
+        averaging = state.total is not None and t >= self.max_steps - self.average_last
+        state.averaged += averaging
+        statistics = []
+        for i, x in enumerate(problem.inputs):
+            rho = problem.rho[i]
+            statistics.append(
+                ops.prox_step(
+                    None if gradients is None else gradients[i],
+                    state.gradient[i],
+                    state.displacement[i],
+                    count=self.num_samples,
+                    carry=carry,
+                    rho=rho,
+                    step_size=torch.full_like(rho, self.step_size),
+                    eta=None if problem.penalty is None else problem.penalty.eta[i],
+                    groups=None if problem.penalty is None else problem.penalty.partition(i),
+                    total=state.total[i] if averaging and state.total is not None else None,
+                    total_of=self.average_of,
+                    x=None if last else x,
+                    noise=None if last else copies.noise(i, 0),
+                    out=None if last else copies.rows(0)[i],
+                )
+            )
+        return score / self.num_samples, torch.stack(statistics).sum(0)
+
+    def _result(self, state: _State, before: Tensors, scores: Tensor, statistics: Tensor, steps: int) -> Solution:
+        """What the inputs in the loop would return now; ``before`` is the displacement that was evaluated."""
+        problem, penalty = state.problem, state.problem.penalty
+        residual2, displacement2, image2 = statistics[:, 0], statistics[:, 1], statistics[:, 2]
+        mean: Tensors | None = None
+        if state.total is not None and state.averaged:
+            mean = tuple(total / state.averaged for total in state.total)
+        p = mean if mean is not None and self.average_of == "gradient" else tuple(g.clone() for g in state.gradient)
+        if self.average_of == "displacement" and mean is not None:
+            maps = tuple(0 - d / per_input(r, d) for d, r in zip(mean, problem.rho, strict=True))  # 0 - 0 is +0
+            displacement = mean
+        else:
+            maps = p if penalty is None else penalty.prox(p)
+            displacement = tuple(-per_input(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
+        quadratic = torch.stack(
+            [flat_rows(d).double().square().sum(1) / (2 * r.double()) for d, r in zip(before, problem.rho, strict=True)]
+        ).sum(0)
+        envelope = scores + quadratic
+        if penalty is not None:
+            envelope = envelope + penalty.value(before)
+        denominator = torch.maximum(torch.maximum(displacement2, image2).sqrt(), state.floor)
+        # 0/0 is a score that is flat here: the zero displacement solves it.
+        relative = torch.where(residual2 == 0, 0.0, residual2.sqrt() / denominator)
+        attribution = tuple(a.to(x.dtype) for a, x in zip(maps, problem.inputs, strict=True))
+        nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
+        ones = torch.ones_like(nnz)
+        zero_eta = tuple(torch.zeros_like(r) for r in problem.rho)
+        eta = zero_eta if state.eta is None else tuple(_rows_of(e, nnz.shape[0]) for e in state.eta)
+        return Solution(
+            attribution=attribution,
+            displacement=displacement,
+            envelope=envelope,
+            envelope_gradient=p,
+            score=problem.value,
+            residual=residual2.sqrt(),
+            relative_residual=relative,
+            steps=ones * steps,
+            gradient_evaluations=ones * steps * self.num_samples,
+            converged=relative <= self.tol,
+            nnz=nnz,
+            empty=nnz == 0,
+            eta=eta,
+            sigma=problem.sigma,
+        )
+
+    def _compact(self, state: _State, keep: Tensor, chunk: int) -> _State:
+        """The state without the inputs that are done; their next noisy copies are drawn again, the same bits."""
+        problem = state.problem.take(keep)
+        copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
+        copies.step.copy_(state.copies.step)
+        displacement = tuple(_take(d, keep) for d in state.displacement)
+        copies.write(0, displacement)
+        return _State(
+            problem=problem,
+            where=state.where[keep],
+            copies=copies,
+            displacement=displacement,
+            gradient=tuple(_take(g, keep) for g in state.gradient),
+            total=None if state.total is None else tuple(_take(x, keep) for x in state.total),
+            floor=state.floor[keep],
+            eta=None if state.eta is None else tuple(_rows_of(e, state.where.shape[0])[keep] for e in state.eta),
+            averaged=state.averaged,
+        )
+
+
+def _rows_of(eta: Tensor, batch: int) -> Tensor:
+    """One eta per input, also where a row of them serves all."""
+    return eta.expand(batch, *eta.shape[1:]) if eta.dim() > 1 else eta
+
+
+def _check_finite(statistics: Tensor, ids: Tensor, t: int) -> None:
+    wrong = ~torch.isfinite(statistics).all(1)
+    if bool(wrong.any()):
+        which = ids[wrong].tolist()
+        shown = ", ".join(map(str, which[:5])) + (", ..." if len(which) > 5 else "")
+        raise ValueError(
+            f"model: the gradient for input id {shown} is not finite (seen at step {t + 1}). Likely causes: overflow "
+            "in half precision, a square root or logarithm at 0 in the model, or a step_size too large for this rho"
+        )
+
+
+def _progress(steps: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+    return tqdm(total=steps, unit="step", leave=False)

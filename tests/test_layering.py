@@ -1,0 +1,120 @@
+"""The house rules, by reading the imports: arrows point down, and some things stand in one place only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moreau_ext"
+
+# A module may import from lower floors, and from what is named for it on its own.
+FLOORS = {
+    "_core": 0,
+    "_library": 1,
+    "noise": 1,
+    "groups": 1,
+    "reference": 1,
+    "ops": 1,
+    "penalties": 2,
+    "scores": 2,
+    "zoo": 2,
+    "solvers": 3,
+    "explainers": 4,
+    "baselines": 4,
+    "registry": 4,
+    "plots": 4,
+    "evaluation": 4,
+    "integrations": 4,
+    "cli": 5,
+    "__main__": 6,
+}
+SAME_FLOOR = {
+    "reference": {"noise", "groups"},
+    "ops": {"_library", "noise", "groups", "reference"},
+    "baselines": {"explainers"},
+    "registry": {"baselines", "explainers", "integrations"},
+    "integrations": {"baselines", "explainers"},
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts != ("__init__",):
+            found.append((parts[0], path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it; its own folder counts as one."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            if node.level < depth:
+                continue  # within its folder
+            base = (node.module or "").split(".")[0]
+            named |= {base} if base else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moreau_ext":
+            rest = (node.module or "").split(".")[1:]
+            named |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            named |= {a.name.split(".")[1] for a in node.names if a.name.startswith("moreau_ext.")}
+    return named & set(FLOORS)
+
+
+def external(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else v.stem)
+def test_imports_point_down(name: str, path: Path) -> None:
+    assert name in FLOORS, f"{name} has no floor: add it here and in the architecture notes of CONTRIBUTING.md"
+    for other in imports(path) - {name}:
+        assert FLOORS[other] < FLOORS[name] or other in SAME_FLOOR.get(name, set()), f"{path.name} imports {other}"
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else v.stem)
+def test_some_things_stand_in_one_place(name: str, path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text)
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    if name != "ops":
+        assert "data_ptr" not in attributes
+        # The command line's `info` reads what was built; nobody else needs the core.
+        assert "_core" not in imports(path) or name == "cli"
+    if name != "scores":
+        # Training in the zoo calls backward() on a loss; gradients of scores are taken in one place.
+        assert "autograd" not in attributes
+        assert "backward" not in attributes or name == "zoo"
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), "errors for users, not bare assert"
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else v.stem)
+def test_importing_costs_torch_and_numpy_alone(name: str, path: Path) -> None:
+    heavy = {"captum", "matplotlib", "sklearn", "tqdm", "torchvision", "scipy", "PIL"}
+    assert not external(path, top_level_only=True) & heavy
+    if name in ("cli", "__main__"):
+        assert "torch" not in external(path, top_level_only=True)
+
+
+def test_core_does_not_know_torch() -> None:
+    sources = [*PACKAGE.parent.glob("csrc/**/*.*"), PACKAGE.parent / "CMakeLists.txt"]
+    assert len(sources) > 10
+    for path in sources:
+        for line in path.read_text().splitlines():
+            assert "torch/" not in line
+            assert "ATen" not in line
+            if "#include" in line and path.parent.name in ("cpu", "cuda"):
+                assert not any(folder in line for folder in ("../cuda", "../cpu"))

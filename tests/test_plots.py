@@ -1,0 +1,129 @@
+"""The gallery: what stands where, in which colour."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from moreau_ext import plots
+from moreau_ext.plots import gallery
+
+INPUTS = torch.rand(3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+MAPS = torch.randn(3, 1, 4, 5, generator=torch.Generator().manual_seed(1))
+
+
+def colours(figure: Figure, panel: int) -> np.ndarray:
+    """RGB [H, W, 3] as drawn."""
+    (image,) = figure.axes[panel].images
+    return np.asarray(image.to_rgba(image.get_array()))[..., :3]
+
+
+def test_rows_are_inputs_and_columns_methods() -> None:
+    figure = gallery(INPUTS, {"b": MAPS, "a": -MAPS}, titles=["x", "y", "z"], caption="settings")
+    axes = figure.axes
+    assert len(axes) == 9
+    assert [a.get_title() for a in axes] == ["input", "b", "a"] + [""] * 6
+    assert [a.get_ylabel() for a in axes[::3]] == ["x", "y", "z"]
+    assert [t.get_text() for t in figure.texts] == ["settings"]
+    np.testing.assert_allclose(axes[3].images[0].get_array(), INPUTS[1, 0])
+    np.testing.assert_allclose(axes[4].images[0].get_array(), MAPS[1, 0] / MAPS[1].abs().max(), rtol=1e-6)
+
+
+def test_red_raises_blue_lowers_and_zero_is_neutral() -> None:
+    value = torch.tensor([[[-2.0, -1e-3, 0.0, 1e-3, 2.0]]])
+    minus, _, zero, _, plus = colours(gallery(torch.ones(1, 1, 5), {"map": value}), 1)[0]
+    assert plus[0] > plus[2]
+    assert minus[2] > minus[0]
+    # Exactly gray and near white, while the neighbouring colours of the scale are not gray.
+    assert zero.min() == zero.max() > 0.95
+    # Symmetric: neither sign looks stronger than the other.
+    assert abs(plus.sum() - minus.sum()) < 0.3
+
+
+def test_the_scale_of_a_map_is_its_own() -> None:
+    drawn = gallery(INPUTS, {"map": MAPS, "small": 1e-6 * MAPS, "negative": -MAPS.abs()})
+    np.testing.assert_allclose(colours(drawn, 1), colours(drawn, 2), atol=0.02)
+    for panel in range(1, 4):
+        image = drawn.axes[panel].images[0]
+        assert (image.norm.vmin, image.norm.vmax) == (-1, 1)
+
+
+def test_a_map_of_zeros_is_blank_and_says_so() -> None:
+    figure = gallery(INPUTS, {"map": torch.zeros_like(INPUTS)})
+    assert [t.get_text() for t in figure.axes[1].texts] == ["empty"]
+    assert (colours(figure, 1) == 1).all()
+
+
+def test_channels_are_summed() -> None:
+    rgb = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    figure = gallery(rgb, {"map": rgb})
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), rgb[0].sum(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_and_tensors_that_carry_a_graph(dtype: torch.dtype) -> None:
+    gallery(INPUTS.to(dtype), {"map": MAPS.to(dtype).requires_grad_()})
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("columns", [1, 5])
+def test_nothing_is_clipped(rows: int, columns: int) -> None:
+    maps = {f"Group-Sparse\nMoreauGrad{' ' * i}": MAPS[:rows] for i in range(columns)}
+    figure = gallery(INPUTS[:rows], maps, ["3\n(is 5)"] * rows, "a caption of many words " * 12)
+    figure.canvas.draw()
+    width, height = figure.bbox.width, figure.bbox.height
+    texts = [*figure.texts, *(a.title for a in figure.axes), *(a.yaxis.label for a in figure.axes)]
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0, text
+        assert box.y0 >= 0, text
+        assert box.x1 <= width, text
+        assert box.y1 <= height, text
+
+
+def test_the_figure_writes_itself() -> None:
+    file = io.BytesIO()
+    gallery(INPUTS, {"map": MAPS}).savefig(file, format="png")
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: gallery(INPUTS, {"m": MAPS[:2]}), r"maps\['m'\]: expected 3 images.* got shape \(2, 1, 4, 5\)"),
+        (lambda: gallery(INPUTS, {"m": MAPS[..., :4]}), r"maps\['m'\]: expected pictures of \(4, 5\).* got \(4, 4\)"),
+        (lambda: gallery(torch.rand(3, 7), {"m": MAPS}), r"inputs: expected 3 images.* got shape \(3, 7\)"),
+        (lambda: gallery(INPUTS[:0], {"m": MAPS[:0]}), "inputs: expected 0 images"),
+        (lambda: gallery(INPUTS, {"m": MAPS}, titles=["one"]), "titles: expected one per input, 3, got 1"),
+        (lambda: gallery(INPUTS, {"m": MAPS / 0 * 0}), r"maps\['m'\]: input 0 holds NaN or infinity"),
+    ],
+)
+def test_errors_say_what_came(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install \"moreau_ext\[demo\]\""):
+        gallery(INPUTS, {"map": MAPS})
+
+
+def test_no_global_state() -> None:
+    code = (
+        "import sys, moreau_ext.plots as p; assert 'matplotlib' not in sys.modules\n"
+        "import torch; p.gallery(torch.ones(1, 2, 2), {'m': torch.ones(1, 2, 2)})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_examples() -> None:
+    assert doctest.testmod(plots).failed == 0
