@@ -54,7 +54,8 @@ class Noise:
     Args:
         keys: int64 [B], from :func:`noise_keys`.
         step: int64 [1]; on the device, so that a captured graph can advance it. A fixed bank is step 0 always.
-        sigma: state dtype [B], standard deviation in the input's unit; None draws nothing (copies of x + displacement).
+        sigma: standard deviation in the input's unit, a number or state dtype [B]; None draws nothing (copies of
+            x + displacement).
         num_samples: copies per input.
         antithetic: sample 2k+1 is minus sample 2k.
         element_offset: number of the tensor's first feature within the input (the tensors of a tuple are numbered one
@@ -64,7 +65,7 @@ class Noise:
 
     keys: Tensor
     step: Tensor
-    sigma: Tensor | None
+    sigma: Tensor | float | None
     num_samples: int
     antithetic: bool = False
     element_offset: int = 0

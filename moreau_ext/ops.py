@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _core, _library, reference
 from .groups import Partition, in_memory_order, memory_layout, rows_like
 from .noise import Noise
-from .reference import STATISTICS, soft_threshold, state_dtype
+from .reference import STATISTICS, per_input, soft_threshold, state_dtype
 
 __all__ = [
     "STATISTICS",
@@ -105,6 +105,13 @@ def _check_noise(x: Tensor, state: torch.dtype, a: _PerturbArgs | _StepArgs) -> 
         raise ValueError("noise: the bank numbers samples with 32 bits")
     _expect("out", a.out, (x.shape[0] * a.num_samples, *x.shape[1:]), x.dtype, x.device)
     _layout("out", a.out, _layout("x", x))
+
+
+def _noise_arguments(noise: Noise, x: Tensor) -> tuple[Any, ...]:
+    """A noise record as the schemas take it."""
+    sigma = None if noise.sigma is None else per_input(noise.sigma, x)
+    offsets = (noise.num_samples, noise.element_offset, noise.sample_offset)
+    return (noise.keys, noise.step, sigma, *offsets, noise.antithetic)
 
 
 def _check_disjoint(**tensors: Tensor | None) -> None:
@@ -212,8 +219,7 @@ def perturb(x: Tensor, displacement: Tensor | None, noise: Noise, *, out: Tensor
     """
     if out is None:
         out = rows_like(x, x.shape[0] * noise.num_samples)
-    _perturb(out, x, displacement, noise.keys, noise.step, noise.sigma, noise.num_samples, noise.element_offset,
-             noise.sample_offset, noise.antithetic)  # fmt: skip
+    _perturb(out, x, displacement, *_noise_arguments(noise, x))
     return out
 
 
@@ -522,10 +528,10 @@ def prox_step(
     displacement: Tensor,
     *,
     count: int,
-    rho: Tensor,
-    step_size: Tensor,
+    rho: Tensor | float,
+    step_size: Tensor | float,
     carry: bool = False,
-    eta: Tensor | None = None,
+    eta: Tensor | float | None = None,
     groups: Partition | None = None,
     total: Tensor | None = None,
     total_of: Literal["gradient", "displacement"] = "gradient",
@@ -539,15 +545,24 @@ def prox_step(
 
     Deterministic: the same bits for any number of threads and on any CPU of one build; on CUDA no float atomics.
     """
+    no_groups, no_noise = (None,) * 4, (None, None, None, 0, 0, 0, False)
     statistics: Tensor = _prox_step(
-        gradients, gradient, displacement, count, carry, rho, step_size, eta,
-        None if groups is None else groups.labels, None if groups is None else groups.order,
-        None if groups is None else groups.offsets, None if groups is None else groups.weights,
-        total, total_of == "displacement", x,
-        None if noise is None else noise.keys, None if noise is None else noise.step,
-        None if noise is None else noise.sigma, 0 if noise is None else noise.num_samples,
-        0 if noise is None else noise.element_offset, 0 if noise is None else noise.sample_offset,
-        False if noise is None else noise.antithetic, out, arrivals)  # fmt: skip
+        gradients,
+        gradient,
+        displacement,
+        count,
+        carry,
+        per_input(rho, displacement),
+        per_input(step_size, displacement),
+        None if eta is None else per_input(eta, displacement),
+        *(no_groups if groups is None else (groups.labels, groups.order, groups.offsets, groups.weights)),
+        total,
+        total_of == "displacement",
+        x,
+        *(no_noise if noise is None else _noise_arguments(noise, displacement)),
+        out,
+        arrivals,
+    )
     return statistics
 
 

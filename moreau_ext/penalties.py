@@ -17,7 +17,7 @@ from .groups import Partition, flat_rows
 Tensors = tuple[Tensor, ...]
 
 
-def per_input(value: Tensor, like: Tensor) -> Tensor:
+def over_features(value: Tensor, like: Tensor) -> Tensor:
     """[B] viewed so that it broadcasts over [B, *features]."""
     return value.view(-1, *[1] * (like.dim() - 1)) if value.dim() == 1 else value
 
@@ -59,7 +59,7 @@ class Penalty(ABC):
         if not self.relative:
             return self, self.eta
         limit = self.eta_max(gradient)
-        reported = tuple(r * per_input(limit.to(r.dtype), r) for r in self.eta)  # the tensors of a tuple may differ
+        reported = tuple(r * over_features(limit.to(r.dtype), r) for r in self.eta)  # the tensors of a tuple may differ
         used = tuple(e.masked_fill(r >= 1, float("inf")) for r, e in zip(self.eta, reported, strict=True))
         return replace(self, eta=used, relative=False), reported
 
@@ -84,14 +84,14 @@ class L1(Penalty):
 
     def value(self, displacement: Tensors) -> Tensor:
         parts = [
-            flat_rows(torch.where(d == 0, 0, d.abs() * per_input(e, d)).double()).sum(1)  # where η is infinite too
+            flat_rows(torch.where(d == 0, 0, d.abs() * over_features(e, d)).double()).sum(1)  # where η is infinite too
             for d, e in zip(displacement, self.eta, strict=True)
         ]
         return torch.stack(parts).sum(0)
 
     def prox(self, v: Tensors, step: Tensor | None = None) -> Tensors:
         return tuple(
-            ops.shrink(u, e if step is None else e * per_input(step, e)) for u, e in zip(v, self.eta, strict=True)
+            ops.shrink(u, e if step is None else e * over_features(step, e)) for u, e in zip(v, self.eta, strict=True)
         )
 
     def eta_max(self, gradient: Tensors) -> Tensor:

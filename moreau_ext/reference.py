@@ -22,6 +22,13 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def per_input(value: Tensor | float, x: Tensor) -> Tensor:
+    """A number as one per input of x, state dtype [B]; a tensor as it is."""
+    if isinstance(value, Tensor) and value.dim():
+        return value
+    return torch.full((x.shape[0],), float(value), dtype=state_dtype(x.dtype), device=x.device)
+
+
 def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 on int64 tensors that hold 32-bit words (the key 64 bits).
 
@@ -89,7 +96,7 @@ def perturb(x: Tensor, displacement: Tensor | None, noise: Noise, *, out: Tensor
     rows = base.unsqueeze(1).expand(-1, noise.num_samples, *x.shape[1:])
     if noise.sigma is not None:
         z = normals(noise, math.prod(x.shape[1:])).to(base.dtype).view(rows.shape)
-        rows = rows + noise.sigma.view(-1, *[1] * x.dim()) * z
+        rows = rows + per_input(noise.sigma, x).view(-1, *[1] * x.dim()) * z
     out.copy_(rows.reshape(out.shape))
     return out
 
@@ -193,10 +200,10 @@ def prox_step(
     displacement: Tensor,
     *,
     count: int,
-    rho: Tensor,
-    step_size: Tensor,
+    rho: Tensor | float,
+    step_size: Tensor | float,
     carry: bool = False,
-    eta: Tensor | None = None,
+    eta: Tensor | float | None = None,
     groups: Partition | None = None,
     total: Tensor | None = None,
     total_of: Literal["gradient", "displacement"] = "gradient",
@@ -217,10 +224,10 @@ def prox_step(
         gradient: state dtype [B, *features]. On entry, with ``carry``, the sum of earlier chunks; on return p.
         displacement: δ, state dtype [B, *features], replaced by δ⁺.
         count: how many gradients the sum holds in all.
-        rho: ρ, state dtype [B].
-        step_size: γ, state dtype [B].
+        rho: ρ, a number or state dtype [B].
+        step_size: γ, a number or state dtype [B].
         carry: see ``gradient``.
-        eta: η, state dtype [B]; for L1 also [1, *features] or [B, *features]. None: no penalty.
+        eta: η, a number or state dtype [B]; for L1 also [1, *features] or [B, *features]. None: no penalty.
         groups: the partition, for the group penalty.
         total: state dtype [B, *features] to which p or δ⁺ is added.
         total_of: which of the two.
@@ -238,8 +245,8 @@ def prox_step(
         accumulate(gradients, gradient, carry=carry)
     gradient /= count
     p, d = in_memory_order(gradient), in_memory_order(displacement)
-    gamma, r = step_size[:, None], rho[:, None]
-    columns = None if eta is None else eta_columns(eta, displacement)
+    gamma, r = per_input(step_size, displacement)[:, None], per_input(rho, displacement)[:, None]
+    columns = None if eta is None else eta_columns(per_input(eta, displacement), displacement)
     y = -r * _shrink(p, columns, 1.0, groups)
     v = (1 - gamma / r) * d - gamma * p
     statistics = torch.stack(

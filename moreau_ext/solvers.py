@@ -13,7 +13,7 @@ from torch import Tensor
 from . import ops
 from .groups import flat_rows, memory_layout, rows_like
 from .noise import Noise
-from .penalties import Penalty, per_input
+from .penalties import Penalty, over_features
 from .scores import Score, row_chunks
 
 Tensors = tuple[Tensor, ...]
@@ -394,11 +394,11 @@ class ProximalGradient:
             mean = tuple(total / state.averaged for total in state.total)
         p = mean if mean is not None and self.average_of == "gradient" else tuple(g.clone() for g in state.gradient)
         if self.average_of == "displacement" and mean is not None:
-            maps = tuple(0 - d / per_input(r, d) for d, r in zip(mean, problem.rho, strict=True))  # 0 - 0 is +0
+            maps = tuple(0 - d / over_features(r, d) for d, r in zip(mean, problem.rho, strict=True))  # 0 - 0 is +0
             displacement = mean
         else:
             maps = p if penalty is None else penalty.prox(p)
-            displacement = tuple(-per_input(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
+            displacement = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
         quadratic = torch.stack(
             [flat_rows(d).double().square().sum(1) / (2 * r.double()) for d, r in zip(before, problem.rho, strict=True)]
         ).sum(0)

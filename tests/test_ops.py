@@ -191,6 +191,20 @@ def test_group_norms_and_shrink(dtype: torch.dtype, channels_last: bool) -> None
     close(ops.shrink(v, per_feature), reference.shrink(v, per_feature))
 
 
+def test_numbers_stand_for_one_per_input() -> None:
+    written, others = step_case((3, 2, 5, 5), torch.float32, "l1")
+    other = {name: t.clone() for name, t in written.items()}
+    noise = others["noise"]
+    numbers = {"rho": 0.5, "step_size": 0.25, "eta": 0.1}
+    tensors = {name: torch.full((3,), value) for name, value in numbers.items()}
+    for module in (ops, reference):
+        one, two = ({name: t.clone() for name, t in other.items()} for _ in range(2))
+        a = call(module, one, {**others, **numbers, "noise": Noise(noise.keys, noise.step, 0.5, 3)})
+        b = call(module, two, {**others, **tensors, "noise": Noise(noise.keys, noise.step, torch.full((3,), 0.5), 3)})
+        assert torch.equal(a, b)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_chunked_step_gives_the_bits_of_a_whole_one() -> None:
     written, others = step_case((3, 3, 20, 20), torch.float32, "tiles", samples=6)
     others.update(carry=False, count=6)

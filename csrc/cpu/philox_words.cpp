@@ -5,7 +5,7 @@
 // multiplication instruction wants it: it ignores the high half, so what the xors leave there does no harm.
 #include "vector.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(MOREAU_PORTABLE)
 #include <immintrin.h>
 
 namespace moreau::cpu {

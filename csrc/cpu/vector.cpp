@@ -1,6 +1,7 @@
 #include "vector.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// MOREAU_PORTABLE compiles the baseline alone; tests/test_clones.py holds the clones against it.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(MOREAU_PORTABLE)
 #define MOREAU_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define MOREAU_CLONES

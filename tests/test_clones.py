@@ -1,0 +1,29 @@
+"""The AVX2 and AVX-512 clones give the bits of the portable baseline."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def hashes(folder: Path, *flags: str) -> str:
+    # The flags of CMakeLists.txt.
+    command = [str(CXX), "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+    program = folder / "clones"
+    sources = [str(ROOT / "tests/cpp/clones.cpp"), *map(str, sorted((ROOT / "csrc/cpu").glob("*.cpp")))]
+    subprocess.run([*command, *flags, *sources, "-o", str(program)], check=True)
+    return subprocess.run([program], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(CXX is None, reason="needs the C++ compiler that built the package")
+def test_clones_give_the_bits_of_the_baseline(tmp_path: Path) -> None:
+    portable = hashes(tmp_path, "-DMOREAU_PORTABLE")
+    assert len(portable.splitlines()) == 30
+    assert hashes(tmp_path) == portable
