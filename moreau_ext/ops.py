@@ -17,10 +17,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _core, _library, reference
+from . import _library, reference
 from .groups import Partition, in_memory_order, memory_layout, rows_like
 from .noise import Noise
 from .reference import STATISTICS, per_input, soft_threshold, state_dtype
+
+try:
+    from . import _core
+except ImportError as error:
+    raise ImportError(
+        f"moreau_ext's compiled core cannot be loaded ({error}). Likely causes: Python found the source tree in the "
+        "current folder instead of the installed package (run from another folder, or pip install -e .), or the "
+        "package was built for another Python"
+    ) from error
 
 __all__ = [
     "STATISTICS",

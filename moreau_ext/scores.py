@@ -102,8 +102,8 @@ def _index(target: Any, batch: int) -> Tensor:
             values = torch.as_tensor(target)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
-                "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, or a "
-                f"callable, got {target!r}"
+                "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, or "
+                f"a callable, got {target!r}"
             ) from None
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             if values.numel():

@@ -280,7 +280,7 @@ def test_a_wait_policy_that_is_set_stays(run) -> None:
 
 def test_importing_the_command_line_loads_no_torch() -> None:
     code = "import sys, moreau_ext.cli; assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_help_and_the_module_form(environment: dict[str, str]) -> None:

@@ -418,10 +418,10 @@ def test_one_step_is_smoothgrad(rho: float, antithetic: bool, noise: Any, dtype:
 def test_one_step_of_the_iterate_is_smoothgrad(kind: str, rho: float, dtype: torch.dtype) -> None:
     """The same through the displacement, −δ/ρ with δ = S_{γη}(−γp): exact where ρ is a power of two."""
     net, x = SmoothNet(dtype), draw(dtype, B, C, H, W)
-    solver = ProximalGradient(SAMPLES, 1, rho, average_last=2)
+    solver = ProximalGradient(SAMPLES, 1, rho, antithetic=False, average_last=2)
     eta = strength(kind, net, x)
     by_gradient = explainer(kind, net, rho=rho, eta=eta, sigma=0.4, solver=solver).attribute(x)
-    solver = ProximalGradient(SAMPLES, 1, rho, average_last=2, average_of="displacement")
+    solver = ProximalGradient(SAMPLES, 1, rho, antithetic=False, average_last=2, average_of="displacement")
     by_iterate = explainer(kind, net, rho=rho, eta=eta, sigma=0.4, solver=solver).attribute(x)
     close(by_iterate, by_gradient.double(), dtype)
     if rho != 0.3 and kind in ("moreau", "sparse"):

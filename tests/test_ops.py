@@ -279,7 +279,7 @@ def slept(features):
 print(slept(24_000), slept(24_000), slept(400_000))
 """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-P", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.split()[1:] == ["True", "False"]
 
@@ -443,7 +443,7 @@ def test_compiles_into_one_graph(penalty: str) -> None:
 def test_one_libgomp_and_no_torch_in_the_core() -> None:
     """The core shares the thread pool of torch, and links nothing of torch."""
     program = "import moreau_ext.ops; print(open('/proc/self/maps').read())"
-    maps = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    maps = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True).stdout
     assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1
     linked = subprocess.run(["ldd", _core.__file__], capture_output=True, text=True, check=True).stdout
     assert "libgomp.so.1" in linked

@@ -122,7 +122,7 @@ def test_no_global_state() -> None:
         "import torch; p.gallery(torch.ones(1, 2, 2), {'m': torch.ones(1, 2, 2)})\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_examples() -> None:
