@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .adaptive import AdaptiveProximalGradient as AdaptiveProximalGradient
     from .baselines import Gradient as Gradient
     from .baselines import SmoothGrad as SmoothGrad
     from .baselines import SoftThresholdedSmoothGrad as SoftThresholdedSmoothGrad
     from .baselines import SparsifiedSmoothGrad as SparsifiedSmoothGrad
+    from .certificate import Certificate as Certificate
     from .explainers import Explainer as Explainer
     from .explainers import GroupSparseMoreauGrad as GroupSparseMoreauGrad
     from .explainers import MoreauGrad as MoreauGrad
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from .solvers import Solution as Solution
 
 _WHERE = {
+    "AdaptiveProximalGradient": "adaptive",
     "METHODS": "registry",
+    "Certificate": "certificate",
     "Explainer": "explainers",
     "Gradient": "baselines",
     "GroupSparseMoreauGrad": "explainers",

@@ -13,7 +13,7 @@ from .explainers import Explainer, Noisy, Sparse, check_count
 from .groups import flat_rows
 from .penalties import Penalty
 from .scores import row_chunks
-from .solvers import NoisyCopies, Problem, ProximalGradient, Solution
+from .solvers import NoisyCopies, Problem, ProximalGradient, Solution, assemble, check_finite
 
 Tensors = tuple[Tensor, ...]
 
@@ -167,9 +167,8 @@ class SparsifiedSmoothGrad(Noisy):
             copies.write(chunk, None)
             scores, gradients = copies.gradient(chunk)
             flat = torch.cat([flat_rows(g).to(state) for g in gradients], dim=1)
-            if not bool(torch.isfinite(flat).all()):
-                row = int((~torch.isfinite(flat)).any(1).nonzero()[0]) // scores.shape[1]
-                raise ValueError(f"model: the gradient for input id {int(problem.ids[row])} is not finite")
+            largest = flat.abs().view(batch, -1).amax(1, keepdim=True)
+            check_finite(largest, scores.sum(1), problem.ids, 0)
             top, where = flat.abs().topk(keep, dim=1)
             level = top[:, clip - 1 : clip]
             scaled = torch.where(level > 0, top.minimum(level) / level, 0.0)
@@ -182,24 +181,19 @@ class SparsifiedSmoothGrad(Noisy):
             pieces = torch.split(flat, sizes, dim=1)
             return tuple(t.reshape(batch, *shape) for t, shape in zip(pieces, shapes, strict=True))
 
-        mean /= self.num_samples
-        nnz = (mean != 0).sum(1)
-        ones = torch.ones_like(nnz)
+        maps = tensors(mean / self.num_samples)
         return at_zero(
-            Solution(
-                attribution=tuple(a.to(x.dtype) for a, x in zip(tensors(mean), problem.inputs, strict=True)),
-                displacement=tensors(mean),
+            assemble(
+                problem,
+                eta=None,
+                maps=maps,
+                displacement=maps,
+                gradient=tensors(p / self.num_samples),
                 envelope=value / self.num_samples,
-                envelope_gradient=tensors(p / self.num_samples),
-                score=problem.value,
                 residual=value,
                 relative_residual=value,
-                steps=ones,
-                gradient_evaluations=ones * self.num_samples,
-                converged=ones.bool(),
-                nnz=nnz,
-                empty=nnz == 0,
-                eta=tuple(torch.zeros_like(r) for r in problem.rho),
-                sigma=problem.sigma,
+                steps=1,
+                evaluations=self.num_samples,
+                tol=0.0,
             )
         )

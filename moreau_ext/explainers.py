@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .adaptive import AdaptiveProximalGradient
+from .certificate import Certificate, absolute, certify
+from .curvature import METHODS, Method
 from .groups import Groups, Pixels, flat_rows, memory_layout
+from .implicit import map_vjp
 from .noise import noise_keys
 from .penalties import L1, GroupL2, Penalty
 from .scores import ScoreName, Target, UnusedInputs, bind_score, check_score_settings, evaluating
@@ -22,11 +26,10 @@ from .solvers import Problem, ProximalGradient, Solution
 Tensors = tuple[Tensor, ...]
 # One number, or one per input of the batch to come.
 Scalar = float | Tensor
+Solver = ProximalGradient | AdaptiveProximalGradient
 
 
 def _check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
-    if value is None:
-        return
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -144,27 +147,7 @@ class Explainer(ABC):
                 solution = _nothing(tensors)
             else:
                 with evaluating(self.model):
-                    score, value = bind_score(
-                        self.model,
-                        tensors,
-                        target,
-                        score=self.score,
-                        additional_forward_args=additional_forward_args,
-                        unused_inputs=self.unused_inputs,
-                        max_batch=self.max_batch,
-                    )
-                    solution = self._solve(
-                        Problem(
-                            inputs=tensors,
-                            score=score,
-                            value=value,
-                            ids=names,
-                            keys=self._keys(names),
-                            sigma=self._sigmas(tensors),
-                            rho=tuple(per_input_setting("rho", self._rho(), x) for x in tensors),
-                            penalty=self._penalty(tensors),
-                        )
-                    )
+                    solution = self._solve(self._problem(tensors, target, additional_forward_args, names))
         empty = int(solution.empty.sum())
         if empty:
             warnings.warn(
@@ -178,6 +161,28 @@ class Explainer(ABC):
         elif all(e.dim() == 1 for e in solution.eta):
             solution = replace(solution, eta=solution.eta[0])
         return solution if return_solution else solution.attribution
+
+    def _problem(self, tensors: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
+        """The problem of checked inputs; runs the model once, which must be in eval mode."""
+        score, value = bind_score(
+            self.model,
+            tensors,
+            target,
+            score=self.score,
+            additional_forward_args=additional_forward_args,
+            unused_inputs=self.unused_inputs,
+            max_batch=self.max_batch,
+        )
+        return Problem(
+            inputs=tensors,
+            score=score,
+            value=value,
+            ids=ids,
+            keys=self._keys(ids),
+            sigma=self._sigmas(tensors),
+            rho=tuple(per_input_setting("rho", self._rho(), x) for x in tensors),
+            penalty=self._penalty(tensors),
+        )
 
     def _check_inputs(self, inputs: Any) -> Tensors:
         """Our own dense copies."""
@@ -246,6 +251,28 @@ def per_input_setting(name: str, value: Scalar | None, x: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"hessian: expected one of {', '.join(METHODS)}, got {method!r}")
+
+
+def _parts_of(solution: Solution, inputs: Any, tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """(displacement, eta) of a solution as tuples, in the state dtype and memory layout of the inputs."""
+    if not isinstance(solution, Solution):
+        raise TypeError(
+            f"solution: expected a Solution (attribute with return_solution=True), got {type(solution).__name__}"
+        )
+    found = (solution.displacement,) if isinstance(inputs, Tensor) else solution.displacement
+    shapes = [tuple(d.shape) for d in found] if isinstance(found, tuple) else None
+    expected = [tuple(x.shape) for x in tensors]
+    if shapes != expected:
+        raise ValueError(f"solution: expected displacements shaped as the inputs, {expected}, got {shapes}")
+    states = tuple(torch.empty_like(x, dtype=ops.state_dtype(x.dtype)) for x in tensors)
+    displacement = tuple(s.copy_(d) for s, d in zip(states, found, strict=True))
+    eta = solution.eta if isinstance(solution.eta, tuple) else (solution.eta,) * len(tensors)
+    return displacement, tuple(e.to(s) for e, s in zip(eta, states, strict=True))
+
+
 def _nothing(inputs: Tensors) -> Solution:
     """The solution of an empty batch."""
     device = inputs[0].device
@@ -261,7 +288,7 @@ def _nothing(inputs: Tensors) -> Solution:
         displacement=states,
         envelope=numbers,
         envelope_gradient=states,
-        score=scalars[0],
+        score=inputs[0].new_empty(0),
         residual=numbers,
         relative_residual=numbers,
         steps=counts,
@@ -301,20 +328,19 @@ class Noisy(Explainer):
             raise ValueError("give noise_level (a fraction of each input's range) or sigma (absolute), not both")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):  # Integral: numpy's too
             raise TypeError(f"seed: expected an integer, got {self.seed!r}")
-        if self.noise_level is None and self.sigma is None:
-            object.__setattr__(self, "noise_level", 0.1)
         for name in ("noise_level", "sigma"):
-            _check_scalar(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _check_scalar(name, getattr(self, name))
 
     def _keys(self, ids: Tensor) -> Tensor:
         return noise_keys(self.seed, ids)
 
     def _sigmas(self, inputs: Tensors) -> Tensors:
-        if self.noise_level is None:
+        if self.sigma is not None:
             return tuple(per_input_setting("sigma", self.sigma, x) for x in inputs)
         sigmas = []
         for x in inputs:
-            level = per_input_setting("noise_level", self.noise_level, x)
+            level = per_input_setting("noise_level", 0.1 if self.noise_level is None else self.noise_level, x)
             flat = flat_rows(x).to(level.dtype)
             sigmas.append(level * (flat.amax(1) - flat.amin(1)))
         return tuple(sigmas)
@@ -331,10 +357,9 @@ class Sparse(Explainer):
         super().__post_init__()
         if self.eta is not None and self.eta_ratio is not None:
             raise ValueError("give eta (absolute) or eta_ratio (a fraction of each input's eta_max), not both")
-        if self.eta is None and self.eta_ratio is None:
-            object.__setattr__(self, "eta_ratio", 0.1)
         for name in ("eta", "eta_ratio"):
-            _check_scalar(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _check_scalar(name, getattr(self, name))
 
     def _l1(self, inputs: Tensors) -> L1:
         if self.eta is not None and torch.as_tensor(self.eta).dim() > 1:
@@ -344,7 +369,8 @@ class Sparse(Explainer):
     def _strength(self, inputs: Tensors) -> tuple[Tensors, bool]:
         """(η or its ratio to η_max per tensor, whether it is the ratio)."""
         if self.eta is None:
-            return tuple(per_input_setting("eta_ratio", self.eta_ratio, x) for x in inputs), True
+            ratio = 0.1 if self.eta_ratio is None else self.eta_ratio
+            return tuple(per_input_setting("eta_ratio", ratio, x) for x in inputs), True
         return tuple(per_input_setting("eta", self.eta, x) for x in inputs), False
 
 
@@ -364,7 +390,8 @@ class MoreauGrad(Noisy):
         sigma: σ ≥ 0, absolute, instead; a number or one per input.
         seed: of the noise bank. Same seed and ids, same noise, whatever the batch; global generators are not touched.
         score: what is explained: "logit", "log_prob", "prob", or "margin" (the logit minus the largest other one).
-        solver: a :class:`ProximalGradient`.
+        solver: a :class:`ProximalGradient` (fixed steps and samples), or an :class:`AdaptiveProximalGradient`, "auto"
+            for its defaults: it adapts to each input and stops at a bound of the residual.
         max_batch: most noisy inputs in one forward pass; lower it when memory runs out. Results agree to rounding.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
 
@@ -383,18 +410,27 @@ class MoreauGrad(Noisy):
     """
 
     rho: Scalar = field(default=1.0, kw_only=True)
-    solver: ProximalGradient = field(default_factory=ProximalGradient, kw_only=True)
+    solver: Solver | Literal["auto"] = field(default_factory=ProximalGradient, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_scalar("rho", self.rho, positive=True)
-        if not isinstance(self.solver, ProximalGradient):
-            raise TypeError(f"solver: expected a ProximalGradient, got {type(self.solver).__name__}")
+        if self.solver == "auto":
+            object.__setattr__(self, "solver", AdaptiveProximalGradient())
+        if not isinstance(self.solver, Solver):
+            raise TypeError(
+                f"solver: expected a ProximalGradient, an AdaptiveProximalGradient or 'auto', got {self.solver!r}"
+            )
+        if isinstance(self.solver, ProximalGradient):
+            self._check_step_size(self.solver)
+
+    def _check_step_size(self, solver: ProximalGradient) -> None:
         # Where the score is flat a step multiplies the displacement by 1 - step_size/rho.
-        least = float(torch.as_tensor(self.rho).min())
-        if self.solver.max_steps > 1 and self.solver.step_size >= 2 * least:
+        rho = torch.as_tensor(self.rho, dtype=torch.float64)
+        least = float(rho.min()) if rho.numel() else float("inf")
+        if solver.max_steps > 1 and solver.step_size >= 2 * least:
             raise ValueError(
-                f"step_size: {self.solver.step_size} diverges for rho = {least:.4g}; expected less than 2·rho, "
+                f"step_size: {solver.step_size} diverges for rho = {least:.4g}; expected less than 2·rho, "
                 "and rho/10 is usual"
             )
 
@@ -402,7 +438,200 @@ class MoreauGrad(Noisy):
         return self.rho
 
     def _solve(self, problem: Problem) -> Solution:
-        return self.solver.solve(problem, max_batch=self.max_batch)
+        solver: Any = self.solver
+        solution: Solution = solver.solve(problem, max_batch=self.max_batch)
+        return solution
+
+    def certificate(
+        self,
+        inputs: Any,
+        solution: Solution,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        ids: Tensor | None = None,
+        num_samples: int = 4096,
+        num_hvp_samples: int = 128,
+        hessian: Method = "auto",
+        lanczos_steps: int = 20,
+        confidence: float = 0.95,
+        lipschitz: Scalar | None = None,
+        moduli: tuple[Scalar, Scalar] | None = None,
+    ) -> Certificate:
+        """How good the displacements of a solution are, on noise that no solver has seen.
+
+        The KKT residual with a confidence interval; λ and β, the curvature of the smoothed score at the displacement;
+        and what these imply for the distance to the solution and the Lipschitz constant of the map. Curvature measured
+        at one point is not a global modulus: such implications are labelled "measured locally", and "bound" only where
+        you give constants that hold everywhere. See :class:`Certificate`.
+
+        Args:
+            inputs, target, additional_forward_args, ids: as in the call of :meth:`attribute` that gave ``solution``.
+            solution: with ``return_solution=True``. Any :class:`Solution` of these inputs will do: its displacement and
+                (for ``eta_ratio``) its eta are used.
+            num_samples: gradients per input for the residual, and for the curvature of models with kinks; rounded up
+                to a multiple of 64.
+            num_hvp_samples: samples of the curvature of smooth models, each about 2·lanczos_steps second derivatives;
+                rounded up to a multiple of 64.
+            hessian: "autograd" (second derivatives; right for smooth models), "stein" (from gradients, for any model
+                with noise), or "auto", which finds out for each input.
+            lanczos_steps: products per eigenvalue estimate.
+            confidence: of the intervals.
+            lipschitz: L of the score in its inputs, a number or one per input, if known: then λ, β ≤ L·√(2/π)/σ.
+            moduli: (λ, β) of the smoothed score, if known to hold everywhere.
+
+        Returns:
+            A :class:`Certificate`; print it for a table.
+
+        Raises:
+            ValueError: a setting out of range, a solution of other shapes, or "stein" without noise.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import MoreauGrad, ProximalGradient
+            >>> f = MoreauGrad(lambda x: x.square().sum(1) / 2, sigma=0.1, solver=ProximalGradient(8, 100))
+            >>> x = torch.ones(1, 3)
+            >>> proof = f.certificate(x, f.attribute(x, return_solution=True))
+            >>> proof.status, round(float(proof.smoothness), 3), bool(proof.distance < 1e-2)
+            (('measured locally',), 1.0, True)
+
+        Deterministic, and independent of the batch up to the rounding of the model's passes.
+        """
+        counts = {"num_samples": num_samples, "num_hvp_samples": num_hvp_samples, "lanczos_steps": lanczos_steps}
+        for name, count in counts.items():
+            check_count(name, count)
+        _check_method(hessian)
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = self._check_inputs(inputs)
+            displacement, eta = _parts_of(solution, inputs, tensors)
+            names = self._check_ids(ids, tensors[0].shape[0], tensors[0].device)
+
+            def known(name: str, setting: Scalar) -> Tensor:
+                _check_scalar(name, setting)
+                return per_input_setting(name, setting, tensors[0]).double()
+
+            everywhere = None if lipschitz is None else known("lipschitz", lipschitz)
+            both = None if moduli is None else (known("moduli[0]", moduli[0]), known("moduli[1]", moduli[1]))
+            if tensors[0].shape[0] == 0:
+                return Certificate.empty(tensors[0].device, num_samples, confidence)
+            with evaluating(self.model):
+                problem = self._problem(tensors, target, additional_forward_args, names)
+                return certify(
+                    problem,
+                    displacement,
+                    absolute(problem.penalty, eta),
+                    num_samples=num_samples,
+                    num_hvp_samples=num_hvp_samples,
+                    steps=lanczos_steps,
+                    method=hessian,
+                    confidence=confidence,
+                    lipschitz=everywhere,
+                    moduli=both,
+                    max_batch=self.max_batch,
+                )
+
+    def vjp(
+        self,
+        inputs: Any,
+        solution: Solution,
+        vectors: Any,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        ids: Tensor | None = None,
+        num_samples: int | None = None,
+        hessian: Method = "auto",
+        hold_settings: bool = False,
+        tol: float | None = None,
+        max_steps: int = 100,
+    ) -> Any:
+        """vᵀ·DA(x), the derivative of the map A in direction of the inputs, by the implicit function theorem.
+
+        With S the support of the map, H = ∇²f_σ(x + δ*) and M the second derivative of the penalty on S (0 for L1),
+
+            (I + ρ(H_SS + M))·w = v_S,      vᵀDA = H_:,S·w,
+
+        by minimal residuals: no unrolling, and no graph of the solver. Off the support the map does not move (strict
+        complementarity), so v counts on S alone. It is what an adaptive attack on the map needs.
+
+        Args:
+            inputs, target, additional_forward_args, ids: as in the call of :meth:`attribute` that gave ``solution``.
+            solution: with ``return_solution=True``. The result is as good as its displacement is a solution.
+            vectors: v, in the form and shape of ``inputs``.
+            num_samples: noisy copies per input in H. By default those of a solver with noise="fixed", for models with
+                second derivatives: then the result is the derivative of what that solver computes; otherwise 256, or
+                4096 for "stein", from an independent bank.
+            hessian: "autograd" (second derivatives; right for smooth models), "stein" (from gradients, for any model
+                with noise; a ReLU net's second derivatives are zero and would give a zero result), or "auto", which
+                finds out for each input.
+            hold_settings: ``noise_level`` and ``eta_ratio`` make σ and η functions of x, whose derivative is included;
+                True leaves it out.
+            tol: relative residual of the linear system; 1e-10 in float64, else 1e-5.
+            max_steps: products with H at most.
+
+        Returns:
+            In the form, shape and dtype of ``inputs``. Warns where it cannot be measured (kinks without noise) or the
+            system was not solved to ``tol``.
+
+        Raises:
+            ValueError: vectors or a solution of other shapes, a setting out of range, or "stein" without noise.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import MoreauGrad, ProximalGradient
+            >>> f = MoreauGrad(lambda x: x.square().sum(1) / 2, sigma=0.1, solver=ProximalGradient(8, 100))
+            >>> x = torch.ones(1, 3)
+            >>> f.vjp(x, f.attribute(x, return_solution=True), torch.ones(1, 3))  # A = x/(1 + rho)
+            tensor([[0.5000, 0.5000, 0.5000]])
+        """
+        _check_method(hessian)
+        check_count("max_steps", max_steps)
+        if num_samples is not None:
+            check_count("num_samples", num_samples)
+        if tol is not None and not 0 < tol < 1:
+            raise ValueError(f"tol: expected a number between 0 and 1, got {tol!r}")
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = self._check_inputs(inputs)
+            displacement, eta = _parts_of(solution, inputs, tensors)
+            directions = (vectors,) if isinstance(vectors, Tensor) else vectors
+            expected = [tuple(x.shape) for x in tensors]
+            if not isinstance(directions, tuple) or [tuple(v.shape) for v in directions] != expected:
+                raise ValueError(f"vectors: expected the form and shape of the inputs, {expected}")
+            directions = tuple(v.to(x.device) for v, x in zip(directions, tensors, strict=True))
+            names = self._check_ids(ids, tensors[0].shape[0], tensors[0].device)
+            if tol is None:
+                tol = 1e-10 if all(x.dtype == torch.float64 for x in tensors) else 1e-5
+            counts = {"autograd": num_samples or 256, "stein": num_samples or 4096, "none": 1}
+            own = None
+            if num_samples is None and isinstance(self.solver, ProximalGradient) and self.solver.noise == "fixed":
+                own = (self.solver.num_samples, self.solver.antithetic)
+            result = tensors
+            if tensors[0].shape[0]:
+                levels = None
+                if self.noise_level is not None and not hold_settings:
+                    levels = tuple(per_input_setting("noise_level", self.noise_level, x) for x in tensors)
+                with evaluating(self.model):
+                    problem = self._problem(tensors, target, additional_forward_args, names)
+                    penalty = problem.penalty
+                    follows = penalty is not None and penalty.relative and not hold_settings
+                    result = map_vjp(
+                        problem,
+                        displacement,
+                        absolute(penalty, eta),
+                        directions,
+                        samples={name: -(-n // 4) * 4 for name, n in counts.items()},
+                        own_bank=own,
+                        method=hessian,
+                        ratio=penalty.eta if penalty is not None and follows else None,
+                        levels=levels,
+                        tol=tol,
+                        max_steps=max_steps,
+                        max_batch=self.max_batch,
+                    )
+            result = tuple(r.to(x.dtype) for r, x in zip(result, tensors, strict=True))
+        return result[0] if isinstance(inputs, Tensor) else result
 
 
 @dataclass(frozen=True, eq=False)

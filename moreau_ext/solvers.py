@@ -112,7 +112,7 @@ class Problem:
     def take(self, index: Tensor) -> Problem:
         """The problem of some of the inputs."""
         return Problem(
-            inputs=tuple(_take(x, index) for x in self.inputs),
+            inputs=tuple(take_rows(x, index) for x in self.inputs),
             score=self.score.take(index),
             value=self.value[index],
             ids=self.ids[index],
@@ -123,7 +123,7 @@ class Problem:
         )
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Some rows of a dense batch, in its memory layout."""
     layout = memory_layout(x)
     if layout is None or layout[0] == 1:
@@ -188,6 +188,69 @@ class _State:
     floor: Tensor  # float64 [B], the floor of the relative residual's denominator
     eta: Tensors | None  # as reported
     averaged: int = 0
+
+
+def objective(problem: Problem, displacement: Tensors, score: Tensor) -> Tensor:
+    """H = f_σ(x+δ) + ‖δ‖²/(2ρ) + η·Ω(δ), float64 [B], given f_σ(x+δ)."""
+    pull = [
+        flat_rows(d).double().square().sum(1) / (2 * r.double()) for d, r in zip(displacement, problem.rho, strict=True)
+    ]
+    value = score + torch.stack(pull).sum(0)
+    return value if problem.penalty is None else value + problem.penalty.value(displacement)
+
+
+def relative_residual(residual: Tensor, squares: tuple[Tensor, ...], floor: Tensor) -> Tensor:
+    """residual / max(norms, floor), given the norms' squares; 0/0 is a score that is flat here, solved by δ = 0."""
+    denominator = torch.maximum(torch.stack(squares).amax(0).sqrt(), floor)
+    return torch.where(residual == 0, 0.0, residual / denominator)
+
+
+def residual_floor(problem: Problem, gradient2: Tensor) -> Tensor:
+    """10⁻³·ρ·‖p(0)‖, float64 [B], from ‖p(0)‖²."""
+    return _FLOOR * torch.stack([r.double() for r in problem.rho]).amax(0) * gradient2.sqrt()
+
+
+def assemble(
+    problem: Problem,
+    *,
+    eta: Tensors | None,
+    maps: Tensors,
+    displacement: Tensors,
+    gradient: Tensors,
+    envelope: Tensor,
+    residual: Tensor,
+    relative_residual: Tensor,
+    steps: int,
+    evaluations: int,
+    tol: float,
+) -> Solution:
+    """The Solution of what a solver found, with what follows from it."""
+    attribution = tuple(a.to(x.dtype) for a, x in zip(maps, problem.inputs, strict=True))
+    nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
+    ones = torch.ones_like(nnz)
+    none = tuple(torch.zeros_like(r) for r in problem.rho)
+    return Solution(
+        attribution=attribution,
+        displacement=displacement,
+        envelope=envelope,
+        envelope_gradient=gradient,
+        score=problem.value,
+        residual=residual,
+        relative_residual=relative_residual,
+        steps=ones * steps,
+        gradient_evaluations=ones * evaluations,
+        converged=relative_residual <= tol,
+        nnz=nnz,
+        empty=nnz == 0,
+        eta=none if eta is None else tuple(rows_of(e, nnz.shape[0]) for e in eta),
+        sigma=problem.sigma,
+    )
+
+
+def in_order(parts: list[tuple[Tensor, Solution]]) -> Solution:
+    """Solutions of inputs that were done at different times, by their place in the batch."""
+    whole = Solution.concatenate(solution for _, solution in parts)
+    return whole if len(parts) == 1 else whole.take(torch.cat([where for where, _ in parts]).argsort())
 
 
 @dataclass(frozen=True)
@@ -281,7 +344,7 @@ class ProximalGradient:
         size = batch if max_batch is None else max(1, max_batch // self.num_samples)
         chunk = self.num_samples if max_batch is None else min(self.num_samples, max_batch)
         rows = row_chunks(batch, size, problem.keys.device)
-        bar = _progress(self.max_steps * len(rows)) if self.progress else None
+        bar = progress_bar(self.max_steps * len(rows)) if self.progress else None
         try:
             return Solution.concatenate(
                 self._solve(problem if len(rows) == 1 else problem.take(index), chunk, bar) for index in rows
@@ -293,19 +356,18 @@ class ProximalGradient:
     def _solve(self, problem: Problem, chunk: int, bar: Any) -> Solution:
         state = self._init(problem, chunk)
         finished: list[tuple[Tensor, Solution]] = []
-        scale = torch.stack([r.double() for r in problem.rho]).amax(0)
         for t in range(self.max_steps):
             last = t + 1 == self.max_steps
             look = last or (self.tol > 0 and (t + 1) % _LOOK_EVERY == 0)
             before = tuple(d.clone() for d in state.displacement) if look else None
             scores, statistics = self._step(state, t, last)
             if t == 0:
-                state.floor = _FLOOR * scale * statistics[:, 3].sqrt()
+                state.floor = residual_floor(problem, statistics[:, 3])
             if bar is not None:
                 bar.update()
             if before is None:
                 continue
-            _check_finite(statistics, state.problem.ids, t)
+            check_finite(statistics, scores, state.problem.ids, t)
             solution = self._result(state, before, scores, statistics, t + 1)
             stop = torch.ones_like(solution.converged) if last else solution.converged
             if bool(stop.any()):
@@ -316,9 +378,7 @@ class ProximalGradient:
                         bar.update(self.max_steps - t - 1)
                     break
                 state = self._compact(state, (~stop).nonzero().squeeze(1), chunk)
-        order = torch.cat([where for where, _ in finished]).argsort()
-        whole = Solution.concatenate(solution for _, solution in finished)
-        return whole.take(order) if len(finished) > 1 else whole
+        return in_order(finished)
 
     def _init(self, problem: Problem, chunk: int) -> _State:
         def zeros() -> Tensors:
@@ -332,7 +392,7 @@ class ProximalGradient:
             copies=copies,
             displacement=zeros(),
             gradient=zeros(),
-            total=zeros() if self.average_last > 1 else None,
+            total=zeros() if self.average_last > 1 or self.average_of == "displacement" else None,
             floor=problem.value.double() * 0,
             eta=None,
         )
@@ -399,35 +459,18 @@ class ProximalGradient:
         else:
             maps = p if penalty is None else penalty.prox(p)
             displacement = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
-        quadratic = torch.stack(
-            [flat_rows(d).double().square().sum(1) / (2 * r.double()) for d, r in zip(before, problem.rho, strict=True)]
-        ).sum(0)
-        envelope = scores + quadratic
-        if penalty is not None:
-            envelope = envelope + penalty.value(before)
-        denominator = torch.maximum(torch.maximum(displacement2, image2).sqrt(), state.floor)
-        # 0/0 is a score that is flat here: the zero displacement solves it.
-        relative = torch.where(residual2 == 0, 0.0, residual2.sqrt() / denominator)
-        attribution = tuple(a.to(x.dtype) for a, x in zip(maps, problem.inputs, strict=True))
-        nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
-        ones = torch.ones_like(nnz)
-        zero_eta = tuple(torch.zeros_like(r) for r in problem.rho)
-        eta = zero_eta if state.eta is None else tuple(_rows_of(e, nnz.shape[0]) for e in state.eta)
-        return Solution(
-            attribution=attribution,
+        return assemble(
+            problem,
+            eta=state.eta,
+            maps=maps,
             displacement=displacement,
-            envelope=envelope,
-            envelope_gradient=p,
-            score=problem.value,
+            gradient=p,
+            envelope=objective(problem, before, scores),
             residual=residual2.sqrt(),
-            relative_residual=relative,
-            steps=ones * steps,
-            gradient_evaluations=ones * steps * self.num_samples,
-            converged=relative <= self.tol,
-            nnz=nnz,
-            empty=nnz == 0,
-            eta=eta,
-            sigma=problem.sigma,
+            relative_residual=relative_residual(residual2.sqrt(), (displacement2, image2), state.floor),
+            steps=steps,
+            evaluations=steps * self.num_samples,
+            tol=self.tol,
         )
 
     def _compact(self, state: _State, keep: Tensor, chunk: int) -> _State:
@@ -435,40 +478,43 @@ class ProximalGradient:
         problem = state.problem.take(keep)
         copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
         copies.step.copy_(state.copies.step)
-        displacement = tuple(_take(d, keep) for d in state.displacement)
+        displacement = tuple(take_rows(d, keep) for d in state.displacement)
         copies.write(0, displacement)
         return _State(
             problem=problem,
             where=state.where[keep],
             copies=copies,
             displacement=displacement,
-            gradient=tuple(_take(g, keep) for g in state.gradient),
-            total=None if state.total is None else tuple(_take(x, keep) for x in state.total),
+            gradient=tuple(take_rows(g, keep) for g in state.gradient),
+            total=None if state.total is None else tuple(take_rows(x, keep) for x in state.total),
             floor=state.floor[keep],
-            eta=None if state.eta is None else tuple(_rows_of(e, state.where.shape[0])[keep] for e in state.eta),
+            eta=None if state.eta is None else tuple(rows_of(e, state.where.shape[0])[keep] for e in state.eta),
             averaged=state.averaged,
         )
 
 
-def _rows_of(eta: Tensor, batch: int) -> Tensor:
+def rows_of(eta: Tensor, batch: int) -> Tensor:
     """One eta per input, also where a row of them serves all."""
     return eta.expand(batch, *eta.shape[1:]) if eta.dim() > 1 else eta
 
 
-def _check_finite(statistics: Tensor, ids: Tensor, t: int) -> None:
-    wrong = ~torch.isfinite(statistics).all(1)
+def check_finite(statistics: Tensor, scores: Tensor, ids: Tensor, t: int) -> None:
+    """Raises ValueError, naming the inputs, where a step's statistics or scores are not finite."""
+    wrong = ~(torch.isfinite(statistics).all(1) & torch.isfinite(scores))
     if bool(wrong.any()):
         which = ids[wrong].tolist()
         shown = ", ".join(map(str, which[:5])) + (", ..." if len(which) > 5 else "")
         raise ValueError(
-            f"model: the gradient for input id {shown} is not finite (seen at step {t + 1}). Likely causes: overflow "
-            "in half precision, a square root or logarithm at 0 in the model, or a step_size too large for this rho"
+            f"model: the gradient or the score for input id {shown} is not finite (seen at step {t + 1}). Likely "
+            "causes: overflow in half precision, a square root or logarithm at 0 in the model, or a step_size too "
+            "large for this rho"
         )
 
 
-def _progress(steps: int) -> Any:
+def progress_bar(steps: int, unit: str = "step") -> Any:
+    """A bar on stderr, by tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
         raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-    return tqdm(total=steps, unit="step", leave=False)
+    return tqdm(total=steps, unit=unit, leave=False)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..baselines import at_zero
 from ..explainers import Explainer, check_count
-from ..groups import flat_rows
-from ..solvers import Problem, Solution
+from ..scores import row_chunks
+from ..solvers import Problem, Solution, assemble
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,10 @@ class IntegratedGradients(Explainer):
             raise ImportError("integrated_gradients is captum's: pip install captum")
 
     def _solve(self, problem: Problem) -> Solution:
+        rows = row_chunks(problem.keys.shape[0], self.max_batch, problem.keys.device)
+        return Solution.concatenate(self._some(problem.take(index)) for index in rows)
+
+    def _some(self, problem: Problem) -> Solution:
         from captum.attr import IntegratedGradients as Captum
 
         def forward(*arguments: Tensor) -> Tensor:
@@ -49,38 +53,28 @@ class IntegratedGradients(Explainer):
             score = problem.score.take(which)
             return score.of_output(score.output(tuple(rows)))
 
-        batch = problem.keys.shape[0]
-        limit = None if self.max_batch is None else max(self.max_batch, batch)
-        which = torch.arange(batch, device=problem.keys.device)
         with torch.enable_grad():
             maps = Captum(forward).attribute(
                 problem.inputs,
                 baselines=self.baselines,
-                additional_forward_args=(which,),
+                additional_forward_args=(torch.arange(problem.keys.shape[0], device=problem.keys.device),),
                 n_steps=self.n_steps,
-                internal_batch_size=limit,
+                internal_batch_size=self.max_batch,
             )
-        maps = tuple(a.detach().to(x.dtype) for a, x in zip(maps, problem.inputs, strict=True))
-        nnz = torch.stack([flat_rows(a != 0).sum(1) for a in maps]).sum(0)
-        ones, unknown = torch.ones_like(nnz), torch.full_like(problem.value, torch.nan).double()
-        states = tuple(torch.zeros_like(r) for r in problem.rho)
+        maps = tuple(a.detach().to(r.dtype) for a, r in zip(maps, problem.rho, strict=True))
+        unknown = torch.full_like(problem.value, torch.nan, dtype=torch.float64)
         return at_zero(
-            Solution(
-                attribution=maps,
-                displacement=tuple(a.to(r.dtype) for a, r in zip(maps, problem.rho, strict=True)),
+            assemble(
+                problem,
+                eta=None,
+                maps=maps,
+                displacement=maps,
+                gradient=tuple(torch.full_like(a, torch.nan) for a in maps),
                 envelope=unknown,
-                envelope_gradient=tuple(
-                    torch.full_like(a, torch.nan, dtype=r.dtype) for a, r in zip(maps, problem.rho, strict=True)
-                ),
-                score=problem.value,
                 residual=unknown,
                 relative_residual=unknown,
-                steps=ones,
-                gradient_evaluations=ones * self.n_steps,
-                converged=ones.bool(),
-                nnz=nnz,
-                empty=nnz == 0,
-                eta=states,
-                sigma=problem.sigma,
+                steps=1,
+                evaluations=self.n_steps,
+                tol=0.0,
             )
         )
