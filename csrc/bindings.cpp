@@ -80,7 +80,7 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("group_norms", [](int dtype, const Extents& extents, Address v, const Groups& groups, Address norms, int device,
                           Address stream) {
-    const GroupNorms a{Dtype(dtype), extents, at(v), groups, at(norms)};
+    const GroupNorms a{Dtype(dtype), extents, at(v), groups, at<double>(norms)};
     MOREAU_RUN(group_norms, a);
   });
   m.def("prox_step_partials", [](const Extents& extents, bool grouped, bool cuda) {

@@ -68,7 +68,7 @@ struct GroupNorms {
   Extents extents;
   const void* v;
   Groups groups;
-  void* norms;  // state_t [batch, count]
+  double* norms;  // [batch, count]; not rounded, so that factors made of them are those of prox_step
 };
 
 enum class Penalty : int { none = 0, l1 = 1, group = 2 };

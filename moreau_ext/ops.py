@@ -306,7 +306,7 @@ def _group_norms_fake(v: Tensor, *partition: Tensor) -> Tensor:
     _layout("v", v)
     groups = Partition(*partition)
     _check_groups(v, v.dtype, groups)
-    return v.new_empty(v.shape[0], groups.count)
+    return v.new_empty(v.shape[0], groups.count, dtype=torch.float64)
 
 
 def _group_norms_kernel(v: Tensor, *partition: Tensor) -> Tensor:

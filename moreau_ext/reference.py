@@ -128,12 +128,12 @@ def group_norms(v: Tensor, groups: Partition) -> Tensor:
         groups: a partition of the features in the memory order of v.
 
     Returns:
-        [B, count] in the dtype of v; 0 for an empty group.
+        float64 [B, count]; 0 for an empty group.
     """
     flat = in_memory_order(v).double()
     labels = groups.labels.long().expand(flat.shape[0], -1)
     squares = torch.zeros(flat.shape[0], groups.count, dtype=torch.float64, device=v.device)
-    return squares.scatter_add_(1, labels, flat.square()).sqrt().to(v.dtype)
+    return squares.scatter_add_(1, labels, flat.square()).sqrt()
 
 
 def soft_threshold(v: Tensor, threshold: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ void run(const GroupNorms& a) {
       const double value = v[order[k]];
       sum += value * value;
     }
-    static_cast<S*>(a.norms)[i] = S(std::sqrt(sum));
+    a.norms[i] = std::sqrt(sum);
   });
 }
 

@@ -13,16 +13,16 @@ __global__ void __launch_bounds__(kGroupThreads, 4) group_norms_kernel(GroupNorm
     const int64_t input = i / chunks_each;
     const Chunk chunk(a.groups, features, input, i % chunks_each);
     const S* v = static_cast<const S*>(a.v) + input * features;
-    S* norms = static_cast<S*>(a.norms) + input * a.groups.count;
+    double* norms = a.norms + input * a.groups.count;
     for (int64_t g = chunk.group + threadIdx.x; g < chunk.groups_end; g += kGroupThreads)
-      if (chunk.offsets[g] == chunk.offsets[g + 1]) norms[g] = S(0);
+      if (chunk.offsets[g] == chunk.offsets[g + 1]) norms[g] = 0.0;
     group_sums<1>(
         chunk, shared,
         [&](int64_t member, double(&sums)[1]) {
           const double value = v[chunk.order[member]];
           sums[0] = fma(value, value, sums[0]);
         },
-        [&](int64_t g, int64_t, int64_t, const double(&sums)[1]) { norms[g] = S(sqrt(sums[0])); });
+        [&](int64_t g, int64_t, int64_t, const double(&sums)[1]) { norms[g] = sqrt(sums[0]); });
     __syncthreads();  // before the next item takes `shared`
   }
 }
