@@ -133,7 +133,7 @@ class AdaptiveProximalGradient:
     """
 
     tol: float = 1e-2
-    max_gradients: int = 4096
+    max_gradients: int = 2048
     progress: bool = False
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class SmoothGrad(Noisy):
 
     Args:
         model, noise_level, sigma, seed, score, max_batch, unused_inputs: see :class:`MoreauGrad`.
-        num_samples: m; the default costs as much as the default MoreauGrad.
+        num_samples: m; the default costs about as much as MoreauGrad does on small networks.
         antithetic: samples in pairs z, −z.
 
     The noise is the bank of step 0, so MoreauGrad with one step of size ρ gives the same map.

@@ -390,8 +390,8 @@ class MoreauGrad(Noisy):
         sigma: σ ≥ 0, absolute, instead; a number or one per input.
         seed: of the noise bank. Same seed and ids, same noise, whatever the batch; global generators are not touched.
         score: what is explained: "logit", "log_prob", "prob", or "margin" (the logit minus the largest other one).
-        solver: a :class:`ProximalGradient` (fixed steps and samples), or an :class:`AdaptiveProximalGradient`, "auto"
-            for its defaults: it adapts to each input and stops at a bound of the residual.
+        solver: "auto", an :class:`AdaptiveProximalGradient` with its defaults, which adapts to each input and stops at
+            a bound of the residual; or one with settings, or a :class:`ProximalGradient` (fixed steps and samples).
         max_batch: most noisy inputs in one forward pass; lower it when memory runs out. Results agree to rounding.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
 
@@ -410,7 +410,7 @@ class MoreauGrad(Noisy):
     """
 
     rho: Scalar = field(default=1.0, kw_only=True)
-    solver: Solver | Literal["auto"] = field(default_factory=ProximalGradient, kw_only=True)
+    solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -565,7 +565,7 @@ class MoreauGrad(Noisy):
                 4096 for "stein", from an independent bank.
             hessian: "autograd" (second derivatives; right for smooth models), "stein" (from gradients, for any model
                 with noise; a ReLU net's second derivatives are zero and would give a zero result), or "auto", which
-                finds out for each input.
+                finds out for each input, at the cost of some 400 second derivatives: in a loop, name one.
             hold_settings: ``noise_level`` and ``eta_ratio`` make σ and η functions of x, whose derivative is included;
                 True leaves it out.
             tol: relative residual of the linear system; 1e-10 in float64, else 1e-5.
