@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Tensors = tuple[Tensor, ...]
 ScoreName = Literal["logit", "log_prob", "prob", "margin"]
@@ -102,8 +103,8 @@ def _index(target: Any, batch: int) -> Tensor:
             values = torch.as_tensor(target)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
-                "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, or "
-                f"a callable, got {target!r}"
+                "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, "
+                f"or a callable, got {target!r}"
             ) from None
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             if values.numel():
@@ -227,6 +228,41 @@ class Score:
         gradients = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
         return scores.detach(), gradients
 
+    def hvp(self, inputs: Tensors, vectors: Tensors) -> Tensors:
+        """∇²f·v of every row, by two backward passes: one tensor per input, shaped as ``inputs``.
+
+        Exact where f is twice differentiable. Kinks (ReLU, maxima) contribute nothing to it, so for a piecewise linear
+        model it is zero; :mod:`moreau_ext.curvature` says when that means something.
+
+        Raises:
+            RuntimeError: from torch, where an operation of the model has no second derivative.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext.scores import bind_score
+            >>> x = (torch.tensor([[1.0, 2.0]]),)
+            >>> bound, _ = bind_score(lambda x: x.pow(3).sum(1), x, None)
+            >>> bound.hvp(x, (torch.ones(1, 2),))[0]
+            tensor([[ 6., 12.]])
+        """
+        # The fused attention kernels have no second derivative; torch's plain one does.
+        with torch.enable_grad(), _without_cudnn_rnn(self.model, inputs), sdpa_kernel(SDPBackend.MATH):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            scores = self.of_output(self.output(tuple(leaves)))
+            slopes: list[tuple[Tensor, Tensor]] = []
+            if scores.requires_grad:
+                first = torch.autograd.grad(
+                    scores, leaves, torch.ones_like(scores), create_graph=True, allow_unused=True
+                )
+                slopes = [(g, v) for g, v in zip(first, vectors, strict=True) if g is not None and g.requires_grad]
+            found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+            if slopes:
+                # H is symmetric, so v'H comes out of one more backward pass as Hv.
+                found = torch.autograd.grad(
+                    [g for g, _ in slopes], leaves, [v.to(g.dtype) for g, v in slopes], allow_unused=True
+                )
+        return tuple(torch.zeros_like(x) if h is None else h for x, h in zip(inputs, found, strict=True))
+
 
 def bind_score(
     model: Callable[..., Any],
@@ -281,6 +317,8 @@ def _resolve(score: Score, output: Tensor) -> Tensor | Callable[[Tensor], Tensor
     """The target as an index that fits the output."""
     target, shape = score.target, tuple(output.shape)
     if callable(target):
+        if score.name != "logit":
+            raise ValueError(f"score: {score.name!r} needs a class as target; a callable target is the score itself")
         return target
     single = output.dim() == 1 or (output.dim() == 2 and shape[1] == 1)
     if single:
