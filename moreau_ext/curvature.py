@@ -1,0 +1,547 @@
+"""The curvature of the smoothed score: products with H = ∇²f_σ(x + δ), and its extreme eigenvalues.
+
+Two estimates of the same matrix, on a noise bank z_1 .. z_m:
+
+    autograd   H v ≈ (1/m) Σ_i ∇²f(x̃ + σz_i) v                                exact on the bank, if f is smooth
+    stein      H v ≈ (1/m) Σ_i ½[g_i (z_i·v) + z_i (g_i·v)]/σ,  g_i = ∇f(x̃ + σz_i)    needs no second derivative
+
+The second is Stein's identity, E[∇f(x̃ + σz) zᵀ] = σ·∇² E f(x̃ + σz), made symmetric. A piecewise linear model (ReLU) has
+a zero second derivative almost everywhere, so the first says 0 there and means nothing; the second sees the kinks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .groups import flat_rows
+from .noise import Noise, noise_keys
+from .scores import row_chunks
+from .solvers import Problem, like_layout, take_rows
+
+Tensors = tuple[Tensor, ...]
+Method = Literal["auto", "autograd", "stein"]
+
+METHODS = ("auto", "autograd", "stein")
+# Seeds of the banks that a solver does not see, mixed with its own keys.
+_INDEPENDENT, _KINKS, _START = 0x5EED_CE47, 0x5EED_0C1A, 0x5EED_57A7
+# Gradients kept between products: 2^26 float32 numbers are 256 MiB. Beyond, they are computed again for every product.
+_KEPT = 1 << 26
+# Blocks of samples from which the spread within half a bank is estimated.
+BLOCKS = 16
+# Pairs of noisy copies on which kinks are looked for; the share of a jump's square that may stay unexplained. Measured
+# on the zoo: smooth nets miss less than 1e-4 at the median pair, ReLU nets all, and 2e-3 or more under a log-softmax.
+_PAIRS, _KINKED = 16, 1e-3
+# Gauss-Legendre in three points on each of the four panels of [0, 1]; a node stands for itself and its negative.
+_NODES = tuple(
+    ((2 * panel + 1 + at) / 8, weight / 8)
+    for panel in range(4)
+    for at, weight in ((0.0, 8 / 9), (-math.sqrt(0.6), 5 / 9), (math.sqrt(0.6), 5 / 9))
+)
+
+
+def student_quantile(confidence: float, freedom: int) -> float:
+    """t with P(|T| <= t) = confidence, by the expansion of Cornish and Fisher (0.2 % off at 5 degrees of freedom).
+
+    Example:
+        >>> round(student_quantile(0.95, 15), 2)
+        2.13
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + (z**3 + z) / (4 * freedom) + second / freedom**2 + third / freedom**3
+
+
+def columns(tensors: Tensors, dtype: torch.dtype) -> Tensor:
+    """The tensors of a tuple, [n, *features], as one [n, D] in row-major order."""
+    return torch.cat([flat_rows(t).to(dtype) for t in tensors], dim=1)
+
+
+def tensors_of(flat: Tensor, like: Tensors) -> Tensors:
+    """The reverse of :func:`columns`: pieces of [n, D], shaped as the tensors of ``like``."""
+    pieces = torch.split(flat, [math.prod(x.shape[1:]) for x in like], dim=1)
+    return tuple(p.reshape(-1, *x.shape[1:]) for p, x in zip(pieces, like, strict=True))
+
+
+def common_state(inputs: Tensors) -> torch.dtype:
+    """float64 where one of the tensors is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def independent_keys(keys: Tensor) -> Tensor:
+    """Keys of a noise bank that shares no sample with the one of ``keys``, equally a function of seed and id."""
+    return noise_keys(_INDEPENDENT, keys)
+
+
+class Bank:
+    """Noisy copies of a problem's inputs at one displacement, chunk by chunk.
+
+    Args:
+        problem: the inputs, B of them.
+        displacement: δ per tensor, state dtype; None for 0.
+        num_samples: m; even where antithetic.
+        keys: int64 [B]; :func:`independent_keys` of the problem's by default.
+        antithetic: sample 2k + 1 is minus sample 2k, and chunks never part them.
+        max_batch: most rows in one pass of the model.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        displacement: Tensors | None,
+        num_samples: int,
+        *,
+        keys: Tensor | None = None,
+        antithetic: bool = True,
+        max_batch: int | None = None,
+    ) -> None:
+        self.problem, self.num_samples, self.antithetic, self.max_batch = problem, num_samples, antithetic, max_batch
+        self.dtype = common_state(problem.inputs)
+        self.keys = independent_keys(problem.keys) if keys is None else keys
+        self.batch = problem.keys.shape[0]
+        self.features = sum(math.prod(x.shape[1:]) for x in problem.inputs)
+        self.displacement = None
+        if displacement is not None:
+            self.displacement = tuple(
+                like_layout(d.to(ops.state_dtype(x.dtype)), torch.empty_like(x, dtype=ops.state_dtype(x.dtype)))
+                for d, x in zip(displacement, problem.inputs, strict=True)
+            )
+        self._step = torch.zeros(1, dtype=torch.int64, device=problem.keys.device)
+        # σ of every column; 1 where there is none, which no formula divides by then.
+        sigma = [
+            s.to(self.dtype)[:, None].expand(-1, math.prod(x.shape[1:]))
+            for s, x in zip(problem.sigma, problem.inputs, strict=True)
+        ]
+        self.sigma = torch.cat(sigma, dim=1)
+
+    def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(first sample, count) of pieces that one pass can take, or two samples where it takes but one."""
+        size = stop - start if self.max_batch is None else max(2, self.max_batch // self.batch // 2 * 2)
+        return ((first, min(size, stop - first)) for first in range(start, stop, size))
+
+    def _draw(self, first: int, count: int, x: Tensors, displacement: Tensors | None, sigma: Tensors) -> Tensors:
+        rows, offset = [], 0
+        for i, tensor in enumerate(x):
+            noise = Noise(self.keys, self._step, sigma[i], count, self.antithetic, offset, first)
+            rows.append(ops.perturb(tensor, None if displacement is None else displacement[i], noise))
+            offset += tensor[:1].numel()
+        return tuple(rows)
+
+    def rows(self, first: int, count: int, scale: float = 1.0) -> Tensors:
+        """x + δ + scale·σ·z_i for some of the samples, [B·count, *features]."""
+        sigma = tuple(s * scale for s in self.problem.sigma)
+        return self._draw(first, count, self.problem.inputs, self.displacement, sigma)
+
+    def normals(self, first: int, count: int) -> Tensor:
+        """z_i of some of the samples, [B, count, D]."""
+        zeros = tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in self.problem.inputs)
+        z = self._draw(first, count, zeros, None, tuple(torch.ones_like(s) for s in self.problem.sigma))
+        return columns(z, self.dtype).view(self.batch, count, self.features)
+
+    def _passes(self, count: int) -> Iterator[tuple[Tensor, slice]]:
+        """The input of each row, and rows, in passes of at most max_batch."""
+        total = self.batch * count
+        index = torch.arange(self.batch, device=self.problem.keys.device).repeat_interleave(count)
+        for start in range(0, total, self.max_batch or total):
+            piece = slice(start, min(start + (self.max_batch or total), total))
+            yield index[piece], piece
+
+    def gradients(self, first: int, count: int) -> Tensor:
+        """∇f at some of the noisy copies, [B, count, D]."""
+        rows = self.rows(first, count)
+        found = [
+            columns(self.problem.score.take(index).gradient(tuple(r[piece] for r in rows))[1], self.dtype)
+            for index, piece in self._passes(count)
+        ]
+        return torch.cat(found).view(self.batch, count, self.features)
+
+    def hvps(self, first: int, count: int, vectors: Tensor, scale: float = 1.0) -> Tensor:
+        """∇²f·v at some of the noisy copies, [B, count, D], for vectors [B, D] or [B, count, D]."""
+        rows = self.rows(first, count, scale)
+        each = vectors if vectors.dim() == 3 else vectors.unsqueeze(1).expand(-1, count, -1)
+        flat = each.reshape(self.batch * count, self.features).to(self.dtype)
+        found = []
+        for index, piece in self._passes(count):
+            some = tuple(r[piece] for r in rows)
+            v = tuple(t.to(r.dtype) for t, r in zip(tensors_of(flat[piece], some), some, strict=True))
+            found.append(columns(self.problem.score.take(index).hvp(some, v), self.dtype))
+        return torch.cat(found).view(self.batch, count, self.features)
+
+
+def find_methods(problem: Problem, displacement: Tensors, *, max_batch: int | None = None) -> list[str]:
+    """Which estimate of H is right for every input: "autograd", "stein", or "none" where neither is.
+
+    Along an antithetic pair a smooth score obeys ∇f(x̃ + σz) − ∇f(x̃ − σz) = ∫₋₁¹ ∇²f(x̃ + tσz) σz dt. Where 24 points of
+    the integral miss more than a thousandth of the left side (in squares, for most of 16 pairs), or the second
+    derivative is zero or missing, the gradient jumps, or turns too sharply to tell: "stein". That needs noise; without
+    it, "none". Costs 32 gradients and at most 384 second derivatives per input.
+    """
+    bank = Bank(problem, displacement, 2 * _PAIRS, keys=noise_keys(_KINKS, problem.keys), max_batch=max_batch)
+    noisy = (bank.sigma > 0).any(1)
+    everywhere = (bank.sigma > 0).all(1)
+    # A gradient carries a few roundings; a difference of two cannot be judged below them.
+    eps = 8 * max(torch.finfo(x.dtype).eps for x in problem.inputs)
+    curved, explained = torch.zeros_like(noisy), []
+    for first, count in bank.chunks(0, 2 * _PAIRS):
+        z = bank.normals(first, count)[:, ::2]
+        direction = torch.where(noisy[:, None, None], z * bank.sigma[:, None], z)
+        both = direction.repeat_interleave(2, dim=1)
+        g = bank.gradients(first, count)
+        jump = g[:, ::2] - g[:, 1::2]
+        integral = torch.zeros_like(jump)
+        try:
+            for node, weight in _NODES:
+                h = bank.hvps(first, count, both, node)
+                integral += weight * (h[:, ::2] + h[:, 1::2])
+                curved |= (h != 0).flatten(1).any(1)
+                if not bool(curved.any()):
+                    break  # piecewise linear
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation of the model has no second derivative
+            curved = torch.zeros_like(noisy)
+            explained.append(torch.zeros_like(jump[:, :, 0], dtype=torch.bool))
+            break
+        missed = (jump - integral).double().square().sum(2)
+        allowed = _KINKED * jump.double().square().sum(2)
+        rounding = eps**2 * (g[:, ::2].double().square() + g[:, 1::2].double().square()).sum(2)
+        explained.append(missed <= allowed + rounding)
+    mostly = torch.cat(explained, dim=1).double().mean(1) >= 0.5
+    smooth = curved & (~noisy | mostly)
+    return [
+        "autograd" if s else "stein" if n else "none" for s, n in zip(smooth.tolist(), everywhere.tolist(), strict=True)
+    ]
+
+
+class SmoothedHessian:
+    """H = ∇²f_σ(x + δ) of every input, as products, on a bank that is looked at as two independent halves.
+
+    Args:
+        bank: the noisy copies.
+        method: "autograd" or "stein".
+
+    Raises:
+        ValueError: "stein" where an input has no noise, or a bank of it that is not antithetic.
+    """
+
+    def __init__(self, bank: Bank, method: str) -> None:
+        self.bank, self.method = bank, method
+        if method == "stein":
+            flat = ~(bank.sigma > 0).all(1)
+            if bool(flat.any()):
+                row = int(flat.nonzero()[0])
+                raise ValueError(
+                    f"method: 'stein' divides by sigma, which is 0 for input id {int(bank.problem.ids[row])}; give "
+                    "it noise, or use 'autograd' where the model is smooth"
+                )
+            if not bank.antithetic:
+                raise ValueError("method: 'stein' needs antithetic samples")
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+        self._keep = bank.batch * bank.num_samples * bank.features <= _KEPT
+
+    def span(self, half: int | None) -> tuple[int, int]:
+        """The samples of one half of the bank (0 or 1), or of all of it (None)."""
+        middle = self.bank.num_samples // 4 * 2
+        return ((0, middle), (middle, self.bank.num_samples), (0, self.bank.num_samples))[2 if half is None else half]
+
+    def _draw_pairs(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """(½(g₊ − g₋), z/σ) of some pairs, [B, pairs, D]: the constant part of ∇f cancels before it can round."""
+        g = self.bank.gradients(first, count)
+        return (g[:, ::2] - g[:, 1::2]) / 2, self.bank.normals(first, count)[:, ::2] / self.bank.sigma[:, None]
+
+    def _pairs(self, half: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self._keep:
+            for chunk in self.bank.chunks(*self.span(half)):
+                yield self._draw_pairs(*chunk)
+            return
+        if self._kept is None:
+            self._kept = []
+            for h in (0, 1):
+                drawn = [self._draw_pairs(*chunk) for chunk in self.bank.chunks(*self.span(h))]
+                self._kept.append((torch.cat([g for g, _ in drawn], 1), torch.cat([z for _, z in drawn], 1)))
+        yield from self._kept if half is None else (self._kept[half],)
+
+    def product(self, vectors: Tensor, half: int | None = None) -> Tensor:
+        """H v, [B, D], for v [B, D]; with one half of the bank, or all of it."""
+        v = vectors.to(self.bank.dtype)
+        total = torch.zeros_like(v)
+        start, stop = self.span(half)
+        if self.method == "autograd":
+            for first, count in self.bank.chunks(start, stop):
+                total += self.bank.hvps(first, count, v).sum(1)
+            return total / (stop - start)
+        for g, z in self._pairs(half):
+            gv, zv = (torch.einsum("bnd,bd->bn", t, v) for t in (g, z))
+            total += (torch.einsum("bn,bnd->bd", zv, g) + torch.einsum("bn,bnd->bd", gv, z)) / 2
+        return total / ((stop - start) // 2)
+
+    def noise_slope(self, vectors: Tensor) -> Tensor:
+        """w·∂p/∂σ for the σ of every tensor, float64 [B, tensors]: how the mean gradient p changes with the noise.
+
+        "autograd": mean (H_i w)·z_i; "stein": mean w·(g_i − p)(‖z_i‖² − d)/σ, both restricted to the tensor's features.
+        """
+        bank, w = self.bank, vectors.to(self.bank.dtype)
+        sizes = [math.prod(x.shape[1:]) for x in bank.problem.inputs]
+        span = self.span(None)
+        if self.method == "autograd":
+            total = torch.zeros(bank.batch, len(sizes), dtype=torch.float64, device=w.device)
+            for chunk in bank.chunks(*span):
+                products = (bank.hvps(*chunk, w) * bank.normals(*chunk)).double().sum(1)
+                total += torch.stack([part.sum(1) for part in torch.split(products, sizes, dim=1)], dim=1)
+            return total / bank.num_samples
+        slopes, squares = [], []
+        for chunk in bank.chunks(*span):
+            slopes.append(torch.einsum("bnd,bd->bn", bank.gradients(*chunk), w).double())
+            z2 = torch.split(bank.normals(*chunk).double().square(), sizes, dim=2)
+            squares.append(torch.stack([part.sum(2) - size for part, size in zip(z2, sizes, strict=True)], dim=2))
+        slope = torch.cat(slopes, dim=1)
+        each = (slope - slope.mean(1, keepdim=True))[:, :, None] * torch.cat(squares, dim=1)
+        return each.mean(1) / torch.stack([s.double() for s in bank.problem.sigma], dim=1)
+
+    def quadratic_form(self, vectors: Tensor, half: int | None = None) -> tuple[Tensor, Tensor]:
+        """(vᵀH v, its standard error from the spread of blocks of samples), float64 [B]."""
+        v = vectors.to(self.bank.dtype)
+        if self.method == "autograd":
+            drawn = (self.bank.hvps(*c, v) for c in self.bank.chunks(*self.span(half)))
+            forms = [torch.einsum("bnd,bd->bn", h, v).double() for h in drawn]
+        else:
+            pairs = ((torch.einsum("bnd,bd->bn", t, v).double() for t in pair) for pair in self._pairs(half))
+            forms = [gv * zv for gv, zv in pairs]
+        each = torch.cat(forms, dim=1)
+        blocks = torch.stack([b.mean(1) for b in each.tensor_split(min(BLOCKS, each.shape[1]), dim=1)], dim=1)
+        return each.mean(1), blocks.std(1, correction=1) / math.sqrt(blocks.shape[1])
+
+
+def lanczos_process(
+    operator: Callable[[Tensor], Tensor], start: Tensor, steps: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """:func:`lanczos`, handed out after every step, so that a caller may stop."""
+    batch, features = start.shape
+    basis = torch.zeros(batch, steps, features, dtype=torch.float64, device=start.device)
+    diagonal, coupling = (torch.zeros(batch, steps, dtype=torch.float64, device=start.device) for _ in range(2))
+    tiny = torch.finfo(torch.float64).tiny
+    q = start.double()
+    norm = q.norm(dim=1, keepdim=True)
+    q = torch.where(norm > 0, q / norm.clamp_min(tiny), 0.0)
+    for k in range(steps):
+        basis[:, k] = q
+        w = operator(q).double() * (norm > 0)
+        diagonal[:, k] = (w * q).sum(1)
+        size = w.norm(dim=1, keepdim=True)
+        known = basis[:, : k + 1]
+        for _ in range(2):  # once leaves what rounding made of the large components
+            w = w - torch.einsum("bk,bkd->bd", torch.einsum("bkd,bd->bk", known, w), known)
+        norm = w.norm(dim=1, keepdim=True)
+        # Below the rounding of what was subtracted nothing is left to go on with.
+        norm = torch.where(norm > 1e-14 * size, norm, 0.0)
+        coupling[:, k] = norm[:, 0]
+        q = torch.where(norm > 0, w / norm.clamp_min(tiny), 0.0)
+        yield known, diagonal[:, : k + 1], coupling[:, : k + 1]
+
+
+def lanczos(operator: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The Lanczos process for a batch of symmetric matrices: QᵀAQ = T, tridiagonal.
+
+    Args:
+        operator: [B, D] -> [B, D], A_b v_b for every b.
+        start: [B, D], the first vectors; need not be of unit length. A row of zeros gives zeros.
+        steps: k >= 1; no more than D are useful.
+
+    Returns:
+        Qᵀ float64 [B, k, D], orthonormal rows (twice orthogonalised), zero where an invariant subspace ended the
+        process; the diagonal float64 [B, k] and the off-diagonal float64 [B, k] of T, its last entry the coupling to
+        the vector that would follow. Rows that ended add zeros to the spectrum of T.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.curvature import lanczos, tridiagonal
+        >>> a = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> _, diagonal, coupling = lanczos(lambda v: v @ a, torch.ones(1, 3, dtype=torch.float64), 3)
+        >>> torch.linalg.eigvalsh(tridiagonal(diagonal, coupling))[0].round(decimals=6).tolist()
+        [1.0, 2.0, 5.0]
+    """
+    for state in lanczos_process(operator, start, steps):  # noqa: B007 (the last one is wanted)
+        pass
+    return state
+
+
+def minimal_residual(operator: Callable[[Tensor], Tensor], right: Tensor, tol: float, max_steps: int) -> Tensor:
+    """x with A x = b for a batch of symmetric matrices, definite or not, by minimal residuals on the Lanczos basis.
+
+    Args:
+        operator: [B, D] -> [B, D].
+        right: b, [B, D].
+        tol: stop where ‖b − Ax‖ ≤ tol·‖b‖ for every row; looked at every five steps.
+        max_steps: products at most.
+
+    Returns:
+        x, float64 [B, D]: the best within the Krylov space.
+    """
+    norm = right.double().norm(dim=1)
+    x = torch.zeros_like(right, dtype=torch.float64)
+    steps = min(max_steps, right.shape[1])
+    for basis, diagonal, coupling in lanczos_process(operator, right, steps):
+        k = diagonal.shape[1]
+        if k % 5 and k < steps:
+            continue
+        last = torch.zeros(1, k, dtype=torch.float64, device=x.device)
+        last[0, -1] = 1
+        tall = torch.cat([tridiagonal(diagonal, coupling), coupling[:, -1:, None] * last], dim=1)
+        target = torch.zeros(*tall.shape[:2], 1, dtype=torch.float64, device=x.device)
+        target[:, 0, 0] = norm
+        y = torch.linalg.pinv(tall) @ target
+        x = torch.einsum("bk,bkd->bd", y[:, :, 0], basis)
+        if bool(((target - tall @ y).norm(dim=(1, 2)) <= tol * norm).all()):
+            break
+    return x
+
+
+def tridiagonal(diagonal: Tensor, coupling: Tensor) -> Tensor:
+    """T [B, k, k] of :func:`lanczos`."""
+    off = coupling[:, :-1]
+    return torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+
+
+def extreme_eigenvalues(
+    operator: Callable[[Tensor], Tensor], start: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The least and the largest Ritz value of a batch of symmetric matrices.
+
+    Returns:
+        Values float64 [B, 2], vectors float64 [B, 2, D] of unit length, and how far from an eigenvalue each value can
+        be, ‖A u − θu‖, float64 [B, 2]. Ritz values lie within the spectrum.
+    """
+    basis, diagonal, coupling = lanczos(operator, start, min(steps, start.shape[1]))
+    values, vectors = torch.linalg.eigh(tridiagonal(diagonal, coupling))
+    ends = [0, values.shape[1] - 1]
+    ritz = torch.einsum("bkj,bkd->bjd", vectors[:, :, ends], basis)
+    return values[:, ends], ritz, (coupling[:, -1:] * vectors[:, -1, ends]).abs()
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """λ and β of the smoothed score at one displacement, measured; all float64 [B].
+
+    An eigenvalue of a noisy estimate of H is on average further out than H's own, and the value of uᵀHu on samples that
+    did not choose u is on average further in. ``high`` is the first on the whole bank, ``low`` the second across its
+    halves; each is moved outwards by the standard error of its quadratic form, times Student's t, and ``high`` by what
+    Lanczos left open. The value between them is the jackknife of the first.
+
+    Args:
+        weak_convexity: λ = max(−λ_min(H), 0).
+        smoothness: β = max |λ(H)|.
+        weak_convexity_low, weak_convexity_high, smoothness_low, smoothness_high: see above.
+        method: "autograd", "stein", or "none" (not measurable: NaN), per input.
+    """
+
+    weak_convexity: Tensor
+    weak_convexity_low: Tensor
+    weak_convexity_high: Tensor
+    smoothness: Tensor
+    smoothness_low: Tensor
+    smoothness_high: Tensor
+    method: tuple[str, ...]
+
+
+def by_method(
+    problem: Problem,
+    displacement: Tensors,
+    method: Method,
+    *,
+    max_batch: int | None,
+    group: Callable[[str], int],
+) -> Iterator[tuple[str, Tensor]]:
+    """(method, rows) in pieces whose samples one pass can take, ``group(method)`` samples per input."""
+    batch = problem.keys.shape[0]
+    names: list[str] = [method] * batch
+    if method == "auto":
+        size = batch if max_batch is None else max(1, max_batch // (2 * _PAIRS))
+        names = []
+        for rows in row_chunks(batch, size, problem.keys.device):
+            names += find_methods(
+                problem.take(rows), tuple(take_rows(d, rows) for d in displacement), max_batch=max_batch
+            )
+    for name in ("autograd", "stein", "none"):
+        rows = torch.tensor(
+            [i for i, n in enumerate(names) if n == name], dtype=torch.int64, device=problem.keys.device
+        )
+        if len(rows):
+            size = len(rows) if max_batch is None else max(1, max_batch // group(name))
+            yield from ((name, piece) for piece in torch.split(rows, size))
+
+
+def measure_curvature(
+    problem: Problem,
+    displacement: Tensors,
+    *,
+    num_samples: int,
+    num_hvp_samples: int = 128,
+    steps: int = 20,
+    method: Method = "auto",
+    confidence: float = 0.95,
+    max_batch: int | None = None,
+) -> Curvature:
+    """λ and β of f_σ at x + δ by Lanczos; see :class:`Curvature`.
+
+    What is measured holds at this point. It is no bound on the curvature elsewhere, not even nearby.
+
+    Args:
+        problem: inputs, score, noise.
+        displacement: δ per tensor, state dtype.
+        num_samples: bank of "stein": one gradient each; a multiple of 64.
+        num_hvp_samples: bank of "autograd": two second derivatives per Lanczos step each; a multiple of 64.
+        steps: of Lanczos.
+        method: "autograd", "stein", or "auto" (see :func:`find_methods`).
+        confidence: of the standard errors.
+        max_batch: most rows in one pass of the model.
+
+    Raises:
+        ValueError: "stein" without noise.
+    """
+    samples = {"autograd": num_hvp_samples, "stein": num_samples, "none": 1}
+    batch = problem.keys.shape[0]
+    out = {f.name: problem.value.new_full((batch,), math.nan, dtype=torch.float64) for f in fields(Curvature)[:-1]}
+    names = ["none"] * batch
+    for name, rows in by_method(problem, displacement, method, max_batch=max_batch, group=samples.__getitem__):
+        if name != "none":
+            part, where = problem.take(rows), tuple(take_rows(d, rows) for d in displacement)
+            hessian = SmoothedHessian(Bank(part, where, samples[name], max_batch=max_batch), name)
+            for key, value in _ends(hessian, steps, confidence).items():
+                out[key][rows] = value
+        for row in rows.tolist():
+            names[row] = name
+    return Curvature(**out, method=tuple(names))
+
+
+def _ends(hessian: SmoothedHessian, steps: int, confidence: float) -> dict[str, Tensor]:
+    bank = hessian.bank
+    start = Bank(bank.problem, None, 1, keys=noise_keys(_START, bank.problem.keys), antithetic=False).normals(0, 1)[
+        :, 0
+    ]
+    t = student_quantile(confidence, BLOCKS - 1)
+    whole, vectors, left = extreme_eigenvalues(hessian.product, start, steps)
+    halves, across, variance = [], [], []
+    for half in (0, 1):
+        value, chosen, _ = extreme_eigenvalues(lambda v, half=half: hessian.product(v, half), start, steps)  # type: ignore[misc]
+        forms = [hessian.quadratic_form(chosen[:, end], 1 - half) for end in (0, 1)]
+        halves.append(value)
+        across.append(torch.stack([form for form, _ in forms], dim=1))
+        variance.append(torch.stack([error.square() for _, error in forms], dim=1))
+    outer_error = torch.stack([hessian.quadratic_form(vectors[:, end])[1] for end in (0, 1)], dim=1)
+    inner, inner_error = (across[0] + across[1]) / 2, (variance[0] + variance[1]).sqrt() / 2
+    sign = torch.tensor([-1.0, 1.0], dtype=torch.float64, device=whole.device)  # outwards
+    high = sign * whole + left + t * outer_error
+    low = torch.minimum(sign * inner - t * inner_error, high)
+    middle = (sign * (2 * whole - (halves[0] + halves[1]) / 2)).clamp(low, high)
+    named = {"": middle, "_low": low, "_high": high}
+    return {f"weak_convexity{k}": v[:, 0].clamp_min(0) for k, v in named.items()} | {
+        f"smoothness{k}": v.amax(1).clamp_min(0) for k, v in named.items()
+    }
