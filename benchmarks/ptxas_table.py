@@ -29,15 +29,16 @@ def nvcc() -> str:
 
 def readable(mangled: str) -> str:
     """kernel<type, ...> of a mangled name; nvcc's own demangler is not everywhere."""
-    name = re.search(r"\d+(\w+?_kernel)", mangled)
-    head = re.sub(r"^.*?\d+(?=[a-z])", "", name.group(1)) if name else mangled
-    template = mangled[name.end() :] if name else ""
+    name = re.search(r"[a-z][a-z_]*_kernel", mangled)
+    if name is None:
+        return mangled
+    template = mangled[name.end() :]
     arguments = []
     match = re.match(r"I(f|d|6__half|13__nv_bfloat16)?((?:L\w\d+E)*)", template)
     if match:
         arguments += [TYPES[match.group(1)]] if match.group(1) else []
         arguments += re.findall(r"L\w(\d+)E", match.group(2))
-    return f"{head}<{', '.join(arguments)}>"
+    return f"{name.group()}<{', '.join(arguments)}>"
 
 
 def main() -> int:

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command, without a network: builds, tests, sanitizes, measures, and writes one JSON
+# under benchmarks/results/. Needs a Python that has a CUDA build of torch, numpy, setuptools, pybind11, cmake, ninja and
+# pytest (and scipy, hypothesis, scikit-learn for the tests that use them), and nvcc on PATH.
+#
+#   PYTHON=python3 benchmarks/gpu.sh
+#
+# A part that fails is recorded and the next one runs; the exit status is 1 if any failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export OMP_WAIT_POLICY=PASSIVE
+failed=0
+declare -A status seconds
+
+for module in torch pybind11 cmake ninja pytest; do
+  "$python" -c "import $module" 2>/dev/null || command -v "$module" >/dev/null ||
+    { echo "gpu.sh: $python has no $module; install it there first" >&2; exit 2; }
+done
+command -v nvcc >/dev/null || export PATH="/usr/local/cuda/bin:$PATH"
+command -v nvcc >/dev/null || { echo "gpu.sh: nvcc was not found" >&2; exit 2; }
+"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
+  { echo "gpu.sh: torch finds no CUDA device" >&2; exit 2; }
+
+part() {  # name, command...
+  local name=$1 began=$SECONDS
+  shift
+  printf '\n--- %s\n' "$name"
+  if "$@" >"$work/$name.log" 2>&1; then status[$name]=passed; else status[$name]=failed; failed=1; fi
+  seconds[$name]=$((SECONDS - began))
+  tail -n 25 "$work/$name.log"
+  echo "$name: ${status[$name]} in ${seconds[$name]} s"
+}
+
+architecture=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
+part build env MOREAU_CUDA=ON CMAKE_CUDA_ARCHITECTURES="$architecture" CMAKE_ARGS=-DMOREAU_WERROR=ON \
+  "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$work/site" .
+# The build alone is on the path; the tests and benchmarks come from this tree.
+export PYTHONPATH="$work/site"
+cd "$work"
+tests=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root")
+part tests "${tests[@]}" "$root/tests/test_cuda.py" "$root/tests/test_ops.py"
+
+# The sanitizer slows kernels a hundred times: tests that cover every kernel and type, of small sizes.
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      "${tests[@]}" "$root/tests/test_cuda.py" -k "cpu_gives or chunks_do_not or repeat or vector or group_norms"
+  done
+else
+  status[sanitizer]="compute-sanitizer was not found"
+fi
+part ops "$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$work/ops.json"
+part explainers "$python" "$root/benchmarks/bench_explainers.py" --device cuda --json "$work/explainers.json"
+
+for name in "${!status[@]}"; do printf '%s\t%s\t%s\n' "$name" "${status[$name]}" "${seconds[$name]:-}"; done >"$work/parts"
+"$python" - "$work" "$root" <<'PYTHON'
+import json, re, subprocess, sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+work, root = map(Path, sys.argv[1:])
+
+
+def said(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+result = {
+    "date": date.today().isoformat(),
+    "gpu": torch.cuda.get_device_name(),
+    "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    "torch": torch.__version__,
+    "nvcc": (re.findall(r"release ([\d.]+)", said("nvcc", "--version") or "") or [None])[0],
+    "commit": said("git", "-C", str(root), "rev-parse", "HEAD"),
+    "parts": {n: {"status": s, "seconds": t} for n, s, t in (l.split("\t") for l in (work / "parts").read_text().splitlines())},
+    "tests": (work / "tests.log").read_text().strip().splitlines()[-1:] if (work / "tests.log").exists() else None,
+}
+for name in ("ops", "explainers"):
+    path = work / f"{name}.json"
+    result[name] = json.loads(path.read_text()) if path.exists() else None
+slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
+target = root / "benchmarks" / "results" / f"{slug}-{result['date']}.json"
+target.parent.mkdir(parents=True, exist_ok=True)
+target.write_text(json.dumps(result, indent=2) + "\n")
+print(f"wrote {target}")
+PYTHON
+exit $failed
