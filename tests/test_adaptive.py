@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_solvers import Quadratic
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -16,21 +17,6 @@ from moreau_ext import (
     SparseMoreauGrad,
     Tiles,
 )
-
-
-class Quadratic(nn.Module):
-    """½ xᵀQx + b·x."""
-
-    def __init__(self, eigenvalues: list[float]) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        n = len(eigenvalues)
-        basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
-        self.register_buffer("q", basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T)
-        self.register_buffer("b", torch.randn(n, generator=generator, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * ((x @ self.q) * x).sum(1) + x @ self.b
 
 
 def smooth_net(features: int = 24) -> nn.Module:
