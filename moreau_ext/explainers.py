@@ -691,7 +691,9 @@ class GroupSparseMoreauGrad(Sparse, MoreauGrad):
         super().__post_init__()
         each = self.groups if isinstance(self.groups, tuple) else (self.groups,)
         if not each or not all(isinstance(g, Groups) for g in each):
-            raise TypeError(f"groups: expected Pixels, Tiles, Labels or a tuple of them, got {self.groups!r}")
+            raise TypeError(
+                f"groups: expected Pixels, Tiles, Labels or a tuple of them (wrap a map in Labels), got {self.groups!r}"
+            )
 
     def _penalty(self, inputs: Tensors) -> Penalty | None:
         each = self.groups if isinstance(self.groups, tuple) else (self.groups,) * len(inputs)
