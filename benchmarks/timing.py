@@ -20,6 +20,15 @@ from moreau_ext import ops
 RESULTS = Path(__file__).parent / "results"
 
 
+def said(*command: str) -> str | None:
+    """What a command printed, or None where it failed or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
 def machine(device: str) -> dict[str, Any]:
     """Who ran this: processor, threads, versions, commit."""
     model = platform.processor()
@@ -27,7 +36,6 @@ def machine(device: str) -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     build = ops.build_info()
     about: dict[str, Any] = {
         "cpu": model,
@@ -37,13 +45,11 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "compiler": build["compiler"],
         "cuda_build": build["cuda"],
-        "commit": commit.stdout.strip() or None,
+        "commit": said("git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"),
     }
     if device == "cuda":
         about["gpu"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False)
-        about["driver"] = driver.stdout.strip() or None
+        about["driver"] = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return about
 
 

@@ -122,7 +122,10 @@ class GroupL2(Penalty):
 
     def eta_max(self, gradient: Tensors) -> Tensor:
         return torch.stack(
-            [(ops.group_norms(p, g) / g.weights).amax(1).to(p.dtype) for p, g in zip(gradient, self.groups, strict=True)]
+            [
+                (ops.group_norms(p, g) / g.weights).amax(1).to(p.dtype)
+                for p, g in zip(gradient, self.groups, strict=True)
+            ]
         ).amax(0)
 
     def partition(self, tensor: int) -> Partition | None:

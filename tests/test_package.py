@@ -92,7 +92,19 @@ def test_docstring_examples_run() -> None:
     import doctest
     from importlib import import_module
 
-    for name in ("explainers", "baselines", "registry", "groups", "penalties", "solvers", "adaptive", "prepare", "ops", "zoo", "plots"):
+    for name in (
+        "explainers",
+        "baselines",
+        "registry",
+        "groups",
+        "penalties",
+        "solvers",
+        "adaptive",
+        "prepare",
+        "ops",
+        "zoo",
+        "plots",
+    ):
         result = doctest.testmod(import_module(f"moreau_ext.{name}"))
         assert result.failed == 0, name
         assert result.attempted > 0, name

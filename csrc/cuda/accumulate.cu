@@ -5,9 +5,11 @@ namespace moreau::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+// That allows 102 registers; by itself ptxas stops at 72 for sm_120, and spills.
+constexpr int kBlocksEach = 5;
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, 5) accumulate_kernel(Accumulate a, Quads quads) {
+__global__ void __launch_bounds__(kThreads, kBlocksEach) accumulate_kernel(Accumulate a, Quads quads) {
   using S = state_t<T>;
   const int64_t features = quads.features(), total = a.extents.batch * quads.count();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {

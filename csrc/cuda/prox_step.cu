@@ -15,7 +15,7 @@ namespace {
 // an H200.
 constexpr int kQuads = 64;
 constexpr int kQuadWarps = kQuads / kWarp;
-// Double needs more than the 128 registers that blocks of 512 threads leave.
+// 512 threads leave 128 registers each. Double has half as many threads and two blocks, which leaves as many.
 template <class T>
 constexpr int kMostSlices = sizeof(T) == 8 ? 4 : 8;
 // Blocks of one input beyond which they stride: 4096 already fill any card, and the last one sums as many partials.
@@ -196,6 +196,7 @@ __device__ __forceinline__ S scaled(S v, S factor) {
   return factor == S(0) ? S(0) * (v - v) : v * factor;
 }
 
+// Two blocks on a multiprocessor: without the word of it, ptxas takes 160 registers for sm_120, where but one fits.
 template <class T>
 __global__ void __launch_bounds__(kGroupThreads, 2) prox_step_group_kernel(ProxStep a, Draws draws, int64_t chunks_each) {
   using S = state_t<T>;
