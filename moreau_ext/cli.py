@@ -281,7 +281,7 @@ def _picture(
     titles = [str(p) if p == t else f"{p}\n(is {t})" for p, t in zip(predicted, targets, strict=True)]
     solver = settings["solver"]
     how = (
-        f"Each solved to a relative residual of {solver['tol']:.0%}, within {solver['max_gradients']} gradients"
+        f"Solved to a relative residual of {solver['tol']:.0%}, or as far as {solver['max_gradients']} gradients go"
         if settings["schedule"] == "default"
         else f"{solver['max_steps']} steps of size {solver['step_size']:g} with {solver['num_samples']} samples"
     )
