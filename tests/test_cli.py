@@ -18,6 +18,7 @@ import torch
 from matplotlib.image import imread
 
 from moreau_ext import cli, zoo
+from moreau_ext.cli import common
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 METHODS = ["gradient", "smoothgrad", "moreau", "sparse", "group"]
@@ -243,7 +244,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cli._write(path, half)
+        common.write(path, half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

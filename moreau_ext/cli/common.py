@@ -1,0 +1,68 @@
+"""What the commands share: refusals, arguments, files that are whole or not there, versions."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+class Refused(Exception):
+    """Arguments that cannot be carried out."""
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
+
+
+def need(command: str, extra: str, *modules: str) -> None:
+    """Refuses a command whose packages are not all installed, and names the extra that brings them."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Refused(f'{command} needs {" and ".join(missing)}: pip install "moreau_ext[{extra}]"')
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder, and refuses one that no file can be written to, before any work is done for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Refused(f"--out {folder}: cannot write there ({error.strerror or error})") from error
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """A whole file or none: a reader never sees half of one, and an interruption leaves the old."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    import numpy
+    import torch
+
+    from .. import __version__
+
+    return {
+        "moreau_ext": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
