@@ -54,7 +54,7 @@ class Gradient(Explainer):
     """
 
     def _solve(self, problem: Problem) -> Solution:
-        return _one_step(problem, 1, False, self.max_batch)
+        return _one_step(problem, 1, False, self._max_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class SmoothGrad(Noisy):
         check_count("num_samples", self.num_samples)
 
     def _solve(self, problem: Problem) -> Solution:
-        return _one_step(problem, self.num_samples, self.antithetic, self.max_batch)
+        return _one_step(problem, self.num_samples, self.antithetic, self._max_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ class SparsifiedSmoothGrad(Noisy):
 
     def _solve(self, problem: Problem) -> Solution:
         # Whole inputs per pass where they fit, samples in chunks where they do not: as in the solver.
-        batch, limit = problem.keys.shape[0], self.max_batch
+        batch, limit = problem.keys.shape[0], self._max_rows
         size = batch if limit is None else max(1, limit // self.num_samples)
         return Solution.concatenate(
             self._some(problem.take(rows)) for rows in row_chunks(batch, size, problem.keys.device)
@@ -153,7 +153,7 @@ class SparsifiedSmoothGrad(Noisy):
 
     def _some(self, problem: Problem) -> Solution:
         batch = problem.keys.shape[0]
-        chunk = min(self.num_samples, self.max_batch or self.num_samples)
+        chunk = min(self.num_samples, self._max_rows or self.num_samples)
         copies = NoisyCopies(problem, self.num_samples, False, chunk)
         shapes = [x.shape[1:] for x in problem.inputs]
         sizes = [math.prod(shape) for shape in shapes]

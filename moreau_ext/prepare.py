@@ -123,6 +123,12 @@ class Prepared:
     row_seconds: tuple[tuple[int, float], ...]
     row_bytes: int | None
 
+    @property
+    def used(self) -> list[str]:
+        """The levers that the model has, and the rows per pass."""
+        levers = [lever.name for lever in self.report if lever.applied and lever.name not in ("copy", "max_batch")]
+        return [*levers, f"{self.max_batch} rows per pass"]
+
     def __str__(self) -> str:
         return "\n".join(str(lever) for lever in self.report)
 
@@ -168,7 +174,8 @@ def prepare(
             times that, or to 0.3 where that is less.
 
     Returns:
-        The :class:`Prepared`: a value, which knows nothing of later changes to your model's weights.
+        The :class:`Prepared`: a value, which knows nothing of later changes to your model's weights. Give it to an
+        explainer in the model's place.
 
     Raises:
         ValueError, TypeError: a setting or an example out of range, by name.
@@ -246,25 +253,6 @@ def prepare(
         row_seconds=timed,
         row_bytes=row_bytes,
     )
-
-
-def prepare_auto(
-    model: Model, example: Tensor | Tensors, max_batch: int | None = 1024, additional_forward_args: Any = None
-) -> Prepared:
-    """:func:`prepare` with every lever that costs less than it saves: all but torch.compile.
-
-    Args:
-        model, example, max_batch, additional_forward_args: see :func:`prepare`.
-
-    Example:
-        >>> import torch
-        >>> from moreau_ext import zoo
-        >>> from moreau_ext.prepare import prepare_auto
-        >>> ready = prepare_auto(zoo.tabular_mlp(), torch.zeros(2, 30), max_batch=64)
-        >>> 1 <= ready.max_batch <= 64
-        True
-    """
-    return prepare(model, example, max_batch=max_batch, additional_forward_args=additional_forward_args)
 
 
 def _check_example(model: Model, example: Any, additional: Any) -> tuple[Tensors, tuple[Any, ...], tuple[bool, ...]]:

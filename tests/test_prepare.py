@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moreau_ext import ProximalGradient, SparseMoreauGrad, zoo
-from moreau_ext.prepare import Lever, Prepared, prepare, prepare_auto
+from moreau_ext.prepare import Lever, Prepared, prepare
 
 module = importlib.import_module("moreau_ext.prepare")
 
@@ -163,17 +163,27 @@ def test_resnet_is_folded_and_equal(dtype: torch.dtype, layout: torch.memory_for
     ids=lambda v: type(v).__name__,
 )
 def test_results_are_equal(model: nn.Module, x: Tensor) -> None:
-    assert_equal_maps(model, prepare_auto(model, x, max_batch=8), torch.rand_like(x))
+    assert_equal_maps(model, prepare(model, x, max_batch=8), torch.rand_like(x))
 
 
 def test_the_map_is_the_same() -> None:
     model, x = shaken(zoo.resnet20()), torch.rand(1, 3, 32, 32)
-    prepared = prepare(model, x, max_batch=16)
-    settings = {"seed": 3, "eta_ratio": 0.3}
-    solver = ProximalGradient(max_steps=3, num_samples=4)
-    one = SparseMoreauGrad(model, solver=solver, **settings).attribute(x, target=2)
-    other = SparseMoreauGrad(prepared.model, solver=solver, max_batch=prepared.max_batch, **settings)
-    torch.testing.assert_close(other.attribute(x, target=2), one, rtol=0, atol=1e-3 * float(one.abs().max()))
+    ready = prepare(model, x, max_batch=16, channels_last=True)
+    settings = {"seed": 3, "eta_ratio": 0.3, "solver": ProximalGradient(max_steps=3, num_samples=4)}
+    one = SparseMoreauGrad(model, **settings).attribute(x, target=2)
+    explainer = SparseMoreauGrad(ready, **settings)
+    other = explainer.attribute(x, target=2, return_solution=True)
+    torch.testing.assert_close(other.attribution, one, rtol=0, atol=1e-3 * float(one.abs().max()))
+    # What was measured is used, unless the caller says otherwise; 2-D inputs have no such layout.
+    assert explainer.max_batch == ready.max_batch
+    assert SparseMoreauGrad(ready, max_batch=3).max_batch == 3
+    assert SparseMoreauGrad(model).max_batch == 1024
+    if ready.memory_format == torch.channels_last:
+        assert other.displacement.is_contiguous(memory_format=torch.channels_last)
+    table = prepare(zoo.tabular_mlp(), torch.rand(3, 30))
+    assert SparseMoreauGrad(table, **settings).attribute(torch.rand(3, 30)).shape == (3, 30)
+    assert ready.used[0] == "fold_batchnorm"
+    assert ready.used[-1] == f"{ready.max_batch} rows per pass"
 
 
 def test_several_inputs_and_arguments_that_follow_the_rows() -> None:
@@ -209,7 +219,7 @@ def test_the_users_model_is_untouched() -> None:
     before = {name: (id(m), type(m), m.training, len(m._forward_hooks)) for name, m in model.named_modules()}
     parameters = {name: (id(p), p.requires_grad, p.stride(), p._version) for name, p in model.named_parameters()}
 
-    prepared = prepare_auto(model, torch.rand(2, 3, 32, 32), max_batch=4)
+    prepared = prepare(model, torch.rand(2, 3, 32, 32), max_batch=4)
 
     after = {name: (id(m), type(m), m.training, len(m._forward_hooks)) for name, m in model.named_modules()}
     assert after == before
@@ -476,7 +486,7 @@ def test_a_single_row_is_reported_but_does_not_refuse() -> None:
 def test_the_example_is_untouched() -> None:
     x = torch.rand(2, 30, requires_grad=True)
     before = x.detach().clone()
-    prepare_auto(zoo.tabular_mlp(), x, max_batch=2)
+    prepare(zoo.tabular_mlp(), x, max_batch=2)
     assert torch.equal(x, before)
     assert x.requires_grad
     assert x.grad is None

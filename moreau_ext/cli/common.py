@@ -26,6 +26,17 @@ def positive(text: str) -> int:
     return value
 
 
+def add_prepare(parser: argparse.ArgumentParser) -> None:
+    """The option that every command which explains has."""
+    parser.add_argument(
+        "--prepare",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: explain with a faster copy of the model, each change checked (BatchNorm folded, channels_last, "
+        "frozen, the best rows per pass); maps differ by rounding. none: with the model as it is. default: %(default)s",
+    )
+
+
 def need(command: str, extra: str, *modules: str) -> None:
     """Refuses a command whose packages are not all installed, and names the extra that brings them."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Refused, check_writable, need, positive, versions, write
+from .common import Refused, add_prepare, check_writable, need, positive, versions, write
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="the published schedule: 300 steps of 32 samples, the mean of the last 101 iterates, 9,600 gradients each",
     )
+    add_prepare(parser)
     parser.set_defaults(run=_demo)
 
 
@@ -64,6 +65,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     import torch
 
     from .. import zoo
+    from ..prepare import prepare
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -77,13 +79,18 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     data = data._replace(inputs=data.inputs[: arguments.limit], targets=data.targets[: arguments.limit])
     solver = _solver(arguments.paper)
-    results = _explain(model, data, solver, _smoothgrad_samples(arguments.paper), device)
+    fast: Any = model
+    if arguments.prepare == "auto":
+        fast = prepare(model, data.inputs[:_BATCH].to(device))
+        print(f"prepared the model: {', '.join(fast.used)}", flush=True)
+    results = _explain(fast, data, solver, _smoothgrad_samples(arguments.paper), device)
     maps = {_TITLES[method]: result.pop("maps") for method, result in results.items()}
     settings: dict[str, Any] = {
         "net": _NET,
         "seed": _SEED,
         "inputs": len(data.inputs),
         "device": str(device),
+        "prepared": fast.used if arguments.prepare == "auto" else None,
         "schedule": "paper" if arguments.paper else "default",
         "rho": _RHO,
         "noise_level": _NOISE_LEVEL,
@@ -122,7 +129,7 @@ def _smoothgrad_samples(paper: bool) -> int:
     return 9600 if paper else 480
 
 
-def _explainers(model: torch.nn.Module, solver: Solver, smoothgrad_samples: int) -> Iterator[tuple[str, Any]]:
+def _explainers(model: Any, solver: Solver, smoothgrad_samples: int) -> Iterator[tuple[str, Any]]:
     """The methods of the demo by their names."""
     from .. import Tiles, make_explainer
 
@@ -136,7 +143,7 @@ def _explainers(model: torch.nn.Module, solver: Solver, smoothgrad_samples: int)
 
 
 def _explain(
-    model: torch.nn.Module, data: Dataset, solver: Solver, smoothgrad_samples: int, device: torch.device
+    model: Any, data: Dataset, solver: Solver, smoothgrad_samples: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """What each method found and took, by its name; the maps under "maps"."""
     import torch

@@ -42,7 +42,7 @@ class IntegratedGradients(Explainer):
             raise ImportError("integrated_gradients is captum's: pip install captum")
 
     def _solve(self, problem: Problem) -> Solution:
-        rows = row_chunks(problem.keys.shape[0], self.max_batch, problem.keys.device)
+        rows = row_chunks(problem.keys.shape[0], self._max_rows, problem.keys.device)
         return Solution.concatenate(self._some(problem.take(index)) for index in rows)
 
     def _some(self, problem: Problem) -> Solution:
@@ -59,7 +59,7 @@ class IntegratedGradients(Explainer):
                 baselines=self.baselines,
                 additional_forward_args=(torch.arange(problem.keys.shape[0], device=problem.keys.device),),
                 n_steps=self.n_steps,
-                internal_batch_size=self.max_batch,
+                internal_batch_size=self._max_rows,
             )
         maps = tuple(a.detach().to(r.dtype) for a, r in zip(maps, problem.rho, strict=True))
         unknown = torch.full_like(problem.value, torch.nan, dtype=torch.float64)
