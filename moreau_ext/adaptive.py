@@ -1,21 +1,27 @@
 """The solver that stops when it is done: steps from measured curvature, momentum, and samples that grow.
 
 Levels. The first walks a fixed bank of few samples and measures the curvature it meets. Every later one takes fresh
-noise, and ends with a bound of each input's residual; inputs under the tolerance leave. Where noise is the larger part
-of it the next level takes twice the samples, where the iteration still moves, twice the steps.
+noise, half as many gradients as were spent before it, and ends with a bound of each input's residual; inputs under the
+tolerance leave. Where the iteration still moves the next level takes more steps, elsewhere more samples a step.
 
 Why averages. Let δ_t be the points where gradients were taken, p_t = ∇f_σ(x+δ_t) + ε_t the m-sample means, and δ̄, p̄
 their averages weighted by samples. The answer is y = −ρ S_η(p̄). Its residual has a part that is seen, ‖δ̄ − y‖ (what
 the iteration has not settled yet), and the noise of p̄, ρε̄, with variance ρ²V_j/N per feature: V_j that of one sample's
 gradient, N the samples averaged. V is estimated from successive differences, ½E(p_t − p_{t−1})²·m, which drift does not
-bias once the steps are small. Features that are zero in the map do not contribute. A third part allows for a gradient
-that is not linear over the points: half of the radius by which they spread, beyond what noise explains.
+bias once the steps are small, and counted by what S_η lets through: features that are zero in the map, and most of
+what turns a group without lengthening it, do not contribute. A third part allows for a gradient
+that is not linear over the points: half of the radius by which they spread, beyond what noise explains. How many of the
+last steps are averaged is chosen for each input: of a few windows, the one with the smallest bound.
+
+What follows the solution. Where the support or the displacement's length was asked for (:class:`Tuning`), η and ρ are
+functions of p: they are set anew from p̄ after each level, and the answer, its residual and its bound are those of the
+problem with the η and ρ that are returned.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -35,26 +41,35 @@ from .solvers import (
     in_order,
     objective,
     progress_bar,
-    relative_residual,
     residual_floor,
     rows_of,
+    states_like,
     take_rows,
 )
 
 _BURN_IN = 12
-_STEPS = 16
-# Samples of the burn-in; the first averaging level has twice as many, and so on.
+# The same where eta or rho follow the solution, on twice the samples: few samples overstate the largest entries.
+_TUNED_BURN_IN = 24
+# Steps of a level where nothing else is wanted, and the gradients of the shortest.
+_STEPS, _LEAST = 16, 128
+# A level costs this share of what was spent before it: little is wasted on an input that was nearly done.
+_GROWTH = 0.5
+# Windows that are kept: memory, each is two maps.
+_WINDOWS = 4
+# Samples of the burn-in; the first averaging level has twice as many.
 _FEWEST = 4
+# Samples at either end of the difference p(y) - p(mean point).
+_AT_ENDS = 8
 # p(0) gives eta_max when eta is a fraction of it, and the largest of noisy entries is biased: more samples there.
 _AT_ZERO = 32
 # gamma = 0.7/(1/rho + L): the largest curvature met is a lower bound of the largest there is.
 _DAMPING = 0.7
 # Before any curvature is known.
 _FIRST_STEP = 0.25
+# Of the displacement's length: a shorter way shows no curvature.
+_SHORT = 1e-3
 # Halves the burn-in (measured on digits: 0.5 against 0 and 0.7).
 _MOMENTUM = 0.5
-# The largest curvature met in twelve steps is less than beta.
-_SAFETY = 1.0
 # Over points that wander the gradient is not linear, so its mean there is not the gradient at their mean. On digits the
 # residual this leaves was 0.3 to 1 times the radius of the points.
 _ALLOWANCE = 0.5
@@ -78,45 +93,20 @@ def _minus(a: Tensors, b: Tensors) -> Tensors:
     return tuple(u - v for u, v in zip(a, b, strict=True))
 
 
-@dataclass
-class _State:
-    """What is carried from step to step, for the inputs that are still in it."""
-
-    problem: Problem
-    where: Tensor
-    point: Tensors  # where the next gradient is taken
-    previous: Tensors  # the displacement before momentum
-    gradient: Tensors
-    points: Tensors  # sum of points and of gradients, weighted by samples
-    gradients: Tensors
-    squares: Tensors  # sum of squared successive differences of the gradient, times samples / 2
-    curvature: Tensor  # float64 [B], the largest met
-    floor: Tensor  # float64 [B]
-    lengths: Tensor  # float64 [B], sum of ‖point‖², weighted by samples
-    eta: Tensors | None = None
-    weight: float = 0.0
-    level: int = 0
-    samples: int = _FEWEST
-    length: int = _BURN_IN  # steps of the level
-    differences: int = 0
-    drawn: int = 0  # steps of fresh noise so far
-    steps: int = 0
-    evaluations: int = 0
-
-
 @dataclass(frozen=True)
 class AdaptiveProximalGradient:
     """Proximal gradient steps that adapt to each input and stop when its residual is small enough.
 
     The step size comes from curvature met in a short burn-in on a fixed bank, with Nesterov's momentum (restarted where
-    it points uphill); fresh antithetic noise follows, in levels of 16 steps and more, each with twice the samples of
-    the one before, or twice the steps while the iteration still moves; the map is A = S_η(p̄), p̄ averaged over the
-    last levels. An input is done when the one-sided 95 % bound of its relative residual is ≤ tol.
+    it points uphill); fresh antithetic noise follows, in levels of more and more gradients, of more samples a step or,
+    while the iteration still moves, more steps; the map is A = S_η(p̄), p̄ averaged over the last steps, as many as give
+    the smallest bound. An input is done when the one-sided 95 % bound of its relative residual is ≤ tol.
 
     Args:
         tol: relative residual asked for, ‖δ − y‖ / max(‖δ‖, ‖y‖, 10⁻³ρ‖p(0)‖).
-        max_gradients: most gradient evaluations per input. The levels cost 48 (80 where η is a ratio), 128, 256, 512,
-            ...; one that would exceed the budget is not begun, but the first two always run.
+        max_gradients: most gradient evaluations per input. The first two levels, 48 (80 where η is a ratio, 192 where
+            η or ρ follow the solution) and 144, always run; each later one costs half of what was spent before it, at
+            least 144, the last what is left of the budget.
         progress: show a progress bar over inputs (needs tqdm).
 
     In the Solution, ``relative_residual`` is that bound, and ``converged`` says whether it is ≤ tol. The bound is the
@@ -132,7 +122,7 @@ class AdaptiveProximalGradient:
         >>> explainer = MoreauGrad(lambda x: (x * a).sum(1), solver=AdaptiveProximalGradient())
         >>> s = explainer.attribute(a, return_solution=True)
         >>> bool(s.converged), int(s.gradient_evaluations)
-        (True, 176)
+        (True, 192)
 
     Deterministic, and independent of the batch beyond the rounding of the model's passes.
     Source: the method of arXiv 2302.05294; momentum with restart of O'Donoghue and Candès (2015); averaging of Polyak
@@ -178,96 +168,256 @@ class AdaptiveProximalGradient:
             if state.level == 0:
                 waiting.append(replace(state, level=1, samples=2 * _FEWEST, length=_STEPS))
                 continue
-            solution, drifting, spread_out = self._result(state, scores, before)
-            longer = replace(state, length=2 * state.length)
-            finer = replace(state, samples=2 * state.samples, length=_STEPS)
-            go_on = torch.zeros_like(drifting)
-            # Averages start anew while the points still move or are far apart, and once after the first of them.
-            for chosen, following, keep in (
-                (drifting, longer, False),
-                (~drifting & spread_out, finer, False),
-                (~drifting & ~spread_out, finer, state.level > 1),
-            ):
-                if state.evaluations + following.samples * following.length > self.max_gradients:
+            answer = _measured(state, _answer(state), max_batch)
+            state.problem = answer.problem(state.problem)
+            solution = self._solution(state, answer, scores, before)
+            left = self.max_gradients - state.evaluations - 2 * _AT_ENDS
+            spend = min(max(_LEAST, int(_GROWTH * state.evaluations)), left)
+            samples = torch.where(solution.converged, 0, _next_samples(state, answer, spend))
+            if state.level == 1:
+                # Its first half was not settled; it stood in while there was nothing else.
+                state.windows = state.windows[1:]
+            for count in sorted(set(samples.tolist())):
+                these = (samples == count).nonzero().squeeze(1)
+                if count:
+                    waiting.append(_part(replace(state, samples=count, length=spend // count), these))
                     continue
-                these = chosen & ~solution.converged
-                go_on = go_on | these
-                if bool(these.any()):
-                    waiting.append(_part(following if keep else _forget(following), these.nonzero().squeeze(1)))
-            done = (~go_on).nonzero().squeeze(1)
-            if len(done):
-                finished.append((state.where[done], solution.take(done)))
+                finished.append((state.where[these], solution.take(these)))
                 if bar is not None:
-                    bar.update(len(done))
+                    bar.update(len(these))
         return in_order(finished)
 
-    def _result(self, state: _State, scores: Tensor, before: Tensors) -> tuple[Solution, Tensor, Tensor]:
-        """What the inputs would return now, with the bound of their residuals; whose points still move, and whose are
-        far apart, compared with the noise."""
-        problem, penalty = state.problem, state.problem.penalty
-        p = tuple(g / state.weight for g in state.gradients)
-        point = tuple(d / state.weight for d in state.points)
-        maps = p if penalty is None else penalty.prox(p)
-        y = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
-        # Variance of rho * p̄ per feature of the map.
-        variance = tuple(
-            torch.where(a != 0, q, 0).double()
-            * over_features(r.double(), q).square()
-            / (state.differences * state.weight)
-            for a, q, r in zip(maps, state.squares, problem.rho, strict=True)
-        )
-        noise, deviation = _sums(variance), (2 * _inner(variance, variance)).sqrt()
-        gap = _minus(point, y)
-        # ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖ ≤ ρβ‖y − δ̄‖ + ρ‖ε̄‖: the answer's own residual, with what is known of β.
-        rho = torch.stack([r.double() for r in problem.rho]).amax(0)
-        settled = _inner(gap, gap) * (_SAFETY * rho * state.curvature).clamp_min(1).square()
-        squares = (_inner(point, point), _inner(y, y))
-        # Noise alone spreads the points by (γ/ρ) times its variance in a step; a gradient is nearly linear over that.
-        scatter = _DAMPING / (1 + rho * state.curvature) * noise * (state.weight / state.samples)
-        spread = _ALLOWANCE**2 * (state.lengths / state.weight - squares[0] - scatter).clamp_min(0)
-        total = settled + spread + noise
-        solution = assemble(
+    def _solution(self, state: _State, answer: _Answer, scores: Tensor, before: Tensors) -> Solution:
+        """What the inputs would return now, with the bound of their residuals."""
+        problem = state.problem
+        eta = problem.penalty.eta if problem.penalty is not None and problem.tuning is not None else state.eta
+        return assemble(
             problem,
-            eta=state.eta,
-            maps=maps,
-            displacement=y,
-            gradient=p,
+            eta=eta,
+            maps=answer.maps,
+            displacement=answer.displacement,
+            gradient=answer.gradient,
             envelope=objective(problem, before, scores),
-            residual=total.sqrt(),
-            relative_residual=relative_residual((total + _QUANTILE * deviation).sqrt(), squares, state.floor),
+            residual=(answer.settled + answer.spread + answer.noise).sqrt(),
+            relative_residual=answer.bound,
             steps=state.steps,
             evaluations=state.evaluations,
             tol=self.tol,
         )
-        return solution, settled > noise, spread > noise
+
+
+@dataclass
+class _Window:
+    """Sums over some successive steps, weighted by their samples."""
+
+    points: Tensors
+    gradients: Tensors
+    lengths: Tensor  # float64 [B], of ‖point‖²
+    weight: float = 0.0
+    steps: int = 0
+
+    def add(self, point: Tensors, gradient: Tensors, length: Tensor, samples: int) -> None:
+        """One step: its point, the mean of its samples' gradients, ‖point‖²."""
+        for total, value in zip((*self.points, *self.gradients), (*point, *gradient), strict=True):
+            total.add_(value, alpha=samples)
+        self.lengths = self.lengths + samples * length
+        self.weight += samples
+        self.steps += 1
+
+    def __add__(self, other: _Window) -> _Window:
+        """Over the steps of both."""
+
+        def sums(a: Tensors, b: Tensors) -> Tensors:
+            return tuple(u + v for u, v in zip(a, b, strict=True))
+
+        return _Window(
+            sums(self.points, other.points),
+            sums(self.gradients, other.gradients),
+            self.lengths + other.lengths,
+            self.weight + other.weight,
+            self.steps + other.steps,
+        )
+
+    def take(self, keep: Tensor) -> _Window:
+        return replace(
+            self,
+            points=tuple(take_rows(t, keep) for t in self.points),
+            gradients=tuple(take_rows(t, keep) for t in self.gradients),
+            lengths=self.lengths[keep],
+        )
+
+
+@dataclass
+class _State:
+    """What is carried from step to step, for the inputs that are still in it."""
+
+    problem: Problem
+    where: Tensor
+    point: Tensors  # where the next gradient is taken
+    previous: Tensors  # the displacement before momentum
+    gradient: Tensors
+    squares: Tensors  # sum of squared successive differences of the gradient, times samples / 2
+    curvature: Tensor  # float64 [B], the largest met
+    at_zero: Tensor  # float64 [B], ‖p(0)‖²
+    windows: tuple[_Window, ...] = ()  # the steps with fresh noise, oldest first
+    eta: Tensors | None = None  # as reported
+    level: int = 0
+    samples: int = _FEWEST
+    length: int = _BURN_IN  # steps of the level
+    differences: int = 0
+    drawn: int = 0  # steps of fresh noise so far
+    steps: int = 0
+    evaluations: int = 0
+
+
+@dataclass
+class _Answer:
+    """What the averages of a window say. settled, spread, noise: the parts of the residual's square; float64 [B]."""
+
+    point: Tensors
+    gradient: Tensors
+    maps: Tensors
+    displacement: Tensors
+    rho: Tensors
+    eta: Tensors  # empty without a penalty
+    settled: Tensor
+    spread: Tensor
+    noise: Tensor
+    deviation: Tensor  # of the noise
+    size: Tensor  # what the residual is compared with
+
+    @property
+    def bound(self) -> Tensor:
+        """Of the relative residual."""
+        upper = (self.settled + self.spread + self.noise + _QUANTILE * self.deviation).sqrt()
+        return torch.where(upper == 0, 0.0, upper / self.size)
+
+    def or_better(self, other: _Answer) -> _Answer:
+        """For each input this answer, or the other where its bound is smaller."""
+        mine = self.bound <= other.bound
+
+        def pick(a: Any, b: Any) -> Any:
+            if isinstance(a, tuple):
+                return tuple(pick(u, v) for u, v in zip(a, b, strict=True))
+            # An eta that serves all inputs has one row, and no tuning: it is the same in both.
+            return a if a.shape[0] != mine.shape[0] else torch.where(mine.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+        return _Answer(**{f.name: pick(getattr(self, f.name), getattr(other, f.name)) for f in fields(_Answer)})
+
+    def problem(self, problem: Problem) -> Problem:
+        """The problem that this answers."""
+        if problem.tuning is None:
+            return problem
+        penalty = None if problem.penalty is None else replace(problem.penalty, eta=self.eta)
+        return replace(problem, rho=self.rho, penalty=penalty)
+
+
+def _answer(state: _State) -> _Answer:
+    """The answer of each input's best window."""
+    total = state.windows[-1]
+    best = _judge(state, total)
+    for window in reversed(state.windows[:-1]):
+        total = total + window
+        best = best.or_better(_judge(state, total))
+    return best
+
+
+def _judge(state: _State, window: _Window) -> _Answer:
+    p = tuple(g / window.weight for g in window.gradients)
+    point = tuple(d / window.weight for d in window.points)
+    problem = state.problem.tuned(p)
+    maps = p if problem.penalty is None else problem.penalty.prox(p)
+    y = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
+    # Variance of rho * S(p̄) per feature.
+    gain = tuple(torch.ones_like(a) for a in p) if problem.penalty is None else problem.penalty.gain(p, maps)
+    variance = tuple(
+        (q * c).double() * over_features(r.double(), q).square() / (state.differences * window.weight)
+        for c, q, r in zip(gain, state.squares, problem.rho, strict=True)
+    )
+    noise, deviation = _sums(variance), (2 * _inner(variance, variance)).sqrt()
+    gap = _minus(point, y)
+    point2, y2 = _inner(point, point), _inner(y, y)
+    # Noise alone spreads the points by (γ/ρ) times its variance in a step; a gradient is nearly linear over that.
+    rho = torch.stack([r.double() for r in problem.rho]).amax(0)
+    scatter = _DAMPING / (1 + rho * state.curvature) * noise * window.steps
+    return _Answer(
+        point=point,
+        gradient=p,
+        maps=maps,
+        displacement=y,
+        rho=problem.rho,
+        eta=() if problem.penalty is None else problem.penalty.eta,
+        settled=_inner(gap, gap),
+        spread=_ALLOWANCE**2 * (window.lengths / window.weight - point2 - scatter).clamp_min(0),
+        noise=noise,
+        deviation=deviation,
+        size=torch.maximum(torch.maximum(point2, y2).sqrt(), residual_floor(problem, state.at_zero)),
+    )
+
+
+def _measured(state: _State, answer: _Answer, max_batch: int | None) -> _Answer:
+    """The answer with the residual that y itself has where δ̄ has ‖δ̄ − y‖.
+
+    ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, and p(y) = p̄ + (p(y) − p(δ̄)): a difference over a short way, for which few
+    samples do if both ends see the same. A bound by ρβ‖δ̄ − y‖ would be many times as large: what has not settled lies
+    along flat directions.
+    """
+    samples = _AT_ENDS
+    problem = answer.problem(state.problem)
+    copies = NoisyCopies(problem, samples, True, _chunk(state, samples, max_batch))
+    copies.step.fill_(state.drawn)
+    ends = []
+    for place in (answer.point, answer.displacement):
+        copies.total(place, state.gradient)
+        ends.append(tuple(g / samples for g in state.gradient))
+    there = tuple(p + (b - a) for p, a, b in zip(answer.gradient, *ends, strict=True))
+    maps = there if problem.penalty is None else problem.penalty.prox(there)
+    moved = tuple(over_features(r, a) * (a - b) for a, b, r in zip(maps, answer.maps, problem.rho, strict=True))
+    state.drawn += 1
+    state.evaluations += 2 * samples
+    return replace(answer, settled=_inner(moved, moved))
+
+
+def _next_samples(state: _State, answer: _Answer, spend: int) -> Tensor:
+    """Samples per step of each input's next level, int64 [B]; 0 where the budget is used up."""
+    none = torch.zeros_like(state.where)
+    if spend < _LEAST // 2:
+        return none
+
+    def power(limit: float) -> int:
+        return 1 << int(math.log2(limit))
+
+    most = power(spend / 4)
+    usual = max(state.samples, power(spend / _STEPS))
+    samples = torch.where(answer.spread > answer.noise, max(usual, 2 * state.samples), usual)
+    return torch.where(answer.settled > answer.noise, state.samples, samples).clamp_max(most)
 
 
 def _start(problem: Problem, max_batch: int | None) -> _State:
-    def zeros() -> Tensors:
-        return tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in problem.inputs)
+    def first() -> Tensors:
+        return (
+            states_like(problem.inputs)
+            if problem.start is None
+            else tuple(d.clone() for d in problem.start.displacement)
+        )
 
     nothing = torch.zeros_like(problem.value, dtype=torch.float64)
     state = _State(
         problem=problem,
         where=torch.arange(problem.keys.shape[0], device=problem.keys.device),
-        point=zeros(),
-        previous=zeros(),
-        gradient=zeros(),
-        points=zeros(),
-        gradients=zeros(),
-        squares=zeros(),
+        point=first(),
+        previous=first(),
+        gradient=states_like(problem.inputs),
+        squares=states_like(problem.inputs),
         curvature=nothing,
-        floor=nothing,
-        lengths=nothing,
+        at_zero=nothing if problem.start is None else problem.start.gradient2,
         eta=None if problem.penalty is None else problem.penalty.eta,
     )
+    if problem.tuning is not None:
+        state.samples, state.length = 2 * _FEWEST, _TUNED_BURN_IN
     if problem.penalty is not None and problem.penalty.relative:
         _resolve(state, max_batch)
     return state
-
-
-def _zeros(state: _State) -> Tensors:
-    return tuple(torch.zeros_like(d) for d in state.point)
 
 
 def _chunk(state: _State, samples: int, max_batch: int | None) -> int:
@@ -283,7 +433,7 @@ def _damped(state: _State) -> Tensors:
 def _resolve(state: _State, max_batch: int | None) -> None:
     """η from η_max, with more samples than a step of the burn-in has."""
     copies = NoisyCopies(state.problem, _AT_ZERO, True, _chunk(state, _AT_ZERO, max_batch))
-    _mean_gradient(state, copies, None)
+    copies.total(None, state.gradient)
     first = tuple(g / _AT_ZERO for g in state.gradient)
     penalty: Penalty | None = state.problem.penalty
     if penalty is not None:
@@ -292,31 +442,27 @@ def _resolve(state: _State, max_batch: int | None) -> None:
     state.evaluations += _AT_ZERO
 
 
-def _mean_gradient(state: _State, copies: NoisyCopies, point: Tensors | None) -> Tensor:
-    """Sums the gradients at a point into ``state.gradient``; returns the sum of the scores, float64 [B]."""
-    total = torch.zeros_like(state.curvature)
-    for c in range(len(copies.chunks)):
-        copies.write(c, point)
-        scores, gradients = copies.gradient(c)
-        total += scores.sum(1, dtype=torch.float64)
-        for g, into in zip(gradients, state.gradient, strict=True):
-            ops.accumulate(g, into, carry=c > 0)
-    return total
-
-
 def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
     """The steps of one level, in place: (f_σ, the point, the step's statistics) of the last gradient."""
     problem, penalty, samples, burning = state.problem, state.problem.penalty, state.samples, state.level == 0
     gamma = tuple(_FIRST_STEP * r for r in problem.rho) if burning else _damped(state)
-    state.squares, state.differences = _zeros(state), 0
     copies.step.fill_(state.drawn)
     before = state.point
     last_gradient: Tensors | None = None
     last_change: Tensors | None = None
-    score = statistics = state.floor
-    turned, length = torch.zeros_like(state.floor), torch.zeros_like(state.floor)
+    score = statistics = state.curvature
+    turned, length = torch.zeros_like(state.curvature), torch.zeros_like(state.curvature)
+    windows = [*state.windows]
     for t in range(state.length):
-        score = _mean_gradient(state, copies, state.point) / samples
+        if not burning and t in (0, state.length // 2):
+            windows.append(
+                _Window(states_like(problem.inputs), states_like(problem.inputs), torch.zeros_like(state.curvature))
+            )
+        score = copies.total(state.point, state.gradient) / samples
+        if burning and problem.tuning is not None:
+            problem = state.problem = problem.tuned(tuple(g / samples for g in state.gradient))
+            penalty = problem.penalty
+            gamma = tuple(_FIRST_STEP * r for r in problem.rho) if t == 0 else _damped(state)
         last_point, before = before, tuple(d.clone() for d in state.point)
         statistics = torch.stack(
             [
@@ -334,27 +480,27 @@ def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
                 for i in range(len(problem.inputs))
             ]
         ).sum(0)
-        if burning and t == 0:
-            state.floor = residual_floor(problem, statistics[:, 3])
+        if burning and t == 0 and problem.start is None:
+            state.at_zero = statistics[:, 3]
         change: Tensors | None = None if last_gradient is None else _minus(state.gradient, last_gradient)
         if burning and change is not None:
             # On one bank the change of the gradient along the change of the point is curvature, without noise.
             moved = _minus(before, last_point)
-            met = _inner(moved, change).abs() / _inner(moved, moved).clamp_min(torch.finfo(torch.float64).tiny)
-            state.curvature = torch.maximum(state.curvature, met)
+            way = _inner(moved, moved)
+            met = _inner(moved, change).abs() / way.clamp_min(torch.finfo(torch.float64).tiny)
+            # Over a way of little more than rounding it is none.
+            told = way > _SHORT**2 * statistics[:, 1]
+            state.curvature = torch.maximum(state.curvature, torch.where(told, met, 0.0))
             gamma = _damped(state)
         if not burning:
             state.drawn += 1
             copies.step += 1
-            if change is not None:
+            # The first steps may be long, and their differences more than noise.
+            if change is not None and (state.level > 1 or t > state.length // 4):
                 for q, c in zip(state.squares, change, strict=True):
                     q.addcmul_(c, c, value=samples / 2)
                 state.differences += 1
-            if state.level > 1 or t >= state.length // 4:
-                for total, value in zip((*state.points, *state.gradients), (*before, *state.gradient), strict=True):
-                    total.add_(value, alpha=samples)
-                state.lengths = state.lengths + samples * statistics[:, 1]
-                state.weight += samples
+            windows[-1].add(before, state.gradient, statistics[:, 1], samples)
         last_gradient = tuple(g.clone() for g in state.gradient)
         step = _momentum(state, before)
         if last_change is not None:
@@ -366,6 +512,9 @@ def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
     if not burning:
         steeper = 2 * state.curvature + 1 / torch.stack([r.double() for r in problem.rho]).amin(0)
         state.curvature = torch.where(turned < _TURNING * length, steeper, state.curvature)
+    while len(windows) > _WINDOWS:
+        windows[:2] = [windows[0] + windows[1]]
+    state.windows = tuple(windows)
     return score, before, statistics
 
 
@@ -379,13 +528,6 @@ def _momentum(state: _State, before: Tensors) -> Tensors:
         d.add_(over_features(torch.where(uphill, 0.0, _MOMENTUM).to(d.dtype), d) * c)
     state.previous = new
     return change
-
-
-def _forget(state: _State) -> _State:
-    """The state with its averages begun anew."""
-    return replace(
-        state, points=_zeros(state), gradients=_zeros(state), lengths=torch.zeros_like(state.lengths), weight=0.0
-    )
 
 
 def _part(state: _State, keep: Tensor) -> _State:
@@ -402,11 +544,9 @@ def _part(state: _State, keep: Tensor) -> _State:
         point=rows(state.point),
         previous=rows(state.previous),
         gradient=rows(state.gradient),
-        points=rows(state.points),
-        gradients=rows(state.gradients),
         squares=rows(state.squares),
         curvature=state.curvature[keep],
-        floor=state.floor[keep],
-        lengths=state.lengths[keep],
+        at_zero=state.at_zero[keep],
+        windows=tuple(window.take(keep) for window in state.windows),
         eta=None if state.eta is None else tuple(rows_of(e, state.where.shape[0])[keep] for e in state.eta),
     )

@@ -96,7 +96,7 @@ class SoftThresholdedSmoothGrad(Sparse, SmoothGrad):
     Args:
         model, noise_level, sigma, num_samples, antithetic, seed, score, max_batch, unused_inputs: see
             :class:`SmoothGrad`.
-        eta, eta_ratio: see :class:`SparseMoreauGrad`.
+        eta, eta_ratio, support: see :class:`SparseMoreauGrad`.
 
     Example:
         >>> import torch

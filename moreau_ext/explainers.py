@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, overload
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from . import ops
 from .adaptive import AdaptiveProximalGradient
 from .certificate import Certificate, absolute, certify
-from .curvature import METHODS, Method
+from .curvature import METHODS, RHO_SAMPLES, Method, convex_rho
 from .groups import Groups, Pixels, flat_rows, memory_layout
 from .implicit import map_vjp
 from .noise import noise_keys
+from .path import solve_path
 from .penalties import L1, GroupL2, Penalty
 from .prepare import Prepared
 from .scores import ScoreName, Target, UnusedInputs, bind_score, check_score_settings, evaluating
-from .solvers import Problem, ProximalGradient, Solution
+from .solvers import Problem, ProximalGradient, Solution, Tuning
 
 Tensors = tuple[Tensor, ...]
 # One number, or one per input of the batch to come.
@@ -101,6 +103,14 @@ class Explainer(ABC):
     def _penalty(self, inputs: Tensors) -> Penalty | None:
         return None
 
+    def _support(self, inputs: Tensors, penalty: Penalty | None) -> Tensor | None:
+        """Features or groups asked for, int64 [B]."""
+        return None
+
+    def _radius(self, inputs: Tensors) -> Tensor | None:
+        """‖δ*‖ asked for, float64 [B]."""
+        return None
+
     @overload
     def attribute(
         self,
@@ -155,29 +165,35 @@ class Explainer(ABC):
                 fit, a score that does not depend on an input, or a gradient that is not finite.
             TypeError: inputs that are no floating-point tensors, or targets that are no integers.
         """
-        single = isinstance(inputs, Tensor)
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = self._check_inputs(inputs)
-            batch = tensors[0].shape[0]
-            names = self._check_ids(ids, batch, tensors[0].device)
-            if batch == 0:
-                solution = _nothing(tensors)
-            else:
-                with evaluating(self._module):
-                    solution = self._solve(self._problem(tensors, target, additional_forward_args, names))
+        (solution,) = self._run(inputs, target, additional_forward_args, ids, lambda problem: [self._solve(problem)], 1)
         empty = int(solution.empty.sum())
         if empty:
             warnings.warn(
-                f"{empty} of {batch} maps are zero everywhere: the score is flat there, or eta is at or above eta_max; "
-                "Solution.empty says which",
+                f"{empty} of {len(solution.empty)} maps are zero everywhere: the score is flat there, or eta is at or "
+                "above eta_max; Solution.empty says which",
                 stacklevel=2,
             )
-        if single:
-            form = ("attribution", "displacement", "envelope_gradient", "eta", "sigma")
-            solution = replace(solution, **{name: getattr(solution, name)[0] for name in form})
-        elif all(e.dim() == 1 for e in solution.eta):
-            solution = replace(solution, eta=solution.eta[0])
         return solution if return_solution else solution.attribution
+
+    def _run(
+        self,
+        inputs: Any,
+        target: Target,
+        additional_forward_args: Any,
+        ids: Tensor | None,
+        solve: Callable[[Problem], list[Solution]],
+        count: int,
+    ) -> list[Solution]:
+        """Checks, poses the problem, and gives back its ``count`` solutions in the form of the inputs."""
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = self._check_inputs(inputs)
+            names = self._check_ids(ids, tensors[0].shape[0], tensors[0].device)
+            if tensors[0].shape[0] == 0:
+                solutions = [_nothing(tensors)] * count
+            else:
+                with evaluating(self._module, depth=2):
+                    solutions = solve(self._problem(tensors, target, additional_forward_args, names))
+        return [_in_form(solution, isinstance(inputs, Tensor)) for solution in solutions]
 
     def _problem(self, tensors: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
         """The problem of checked inputs; runs the model once, which must be in eval mode."""
@@ -190,6 +206,8 @@ class Explainer(ABC):
             unused_inputs=self.unused_inputs,
             max_batch=self._max_rows,
         )
+        penalty = self._penalty(tensors)
+        support, radius = self._support(tensors, penalty), self._radius(tensors)
         return Problem(
             inputs=tensors,
             score=score,
@@ -198,7 +216,8 @@ class Explainer(ABC):
             keys=self._keys(ids),
             sigma=self._sigmas(tensors),
             rho=tuple(per_input_setting("rho", self._rho(), x) for x in tensors),
-            penalty=self._penalty(tensors),
+            penalty=penalty,
+            tuning=None if support is None and radius is None else Tuning(support, radius),
         )
 
     def _check_inputs(self, inputs: Any) -> Tensors:
@@ -292,6 +311,16 @@ def _parts_of(solution: Solution, inputs: Any, tensors: Tensors) -> tuple[Tensor
     return displacement, tuple(e.to(s) for e, s in zip(eta, states, strict=True))
 
 
+def _in_form(solution: Solution, single: bool) -> Solution:
+    """A solver's tuples as the inputs were given: one tensor, or a tuple."""
+    if single:
+        form = ("attribution", "displacement", "envelope_gradient", "eta", "sigma")
+        return replace(solution, **{name: getattr(solution, name)[0] for name in form})
+    if all(e.dim() == 1 for e in solution.eta):
+        return replace(solution, eta=solution.eta[0])
+    return solution
+
+
 def _nothing(inputs: Tensors) -> Solution:
     """The solution of an empty batch."""
     device = inputs[0].device
@@ -314,8 +343,10 @@ def _nothing(inputs: Tensors) -> Solution:
         gradient_evaluations=counts,
         converged=flags,
         nnz=counts,
+        support=counts,
         empty=flags,
         eta=scalars,
+        rho=scalars[0],
         sigma=scalars,
     )
 
@@ -367,18 +398,37 @@ class Noisy(Explainer):
 
 @dataclass(frozen=True, eq=False)
 class Sparse(Explainer):
-    """An explainer with a strength η, absolute or as a fraction of each input's η_max."""
+    """An explainer with a strength η: absolute, as a fraction of each input's η_max, or by the support it leads to."""
 
     eta: Scalar | None = field(default=None, kw_only=True)
     eta_ratio: Scalar | None = field(default=None, kw_only=True)
+    support: Scalar | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eta is not None and self.eta_ratio is not None:
-            raise ValueError("give eta (absolute) or eta_ratio (a fraction of each input's eta_max), not both")
+        if sum(setting is not None for setting in (self.eta, self.eta_ratio, self.support)) > 1:
+            raise ValueError(
+                "give one of eta (absolute), eta_ratio (a fraction of each input's eta_max) and support (features or "
+                "groups that are not zero)"
+            )
         for name in ("eta", "eta_ratio"):
             if getattr(self, name) is not None:
                 _check_scalar(name, getattr(self, name))
+        if self.support is not None:
+            _check_scalar("support", self.support, positive=True)
+            if torch.as_tensor(self.support).is_floating_point() and bool((torch.as_tensor(self.support) > 1).any()):
+                raise ValueError(
+                    f"support: expected a count (an integer) or a fraction in (0, 1], got {self.support!r}"
+                )
+
+    def _support(self, inputs: Tensors, penalty: Penalty | None) -> Tensor | None:
+        if self.support is None or penalty is None:
+            return None
+        asked = torch.as_tensor(self.support)
+        if not asked.is_floating_point():
+            return per_input_setting("support", asked.double(), inputs[0]).long()
+        share = per_input_setting("support", asked.double(), inputs[0]).double()
+        return (share * penalty.count(inputs)).round().long().clamp_min(1)
 
     def _l1(self, inputs: Tensors) -> L1:
         if self.eta is not None and torch.as_tensor(self.eta).dim() > 1:
@@ -387,6 +437,8 @@ class Sparse(Explainer):
 
     def _strength(self, inputs: Tensors) -> tuple[Tensors, bool]:
         """(η or its ratio to η_max per tensor, whether it is the ratio)."""
+        if self.support is not None:
+            return tuple(per_input_setting("eta", 0.0, x) for x in inputs), False
         if self.eta is None:
             ratio = 0.1 if self.eta_ratio is None else self.eta_ratio
             return tuple(per_input_setting("eta_ratio", ratio, x) for x in inputs), True
@@ -403,15 +455,21 @@ class MoreauGrad(Noisy):
         model: an nn.Module or any callable that maps inputs [n, ...] to outputs [n, ...]. It is run in eval mode and
             left as it was found. It must not mix the inputs of a batch. Or what :func:`moreau_ext.prepare.prepare` made
             of one: a faster copy, with the number of rows and the memory layout that were measured fastest.
-        rho: ρ > 0, a number or one per input [B]: how far to look. Units of x²/score. The problem has one solution
-            where ρλ < 1, λ the weak-convexity constant of f_σ.
+        rho: ρ > 0, a number or one per input [B]: how far to look; 1 by default. Units of x²/score. The problem has one
+            solution where ρλ < 1, λ the weak-convexity constant of f_σ. "auto": ρ = ½/max(λ, β/10), with λ and the
+            smoothness β measured at each x (upper ends of their intervals, 512 gradients): half of what keeps the
+            problem strongly convex there.
+        radius: instead of ρ, the length ‖δ*‖₂ of the displacement, in units of the inputs; a number or one per input.
+            ρ is then what leads to it, found while solving. It does not depend on the scale of the score.
+        radius_ratio: the same as a fraction of each input's range max x − min x.
         noise_level: σ as a fraction of each input's own range max x − min x (per tensor of a tuple); default 0.1. A
             constant input has range 0 and gets no noise.
         sigma: σ ≥ 0, absolute, instead; a number or one per input.
         seed: of the noise bank. Same seed and ids, same noise, whatever the batch; global generators are not touched.
         score: what is explained: "logit", "log_prob", "prob", or "margin" (the logit minus the largest other one).
         solver: "auto", an :class:`AdaptiveProximalGradient` with its defaults, which adapts to each input and stops at
-            a bound of the residual; or one with settings, or a :class:`ProximalGradient` (fixed steps and samples).
+            a bound of the residual; or one with settings, or a :class:`ProximalGradient` (fixed steps and samples, for
+            a ρ that is given).
         max_batch: most noisy inputs in one forward pass; lower it when memory runs out. Results agree to rounding.
             "auto" is what a prepared model was measured with, otherwise 1,024; None is no limit.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
@@ -430,12 +488,26 @@ class MoreauGrad(Noisy):
     Source: arXiv 2302.05294, section 3.
     """
 
-    rho: Scalar = field(default=1.0, kw_only=True)
+    rho: Scalar | Literal["auto"] | None = field(default=None, kw_only=True)
+    radius: Scalar | None = field(default=None, kw_only=True)
+    radius_ratio: Scalar | None = field(default=None, kw_only=True)
     solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_scalar("rho", self.rho, positive=True)
+        if sum(setting is not None for setting in (self.rho, self.radius, self.radius_ratio)) > 1:
+            raise ValueError(
+                "give one of rho, radius (the length of the displacement) and radius_ratio (the same as a fraction of "
+                "each input's range)"
+            )
+        for name in ("radius", "radius_ratio"):
+            if getattr(self, name) is not None:
+                _check_scalar(name, getattr(self, name), positive=True)
+        if self.radius is None and self.radius_ratio is None:
+            if self.rho is None:
+                object.__setattr__(self, "rho", 1.0)
+            if not isinstance(self.rho, str) or self.rho != "auto":
+                _check_scalar("rho", self.rho, positive=True)
         if self.solver == "auto":
             object.__setattr__(self, "solver", AdaptiveProximalGradient())
         if not isinstance(self.solver, Solver):
@@ -443,9 +515,18 @@ class MoreauGrad(Noisy):
                 f"solver: expected a ProximalGradient, an AdaptiveProximalGradient or 'auto', got {self.solver!r}"
             )
         if isinstance(self.solver, ProximalGradient):
-            self._check_step_size(self.solver)
+            self._check_fixed(self.solver)
 
-    def _check_step_size(self, solver: ProximalGradient) -> None:
+    @property
+    def _rho_is_given(self) -> bool:
+        return self.rho is not None and not isinstance(self.rho, str)
+
+    def _check_fixed(self, solver: ProximalGradient) -> None:
+        if not self._rho_is_given:
+            raise ValueError(
+                "solver: ProximalGradient has one step size for all inputs, which does not fit a rho that is found for "
+                "each; give rho as a number, or use the adaptive solver"
+            )
         # Where the score is flat a step multiplies the displacement by 1 - step_size/rho.
         rho = torch.as_tensor(self.rho, dtype=torch.float64)
         least = float(rho.min()) if rho.numel() else float("inf")
@@ -456,12 +537,45 @@ class MoreauGrad(Noisy):
             )
 
     def _rho(self) -> Scalar:
-        return self.rho
+        # What follows the solution, or is measured, begins anywhere.
+        return self.rho if self.rho is not None and not isinstance(self.rho, str) else 1.0
+
+    def _radius(self, inputs: Tensors) -> Tensor | None:
+        if self.radius is not None:
+            return per_input_setting("radius", self.radius, inputs[0]).double()
+        if self.radius_ratio is None:
+            return None
+        largest = torch.stack([flat_rows(x).amax(1).double() for x in inputs]).amax(0)
+        least = torch.stack([flat_rows(x).amin(1).double() for x in inputs]).amin(0)
+        if bool((largest == least).any()):
+            row = int((largest == least).nonzero()[0])
+            raise ValueError(f"radius_ratio: input {row} is constant, its range is 0; give radius, or rho")
+        return per_input_setting("radius_ratio", self.radius_ratio, inputs[0]).double() * (largest - least)
 
     def _solve(self, problem: Problem) -> Solution:
+        problem = self._with_rho(problem)
         solver: Any = self.solver
         solution: Solution = solver.solve(problem, max_batch=self._max_rows)
-        return solution
+        return self._with_cost(solution)
+
+    def _with_rho(self, problem: Problem) -> Problem:
+        """The problem with its rho measured, where that was asked for."""
+        if not isinstance(self.rho, str):
+            return problem
+        rho = convex_rho(problem, max_batch=self._max_rows)
+        return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho))
+
+    def _with_cost(self, solution: Solution) -> Solution:
+        """The solution with the gradients that measuring its rho took."""
+        measured = RHO_SAMPLES if isinstance(self.rho, str) else 0
+        return replace(solution, gradient_evaluations=solution.gradient_evaluations + measured)
+
+    def _solved(self, problem: Problem, solution: Solution) -> Problem:
+        """The problem that a solution belongs to, where its rho was found on the way."""
+        if self._rho_is_given:
+            return replace(problem, tuning=None)
+        rho = tuple(solution.rho.to(r) for r in problem.rho)
+        return replace(problem, rho=rho, tuning=None)
 
     def certificate(
         self,
@@ -539,6 +653,7 @@ class MoreauGrad(Noisy):
                 return Certificate.empty(tensors[0].device, num_samples, confidence)
             with evaluating(self._module):
                 problem = self._problem(tensors, target, additional_forward_args, names)
+                problem = self._solved(problem, solution)
                 return certify(
                     problem,
                     displacement,
@@ -588,7 +703,7 @@ class MoreauGrad(Noisy):
                 with noise; a ReLU net's second derivatives are zero and would give a zero result), or "auto", which
                 finds out for each input, at the cost of some 400 second derivatives: in a loop, name one.
             hold_settings: ``noise_level`` and ``eta_ratio`` make σ and η functions of x, whose derivative is included;
-                True leaves it out.
+                True leaves it out. ρ and η that were found (``rho="auto"``, ``radius``, ``support``) are held.
             tol: relative residual of the linear system; 1e-10 in float64, else 1e-5.
             max_steps: products with H at most.
 
@@ -635,6 +750,7 @@ class MoreauGrad(Noisy):
                     levels = tuple(per_input_setting("noise_level", self.noise_level, x) for x in tensors)
                 with evaluating(self._module):
                     problem = self._problem(tensors, target, additional_forward_args, names)
+                    problem = self._solved(problem, solution)
                     penalty = problem.penalty
                     follows = penalty is not None and penalty.relative and not hold_settings
                     result = map_vjp(
@@ -656,17 +772,86 @@ class MoreauGrad(Noisy):
 
 
 @dataclass(frozen=True, eq=False)
-class SparseMoreauGrad(Sparse, MoreauGrad):
+class SparseMoreau(Sparse, MoreauGrad):
+    """MoreauGrad with a penalty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fixed = isinstance(self.solver, ProximalGradient)
+        if self.support is not None and fixed and self.solver.average_of == "displacement":  # type: ignore[union-attr]
+            raise ValueError(
+                "support: the published schedule averages displacements, which makes the union of their supports; use "
+                "another solver"
+            )
+
+    def eta_path(
+        self,
+        inputs: Any,
+        ratios: Sequence[float],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        ids: Tensor | None = None,
+    ) -> tuple[Solution, ...]:
+        """The solutions for η = ratio·η_max, from sparse to dense, each begun where the sparser one ended.
+
+        η_max is measured once per input, so that the ratios of one path are of the same number; the explainer's own
+        eta, eta_ratio or support does not count.
+
+        Args:
+            inputs, target, additional_forward_args, ids: see :meth:`attribute`.
+            ratios: ≥ 0, in any order.
+
+        Returns:
+            One :class:`Solution` per ratio, in the order of ``ratios``. The first that is solved, the largest ratio,
+            counts the 64 gradients of η_max, and with ``rho="auto"`` those of ρ.
+
+        Raises:
+            ValueError, TypeError: see :meth:`attribute`; no ratios, or one that is no number ≥ 0; ``radius``, whose ρ
+            would change along the path.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import SparseMoreauGrad
+            >>> f = SparseMoreauGrad(lambda x: (x * torch.tensor([4.0, 2.0, 1.0])).sum(1))
+            >>> [int(s.nnz) for s in f.eta_path(torch.ones(1, 3), [0.1, 0.4, 0.8])]
+            [3, 2, 1]
+        """
+        steps = [float(r) for r in ratios]
+        if not steps or not all(0 <= r < math.inf for r in steps):
+            raise ValueError(f"ratios: expected numbers >= 0, at least one, got {ratios!r}")
+        if self.radius is not None or self.radius_ratio is not None:
+            raise ValueError("eta_path: radius leads to another rho at each eta; give rho")
+
+        def solve(problem: Problem) -> list[Solution]:
+            problem = replace(self._with_rho(problem), tuning=None)
+            if problem.penalty is None:
+                raise ValueError("eta_path: there is no penalty")
+            found = solve_path(problem, problem.penalty, steps, self.solver, self._max_rows)
+            first = steps.index(max(steps))
+            found[first] = self._with_cost(found[first])
+            return found
+
+        return tuple(self._run(inputs, target, additional_forward_args, ids, solve, len(steps)))
+
+
+@dataclass(frozen=True, eq=False)
+class SparseMoreauGrad(SparseMoreau):
     """MoreauGrad with an L1 penalty on the displacement: exactly sparse maps,
 
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η‖δ‖₁,    A(x) = −δ*/ρ = S_η(∇F(x)).
 
     Args:
-        model, rho, noise_level, sigma, seed, score, solver, max_batch, unused_inputs: see :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs: see
+            :class:`MoreauGrad`.
         eta: η ≥ 0, absolute, in units of the gradient: a number, one per input [B], or one per feature [1, *features]
             or [B, *features].
         eta_ratio: η as a fraction of that input's η_max = ‖p(0)‖_∞, the least η with a zero map; default 0.1. It does
             not depend on the scale of the score. 1 or more gives zero maps by definition.
+        support: instead of η, how many features are not to be zero: a count (an integer) or a fraction in (0, 1] (a
+            float), or one per input. η is then what leads to it, found while solving: in the middle between the entries
+            of p that it separates. ``Solution.support`` is what came out, which differs where entries are equal (a
+            tie), or where the score does not depend on so many features.
 
     Example:
         >>> import torch
@@ -683,15 +868,17 @@ class SparseMoreauGrad(Sparse, MoreauGrad):
 
 
 @dataclass(frozen=True, eq=False)
-class GroupSparseMoreauGrad(Sparse, MoreauGrad):
+class GroupSparseMoreauGrad(SparseMoreau):
     """MoreauGrad with a group penalty on the displacement: whole groups of features are in the map or out of it,
 
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η Σ_g w_g‖δ_g‖₂,    A(x) = −δ*/ρ.
 
     Args:
-        model, rho, noise_level, sigma, seed, score, solver, max_batch, unused_inputs: see :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs: see
+            :class:`MoreauGrad`.
         eta: η ≥ 0, absolute; a number or one per input [B].
         eta_ratio: η as a fraction of that input's η_max = max_g ‖p_g(0)‖/w_g; default 0.1.
+        support: instead of η, how many groups are not to be zero; see :class:`SparseMoreauGrad`.
         groups: :class:`Pixels` (default), :class:`Tiles` or :class:`Labels`; for a tuple of inputs one per tensor, or
             one for all.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .groups import Partition, flat_rows
+from .groups import Partition, flat_rows, in_memory_order
 
 Tensors = tuple[Tensor, ...]
 
@@ -42,9 +42,40 @@ class Penalty(ABC):
     def prox(self, v: Tensors, step: Tensor | None = None) -> Tensors:
         """argmin_u ‖u − v‖²/2 + step·η·Ω(u), with ``step`` [B] (1 if None)."""
 
-    @abstractmethod
     def eta_max(self, gradient: Tensors) -> Tensor:
         """The least η for which δ* = 0, from p(0): [B]."""
+        return self.magnitudes(gradient).amax(1)
+
+    @abstractmethod
+    def count(self, like: Tensors) -> Tensor:
+        """Features, or groups, of every input, int64 [B]."""
+
+    @abstractmethod
+    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
+        """(J²)_jj of J = ∂S_η/∂p at p, given maps = S_η(p), shaped as p: independent noise of variance V_j in p becomes
+        Σ_j V_j·gain_j in ‖S_η(p)‖²; 0 off the support."""
+
+    @abstractmethod
+    def magnitudes(self, gradient: Tensors) -> Tensor:
+        """What η is compared with, of every feature or group of all tensors, [B, count]: it is zero in S_η(p) where its
+        magnitude is ≤ η."""
+
+    def threshold(self, gradient: Tensors, support: Tensor) -> Tensor:
+        """The η [B] for which ``support`` int64 [B] features, or groups, of S_η(p) are not zero.
+
+        It lies in the middle between the magnitudes it separates. Where these are equal (a tie) no η does, and it goes
+        to the side of the tie that is nearer to ``support``, above it where both are as near. 0 where all are wanted.
+        """
+        values = self.magnitudes(gradient).sort(dim=1, descending=True).values
+        count = values.shape[1]
+        padded = torch.nn.functional.pad(values, (1, 1))  # rank 0 is never reached, rank count + 1 is 0
+        padded[:, 0] = 2 * values[:, 0]
+        wanted = support.clamp(0, count)[:, None]
+        # Where one value ends and the next smaller one begins: the only places where η can go.
+        border = torch.nn.functional.pad(values[:, :-1] > values[:, 1:], (1, 1), value=True)
+        distance = (torch.arange(count + 1, device=values.device) - wanted).abs().masked_fill(~border, count + 1)
+        at = distance.argmin(dim=1, keepdim=True)  # the first: the smaller support
+        return ((padded.gather(1, at) + padded.gather(1, at + 1)) / 2).squeeze(1).where(at.squeeze(1) < count, 0)
 
     def partition(self, tensor: int) -> Partition | None:
         """The groups of one tensor, where there are groups."""
@@ -94,8 +125,15 @@ class L1(Penalty):
             ops.shrink(u, e if step is None else e * over_features(step, e)) for u, e in zip(v, self.eta, strict=True)
         )
 
-    def eta_max(self, gradient: Tensors) -> Tensor:
-        return torch.stack([flat_rows(g).abs().amax(1) for g in gradient]).amax(0)
+    def count(self, like: Tensors) -> Tensor:
+        features = sum(flat_rows(x[:1]).shape[1] for x in like)
+        return torch.full((like[0].shape[0],), features, device=like[0].device)
+
+    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
+        return tuple((a != 0).to(p.dtype) for a, p in zip(maps, gradient, strict=True))
+
+    def magnitudes(self, gradient: Tensors) -> Tensor:
+        return torch.cat([flat_rows(g).abs() for g in gradient], dim=1)
 
 
 @dataclass(frozen=True)
@@ -120,13 +158,27 @@ class GroupL2(Penalty):
             ops.shrink(u, e if step is None else e * step, g) for u, e, g in zip(v, self.eta, self.groups, strict=True)
         )
 
-    def eta_max(self, gradient: Tensors) -> Tensor:
-        return torch.stack(
-            [
-                (ops.group_norms(p, g) / g.weights).amax(1).to(p.dtype)
-                for p, g in zip(gradient, self.groups, strict=True)
-            ]
-        ).amax(0)
+    def count(self, like: Tensors) -> Tensor:
+        # Groups are numbered from 0 within an input, without gaps.
+        found = torch.stack([g.labels.amax(1).long() + 1 for g in self.groups]).sum(0)
+        return found.expand(like[0].shape[0])
+
+    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
+        # J = φI + (1 − φ)uuᵀ within a group, u = p_g/‖p_g‖ and φ the factor that shrinks it.
+        found = []
+        for p, a, groups in zip(gradient, maps, self.groups, strict=True):
+            flat, out = in_memory_order(p), torch.empty_like(p)
+            norms = ops.group_norms(p, groups).to(p.dtype).gather(1, groups.labels.long().expand(flat.shape[0], -1))
+            on = in_memory_order(a) != 0
+            factor2 = torch.where(on, in_memory_order(a) / flat, 0).square()
+            radial = torch.where(on, flat / norms, 0).square()
+            in_memory_order(out).copy_((factor2 + (1 - factor2) * radial).where(on, 0))
+            found.append(out)
+        return tuple(found)
+
+    def magnitudes(self, gradient: Tensors) -> Tensor:
+        both = [ops.group_norms(p, g).to(p.dtype) / g.weights for p, g in zip(gradient, self.groups, strict=True)]
+        return torch.cat(both, dim=1)
 
     def partition(self, tensor: int) -> Partition | None:
         return self.groups[tensor]

@@ -43,7 +43,8 @@ class _Evaluation:
         self._users: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
 
     @contextmanager
-    def __call__(self, model: Callable[..., Any]) -> Iterator[None]:
+    def __call__(self, model: Callable[..., Any], depth: int = 1) -> Iterator[None]:
+        """``depth``: functions between this and the caller whom a warning is to point at."""
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
         training = False
         with self._lock:
@@ -56,7 +57,8 @@ class _Evaluation:
         try:
             if training:
                 warnings.warn(
-                    "the model is in train mode: it is explained in eval mode and restored afterwards", stacklevel=4
+                    "the model is in train mode: it is explained in eval mode and restored afterwards",
+                    stacklevel=3 + depth,
                 )
             yield
         finally:

@@ -23,6 +23,7 @@ _LOOK_EVERY = 10
 # The floor of the relative residual's denominator, as a fraction of rho*||p(0)||: where the solution is zero, the plain
 # ratio would stay at 1 until the last zero is exact.
 _FLOOR = 1e-3
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class Solution:
         gradient_evaluations: gradients of the model: steps × samples.
         converged: relative_residual ≤ tol. Never True for the gradient baselines, which solve nothing.
         nnz: non-zero entries of the map.
+        support: non-zero features, or groups where there are groups.
         empty: nnz == 0.
         eta: η that was used (absolute), 0 without a penalty; [B], or one per feature.
+        rho: ρ that was used.
         sigma: σ that was used, per tensor of a tuple.
     """
 
@@ -60,8 +63,10 @@ class Solution:
     gradient_evaluations: Tensor
     converged: Tensor
     nnz: Tensor
+    support: Tensor
     empty: Tensor
     eta: Any
+    rho: Tensor
     sigma: Any
 
     @staticmethod
@@ -86,6 +91,44 @@ class Solution:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Settings that are found while solving, because they were asked for by what they lead to; [B] each, or None.
+
+    At a solution δ* = −ρ·S_η(p), p = p(δ*), so the support of δ* is that of S_η(p), and ‖δ*‖ = ρ‖S_η(p)‖. Hence
+    η = ``penalty.threshold(p, support)`` and ρ = radius/‖S_η(p)‖ at the p of the solution, and a solver that sets them
+    so whenever it knows p better ends at a problem whose solution has what was asked for.
+
+    Args:
+        support: features, or groups, that are not to be zero; int64.
+        radius: ‖δ*‖₂, float64, in units of the inputs.
+    """
+
+    support: Tensor | None = None
+    radius: Tensor | None = None
+
+    def take(self, index: Tensor) -> Tuning:
+        """The tuning of some of the inputs."""
+        return Tuning(*(None if t is None else t[index] for t in (self.support, self.radius)))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a solver begins, if not at δ = 0.
+
+    Args:
+        displacement: per tensor, state dtype.
+        gradient2: ‖p(0)‖², float64 [B], which a first step from 0 would have shown.
+    """
+
+    displacement: Tensors
+    gradient2: Tensor
+
+    def take(self, index: Tensor) -> Start:
+        """The start of some of the inputs."""
+        return Start(tuple(take_rows(d, index) for d in self.displacement), self.gradient2[index])
+
+
+@dataclass(frozen=True)
 class Problem:
     """minimise over δ: f_σ(x+δ) + ‖δ‖²/(2ρ) + η·Ω(δ), for a batch.
 
@@ -98,6 +141,8 @@ class Problem:
         sigma: σ per tensor, state dtype [B].
         rho: ρ, per tensor, state dtype [B].
         penalty: η·Ω, or None.
+        tuning: what η and ρ follow, or None where they are as given.
+        start: where to begin, or None for δ = 0; then the penalty is absolute.
     """
 
     inputs: Tensors
@@ -108,6 +153,8 @@ class Problem:
     sigma: Tensors
     rho: Tensors
     penalty: Penalty | None
+    tuning: Tuning | None = None
+    start: Start | None = None
 
     def take(self, index: Tensor) -> Problem:
         """The problem of some of the inputs."""
@@ -120,7 +167,31 @@ class Problem:
             sigma=tuple(s[index] for s in self.sigma),
             rho=tuple(r[index] for r in self.rho),
             penalty=None if self.penalty is None else self.penalty.take(index),
+            tuning=None if self.tuning is None else self.tuning.take(index),
+            start=None if self.start is None else self.start.take(index),
         )
+
+    def tuned(self, gradient: Tensors) -> Problem:
+        """The problem with the η and ρ that follow from p, where they follow anything."""
+        if self.tuning is None:
+            return self
+        problem, penalty = self, self.penalty
+        if self.tuning.support is not None and penalty is not None:
+            eta = penalty.threshold(gradient, self.tuning.support)
+            penalty = replace(penalty, eta=tuple(eta.to(r.dtype) for r in self.rho))
+            problem = replace(problem, penalty=penalty)
+        if self.tuning.radius is not None:
+            maps = gradient if penalty is None else penalty.prox(gradient)
+            length = torch.stack([flat_rows(a).double().square().sum(1) for a in maps]).sum(0).sqrt()
+            # A map of zeros cannot be made longer: it keeps the rho it has.
+            problem = replace(
+                problem,
+                rho=tuple(
+                    torch.where(length > 0, self.tuning.radius / length.clamp_min(_TINY), r).to(r.dtype)
+                    for r in self.rho
+                ),
+            )
+        return problem
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -173,6 +244,23 @@ class NoisyCopies:
         size = self.chunks[chunk][1]
         scores, gradients = self._scores[size].gradient(rows)
         return scores.view(-1, size), tuple(like_layout(g, x) for g, x in zip(gradients, rows, strict=True))
+
+    def total(self, displacement: Tensors | None, into: Tensors) -> Tensor:
+        """Writes the sum of all samples' gradients at a displacement ``into`` tensors of the state dtype; returns the
+        sum of their scores, float64 [B]."""
+        total = torch.zeros_like(self.problem.value, dtype=torch.float64)
+        for c in range(len(self.chunks)):
+            self.write(c, displacement)
+            scores, gradients = self.gradient(c)
+            total += scores.sum(1, dtype=torch.float64)
+            for g, sum_of in zip(gradients, into, strict=True):
+                ops.accumulate(g, sum_of, carry=c > 0)
+        return total
+
+
+def states_like(inputs: Tensors) -> Tensors:
+    """Zeros of the inputs' shapes and layouts, in the state dtype."""
+    return tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in inputs)
 
 
 @dataclass
@@ -241,8 +329,10 @@ def assemble(
         gradient_evaluations=ones * evaluations,
         converged=relative_residual <= tol,
         nnz=nnz,
+        support=nnz if problem.penalty is None else (problem.penalty.magnitudes(maps) > 0).sum(1),
         empty=nnz == 0,
         eta=none if eta is None else tuple(rows_of(e, nnz.shape[0]) for e in eta),
+        rho=problem.rho[0],
         sigma=problem.sigma,
     )
 
@@ -358,11 +448,13 @@ class ProximalGradient:
         finished: list[tuple[Tensor, Solution]] = []
         for t in range(self.max_steps):
             last = t + 1 == self.max_steps
-            look = last or (self.tol > 0 and (t + 1) % _LOOK_EVERY == 0)
+            looks = self.tol > 0 or problem.tuning is not None
+            look = last or (looks and (t + 1) % _LOOK_EVERY == 0)
             before = tuple(d.clone() for d in state.displacement) if look else None
             scores, statistics = self._step(state, t, last)
             if t == 0:
-                state.floor = residual_floor(problem, statistics[:, 3])
+                at_zero = statistics[:, 3] if problem.start is None else problem.start.gradient2
+                state.floor = residual_floor(problem, at_zero)
             if bar is not None:
                 bar.update()
             if before is None:
@@ -381,18 +473,18 @@ class ProximalGradient:
         return in_order(finished)
 
     def _init(self, problem: Problem, chunk: int) -> _State:
-        def zeros() -> Tensors:
-            return tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in problem.inputs)
-
         copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
-        copies.write(0, None)
+        displacement = states_like(problem.inputs)
+        if problem.start is not None:
+            displacement = tuple(d.clone() for d in problem.start.displacement)
+        copies.write(0, displacement)
         return _State(
             problem=problem,
             where=torch.arange(problem.keys.shape[0], device=problem.keys.device),
             copies=copies,
-            displacement=zeros(),
-            gradient=zeros(),
-            total=zeros() if self.average_last > 1 or self.average_of == "displacement" else None,
+            displacement=displacement,
+            gradient=states_like(problem.inputs),
+            total=states_like(problem.inputs) if self.average_last > 1 or self.average_of == "displacement" else None,
             floor=problem.value.double() * 0,
             eta=None,
         )
@@ -417,7 +509,7 @@ class ProximalGradient:
             if problem.penalty is not None:
                 first = tuple(g / self.num_samples for g in state.gradient)
                 penalty, state.eta = problem.penalty.resolve(first)
-                state.problem = problem = replace(problem, penalty=penalty)
+                state.problem = problem = replace(problem, penalty=penalty).tuned(first)
         if self.noise == "fresh":
             copies.step += 1
         averaging = state.total is not None and t >= self.max_steps - self.average_last
@@ -457,11 +549,16 @@ class ProximalGradient:
             maps = tuple(0 - d / over_features(r, d) for d, r in zip(mean, problem.rho, strict=True))  # 0 - 0 is +0
             displacement = mean
         else:
+            if problem.tuning is not None:
+                # The step knew the eta of the last look; what is reported is the problem that the map belongs to.
+                problem = state.problem = problem.tuned(p)
+                penalty = problem.penalty
+                residual2, displacement2, image2 = _squares(problem, before, state.gradient)
             maps = p if penalty is None else penalty.prox(p)
             displacement = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
         return assemble(
             problem,
-            eta=state.eta,
+            eta=state.eta if problem.tuning is None or penalty is None else penalty.eta,
             maps=maps,
             displacement=displacement,
             gradient=p,
@@ -491,6 +588,18 @@ class ProximalGradient:
             eta=None if state.eta is None else tuple(rows_of(e, state.where.shape[0])[keep] for e in state.eta),
             averaged=state.averaged,
         )
+
+
+def _squares(problem: Problem, displacement: Tensors, gradient: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """‖δ − y‖², ‖δ‖² and ‖y‖² of a displacement and the gradient there, y = −ρ·S_η(p); float64 [B]."""
+    maps = gradient if problem.penalty is None else problem.penalty.prox(gradient)
+    image = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
+
+    def square(tensors: Tensors) -> Tensor:
+        return torch.stack([flat_rows(t).double().square().sum(1) for t in tensors]).sum(0)
+
+    gap = tuple(d - y for d, y in zip(displacement, image, strict=True))
+    return square(gap), square(displacement), square(image)
 
 
 def rows_of(eta: Tensor, batch: int) -> Tensor:

@@ -26,6 +26,7 @@ FLOORS = {
     "certificate": 3,
     "implicit": 3,
     "adaptive": 3,
+    "path": 3,
     "explainers": 4,
     "baselines": 4,
     "registry": 4,
@@ -37,6 +38,7 @@ FLOORS = {
 }
 SAME_FLOOR = {
     "adaptive": {"solvers"},
+    "path": {"solvers"},
     "reference": {"noise", "groups"},
     "ops": {"_library", "noise", "groups", "reference"},
     "prepare": {"scores"},
