@@ -1058,7 +1058,7 @@ SETTINGS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (MoreauGrad, {"unused_inputs": "ignore"}, ValueError, r"unused_inputs: expected 'raise' or 'zero', got 'ignore'"),
     (SparseMoreauGrad, {"eta": -1}, ValueError, r"eta: expected a non-negative finite number, got -1"),
     (SparseMoreauGrad, {"eta_ratio": -0.5}, ValueError, r"eta_ratio: expected a non-negative finite number, got -0.5"),
-    (SparseMoreauGrad, {"eta": 0.1, "eta_ratio": 0.1}, ValueError, r"give eta .* or eta_ratio .*, not both"),
+    (SparseMoreauGrad, {"eta": 0.1, "eta_ratio": 0.1}, ValueError, r"give one of eta .*, eta_ratio .* and support"),
     (GroupSparseMoreauGrad, {"eta": float("nan")}, ValueError, r"eta: expected a non-negative finite number, got nan"),
     (GroupSparseMoreauGrad, {"groups": 4}, TypeError, r"groups: expected Pixels, Tiles, Labels or a tuple .*, got 4"),
     (GroupSparseMoreauGrad, {"groups": ()}, TypeError, r"groups: expected Pixels, Tiles, Labels or a tuple"),
