@@ -39,6 +39,7 @@ from .solvers import (
     assemble,
     check_finite,
     in_order,
+    join_rows,
     objective,
     progress_bar,
     residual_floor,
@@ -158,33 +159,34 @@ class AdaptiveProximalGradient:
                 bar.close()
 
     def _solve(self, problem: Problem, max_batch: int | None, bar: Any) -> Solution:
-        # Inputs that go different ways go on in batches of their own, so that none depends on another.
-        waiting, finished = [_start(problem, max_batch)], []
-        while waiting:
-            state = waiting.pop()
-            copies = NoisyCopies(state.problem, state.samples, True, _chunk(state, state.samples, max_batch))
-            scores, before, statistics = _walk(state, copies)
-            check_finite(statistics, scores, state.problem.ids, state.steps - 1)
-            if state.level == 0:
-                waiting.append(replace(state, level=1, samples=2 * _FEWEST, length=_STEPS))
-                continue
-            answer = _measured(state, _answer(state), max_batch)
-            state.problem = answer.problem(state.problem)
-            solution = self._solution(state, answer, scores, before)
-            left = self.max_gradients - state.evaluations - 2 * _AT_ENDS
-            spend = min(max(_LEAST, int(_GROWTH * state.evaluations)), left)
-            samples = torch.where(solution.converged, 0, _next_samples(state, answer, spend))
-            if state.level == 1:
-                # Its first half was not settled; it stood in while there was nothing else.
-                state.windows = state.windows[1:]
-            for count in sorted(set(samples.tolist())):
-                these = (samples == count).nonzero().squeeze(1)
-                if count:
-                    waiting.append(_part(replace(state, samples=count, length=spend // count), these))
+        begun = _start(problem, max_batch)
+        states, finished = [begun], []
+        while states:
+            # Every input at one level has spent the same; those that take as many samples a step go on together, so
+            # that a pass is large. None depends on which others are with it.
+            parts: dict[int, list[_State]] = {}
+            spend = 0
+            for state in states:
+                copies = NoisyCopies(state.problem, state.samples, True, _chunk(state, state.samples, max_batch))
+                scores, before, statistics = _walk(state, copies)
+                check_finite(statistics, scores, state.problem.ids, int(state.steps.max()) - 1)
+                if state.level == 0:
+                    parts[2 * _FEWEST], spend = [state], _LEAST
                     continue
-                finished.append((state.where[these], solution.take(these)))
-                if bar is not None:
-                    bar.update(len(these))
+                answer = _measured(state, _answer(state), max_batch)
+                state.problem = answer.problem(state.problem)
+                solution = self._solution(state, answer, scores, before)
+                spend = _level_cost(state.evaluations, self.max_gradients)
+                samples = torch.where(solution.converged, 0, _next_samples(state, answer, spend))
+                for count in sorted(set(samples.tolist())):
+                    these = (samples == count).nonzero().squeeze(1)
+                    if count:
+                        parts.setdefault(count, []).append(_part(state, these))
+                        continue
+                    finished.append((state.where[these], solution.take(these)))
+                    if bar is not None:
+                        bar.update(len(these))
+            states = [_joined(begun, some, count, spend // count) for count, some in sorted(parts.items())]
         return in_order(finished)
 
     def _solution(self, state: _State, answer: _Answer, scores: Tensor, before: Tensors) -> Solution:
@@ -213,16 +215,30 @@ class _Window:
     points: Tensors
     gradients: Tensors
     lengths: Tensor  # float64 [B], of ‖point‖²
-    weight: float = 0.0
-    steps: int = 0
+    weight: Tensor  # float64 [B], of 1
+    steps: Tensor  # float64 [B], how many
+
+    @classmethod
+    def empty(cls, problem: Problem) -> _Window:
+        none = torch.zeros_like(problem.value, dtype=torch.float64)
+        return cls(states_like(problem.inputs), states_like(problem.inputs), none, none, none)
+
+    @classmethod
+    def join(cls, parts: list[_Window]) -> _Window:
+        """Of the inputs of several."""
+        return cls(
+            tuple(join_rows(list(t)) for t in zip(*(w.points for w in parts), strict=True)),
+            tuple(join_rows(list(t)) for t in zip(*(w.gradients for w in parts), strict=True)),
+            *(torch.cat([getattr(w, name) for w in parts]) for name in ("lengths", "weight", "steps")),
+        )
 
     def add(self, point: Tensors, gradient: Tensors, length: Tensor, samples: int) -> None:
         """One step: its point, the mean of its samples' gradients, ‖point‖²."""
         for total, value in zip((*self.points, *self.gradients), (*point, *gradient), strict=True):
             total.add_(value, alpha=samples)
         self.lengths = self.lengths + samples * length
-        self.weight += samples
-        self.steps += 1
+        self.weight = self.weight + samples
+        self.steps = self.steps + 1
 
     def __add__(self, other: _Window) -> _Window:
         """Over the steps of both."""
@@ -239,11 +255,12 @@ class _Window:
         )
 
     def take(self, keep: Tensor) -> _Window:
-        return replace(
-            self,
-            points=tuple(take_rows(t, keep) for t in self.points),
-            gradients=tuple(take_rows(t, keep) for t in self.gradients),
-            lengths=self.lengths[keep],
+        return _Window(
+            tuple(take_rows(t, keep) for t in self.points),
+            tuple(take_rows(t, keep) for t in self.gradients),
+            self.lengths[keep],
+            self.weight[keep],
+            self.steps[keep],
         )
 
 
@@ -259,14 +276,13 @@ class _State:
     squares: Tensors  # sum of squared successive differences of the gradient, times samples / 2
     curvature: Tensor  # float64 [B], the largest met
     at_zero: Tensor  # float64 [B], ‖p(0)‖²
+    differences: Tensor  # float64 [B], how many are in squares
+    steps: Tensor  # int64 [B]
     windows: tuple[_Window, ...] = ()  # the steps with fresh noise, oldest first
     eta: Tensors | None = None  # as reported
     level: int = 0
     samples: int = _FEWEST
     length: int = _BURN_IN  # steps of the level
-    differences: int = 0
-    drawn: int = 0  # steps of fresh noise so far
-    steps: int = 0
     evaluations: int = 0
 
 
@@ -323,15 +339,15 @@ def _answer(state: _State) -> _Answer:
 
 
 def _judge(state: _State, window: _Window) -> _Answer:
-    p = tuple(g / window.weight for g in window.gradients)
-    point = tuple(d / window.weight for d in window.points)
+    p = tuple(g / over_features(window.weight.to(g.dtype), g) for g in window.gradients)
+    point = tuple(d / over_features(window.weight.to(d.dtype), d) for d in window.points)
     problem = state.problem.tuned(p)
     maps = p if problem.penalty is None else problem.penalty.prox(p)
     y = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
     # Variance of rho * S(p̄) per feature.
     gain = tuple(torch.ones_like(a) for a in p) if problem.penalty is None else problem.penalty.gain(p, maps)
     variance = tuple(
-        (q * c).double() * over_features(r.double(), q).square() / (state.differences * window.weight)
+        (q * c).double() * over_features(r.double().square() / (state.differences * window.weight), q)
         for c, q, r in zip(gain, state.squares, problem.rho, strict=True)
     )
     noise, deviation = _sums(variance), (2 * _inner(variance, variance)).sqrt()
@@ -365,7 +381,7 @@ def _measured(state: _State, answer: _Answer, max_batch: int | None) -> _Answer:
     samples = _AT_ENDS
     problem = answer.problem(state.problem)
     copies = NoisyCopies(problem, samples, True, _chunk(state, samples, max_batch))
-    copies.step.fill_(state.drawn)
+    copies.step.fill_(_first_draw(state.level) + state.length)  # the walk has drawn those before
     ends = []
     for place in (answer.point, answer.displacement):
         copies.total(place, state.gradient)
@@ -373,22 +389,33 @@ def _measured(state: _State, answer: _Answer, max_batch: int | None) -> _Answer:
     there = tuple(p + (b - a) for p, a, b in zip(answer.gradient, *ends, strict=True))
     maps = there if problem.penalty is None else problem.penalty.prox(there)
     moved = tuple(over_features(r, a) * (a - b) for a, b, r in zip(maps, answer.maps, problem.rho, strict=True))
-    state.drawn += 1
     state.evaluations += 2 * samples
     return replace(answer, settled=_inner(moved, moved))
 
 
+def _first_draw(level: int) -> int:
+    """The noise bank's step at the beginning of a level: no two levels of an input share one."""
+    return level << 20
+
+
+def _level_cost(spent: int, budget: int) -> int:
+    """Gradients of the next level, a look at its end not counted; 0 where too little is left for one.
+
+    8 to 15 times a power of two: every number of samples that is a power of two up to that divides it.
+    """
+    cost = min(max(_LEAST, int(_GROWTH * spent)), budget - spent - 2 * _AT_ENDS)
+    if cost < _LEAST // 2:
+        return 0
+    last = cost.bit_length() - 4
+    return cost >> last << last
+
+
 def _next_samples(state: _State, answer: _Answer, spend: int) -> Tensor:
-    """Samples per step of each input's next level, int64 [B]; 0 where the budget is used up."""
-    none = torch.zeros_like(state.where)
-    if spend < _LEAST // 2:
-        return none
-
-    def power(limit: float) -> int:
-        return 1 << int(math.log2(limit))
-
-    most = power(spend / 4)
-    usual = max(state.samples, power(spend / _STEPS))
+    """Samples per step of each input's next level, int64 [B]: powers of two; 0 where there is none."""
+    if spend == 0:
+        return torch.zeros_like(state.where)
+    most = 1 << (spend.bit_length() - 4)
+    usual = max(state.samples, min(most, 1 << (spend // _STEPS).bit_length() - 1))
     samples = torch.where(answer.spread > answer.noise, max(usual, 2 * state.samples), usual)
     return torch.where(answer.settled > answer.noise, state.samples, samples).clamp_max(most)
 
@@ -411,6 +438,8 @@ def _start(problem: Problem, max_batch: int | None) -> _State:
         squares=states_like(problem.inputs),
         curvature=nothing,
         at_zero=nothing if problem.start is None else problem.start.gradient2,
+        differences=nothing,
+        steps=torch.zeros_like(problem.keys),
         eta=None if problem.penalty is None else problem.penalty.eta,
     )
     if problem.tuning is not None:
@@ -446,7 +475,7 @@ def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
     """The steps of one level, in place: (f_σ, the point, the step's statistics) of the last gradient."""
     problem, penalty, samples, burning = state.problem, state.problem.penalty, state.samples, state.level == 0
     gamma = tuple(_FIRST_STEP * r for r in problem.rho) if burning else _damped(state)
-    copies.step.fill_(state.drawn)
+    copies.step.fill_(_first_draw(state.level))
     before = state.point
     last_gradient: Tensors | None = None
     last_change: Tensors | None = None
@@ -455,9 +484,7 @@ def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
     windows = [*state.windows]
     for t in range(state.length):
         if not burning and t in (0, state.length // 2):
-            windows.append(
-                _Window(states_like(problem.inputs), states_like(problem.inputs), torch.zeros_like(state.curvature))
-            )
+            windows.append(_Window.empty(problem))
         score = copies.total(state.point, state.gradient) / samples
         if burning and problem.tuning is not None:
             problem = state.problem = problem.tuned(tuple(g / samples for g in state.gradient))
@@ -493,13 +520,12 @@ def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
             state.curvature = torch.maximum(state.curvature, torch.where(told, met, 0.0))
             gamma = _damped(state)
         if not burning:
-            state.drawn += 1
             copies.step += 1
             # The first steps may be long, and their differences more than noise.
             if change is not None and (state.level > 1 or t > state.length // 4):
                 for q, c in zip(state.squares, change, strict=True):
                     q.addcmul_(c, c, value=samples / 2)
-                state.differences += 1
+                state.differences = state.differences + 1
             windows[-1].add(before, state.gradient, statistics[:, 1], samples)
         last_gradient = tuple(g.clone() for g in state.gradient)
         step = _momentum(state, before)
@@ -507,11 +533,14 @@ def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
             turned += _inner(step, last_change)
             length += _inner(last_change, last_change)
         last_change = step
-        state.steps += 1
         state.evaluations += samples
+    state.steps = state.steps + state.length
     if not burning:
         steeper = 2 * state.curvature + 1 / torch.stack([r.double() for r in problem.rho]).amin(0)
         state.curvature = torch.where(turned < _TURNING * length, steeper, state.curvature)
+    if state.level == 2:
+        # The first half of the level before was not settled; it stood in while there was nothing else.
+        del windows[0]
     while len(windows) > _WINDOWS:
         windows[:2] = [windows[0] + windows[1]]
     state.windows = tuple(windows)
@@ -531,22 +560,63 @@ def _momentum(state: _State, before: Tensors) -> Tensors:
 
 
 def _part(state: _State, keep: Tensor) -> _State:
-    """The state of some of the inputs, at the next level."""
+    """The state of some of the inputs."""
 
     def rows(tensors: Tensors) -> Tensors:
         return tuple(take_rows(t, keep) for t in tensors)
 
     return replace(
         state,
-        level=state.level + 1,
         problem=state.problem.take(keep),
         where=state.where[keep],
         point=rows(state.point),
         previous=rows(state.previous),
-        gradient=rows(state.gradient),
         squares=rows(state.squares),
         curvature=state.curvature[keep],
         at_zero=state.at_zero[keep],
+        differences=state.differences[keep],
+        steps=state.steps[keep],
         windows=tuple(window.take(keep) for window in state.windows),
-        eta=None if state.eta is None else tuple(rows_of(e, state.where.shape[0])[keep] for e in state.eta),
+    )
+
+
+def _joined(begun: _State, parts: list[_State], samples: int, length: int) -> _State:
+    """The parts' inputs at their next level."""
+    first = parts[0]
+    where = torch.cat([part.where for part in parts])
+
+    def rows(name: str) -> Tensors:
+        return tuple(join_rows(list(t)) for t in zip(*(getattr(part, name) for part in parts), strict=True))
+
+    def numbers(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    problem = begun.problem.take(where)
+    if problem.tuning is not None:
+        penalties = [part.problem.penalty for part in parts]
+        etas = zip(*(p.eta for p in penalties if p is not None), strict=True)
+        rhos = zip(*(part.problem.rho for part in parts), strict=True)
+        problem = replace(
+            problem,
+            rho=tuple(torch.cat(r) for r in rhos),
+            penalty=problem.penalty and replace(problem.penalty, eta=tuple(torch.cat(e) for e in etas)),
+        )
+    eta = begun.eta
+    return replace(
+        first,
+        problem=problem,
+        where=where,
+        point=rows("point"),
+        previous=rows("previous"),
+        gradient=states_like(problem.inputs),
+        squares=rows("squares"),
+        curvature=numbers("curvature"),
+        at_zero=numbers("at_zero"),
+        differences=numbers("differences"),
+        steps=numbers("steps"),
+        windows=tuple(_Window.join(list(some)) for some in zip(*(part.windows for part in parts), strict=True)),
+        eta=None if eta is None else tuple(rows_of(e, begun.where.shape[0])[where] for e in eta),
+        level=first.level + 1,
+        samples=samples,
+        length=length,
     )

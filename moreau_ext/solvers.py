@@ -202,6 +202,14 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.movedim(1, -1)[index].movedim(-1, 1)
 
 
+def join_rows(parts: list[Tensor]) -> Tensor:
+    """Dense batches of one memory layout as one, in that layout."""
+    layout = memory_layout(parts[0])
+    if layout is None or layout[0] == 1:
+        return torch.cat(parts)
+    return torch.cat([x.movedim(1, -1) for x in parts]).movedim(-1, 1)
+
+
 def like_layout(gradient: Tensor, x: Tensor) -> Tensor:
     """``gradient`` in the memory layout of x (a model may hand back another, or one expanded number)."""
     if memory_layout(gradient) == memory_layout(x):
@@ -308,7 +316,7 @@ def assemble(
     envelope: Tensor,
     residual: Tensor,
     relative_residual: Tensor,
-    steps: int,
+    steps: int | Tensor,
     evaluations: int,
     tol: float,
 ) -> Solution:

@@ -170,12 +170,14 @@ def test_errors_say_what_came(call, words: str) -> None:
         ("digits_cnn_softplus", 0.97),
         ("digits_cnn_silu", 0.97),
         ("digits_vit", 0.94),
+        ("digits32_resnet20", 0.97),
         ("tabular_mlp", 0.95),
         ("tabular_mlp_gelu", 0.95),
     ],
 )
 def test_trained_nets_are_good(name: str, least: float) -> None:
-    test = zoo.breast_cancer("test") if name.startswith("tabular") else zoo.digits("test")
+    data = {"tabular": zoo.breast_cancer, "digits32": zoo.digits32}.get(name.split("_")[0], zoo.digits)
+    test = data("test")
     before = torch.get_rng_state()
     model = zoo.trained(name, cache=False)
     assert torch.equal(before, torch.get_rng_state())
