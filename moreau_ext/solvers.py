@@ -348,7 +348,7 @@ def assemble(
 def in_order(parts: list[tuple[Tensor, Solution]]) -> Solution:
     """Solutions of inputs that were done at different times, by their place in the batch."""
     whole = Solution.concatenate(solution for _, solution in parts)
-    return whole if len(parts) == 1 else whole.take(torch.cat([where for where, _ in parts]).argsort())
+    return whole.take(torch.cat([where for where, _ in parts]).argsort())
 
 
 @dataclass(frozen=True)

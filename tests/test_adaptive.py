@@ -123,6 +123,23 @@ def test_inputs_do_not_depend_on_each_other() -> None:
     assert torch.equal(e.attribute(x, target=1, ids=ids), whole.attribution)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inputs_that_part_and_meet_again_keep_their_places(layout: torch.memory_format) -> None:
+    """All end at the same level, having taken different numbers of samples a step on the way."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)).double().eval()
+    x = torch.randn(12, 2, 6, 6, dtype=torch.float64) * torch.logspace(-1, 1, 12)[:, None, None, None]
+    x = x.contiguous(memory_format=layout)
+    e = SparseMoreauGrad(net, sigma=0.3, eta_ratio=0.2, rho=0.3, solver=AdaptiveProximalGradient(1e-9, 1200))
+    whole = e.attribute(x, target=1, return_solution=True)
+    assert len(whole.steps.unique()) > 1
+    assert len(whole.gradient_evaluations.unique()) == 1
+    for i in range(12):
+        one = e.attribute(x[i : i + 1], target=1, ids=torch.tensor([i]), return_solution=True)
+        torch.testing.assert_close(one.attribution[0], whole.attribution[i], rtol=0, atol=1e-9)
+        assert int(one.steps) == int(whole.steps[i])
+
+
 def test_tuples_and_empty_maps() -> None:
     def f(a: Tensor, b: Tensor) -> Tensor:
         return a.square().sum(1) / 4 + b.flatten(1).sum(1)
