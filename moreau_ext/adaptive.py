@@ -277,6 +277,8 @@ class _State:
     curvature: Tensor  # float64 [B], the largest met
     at_zero: Tensor  # float64 [B], ‖p(0)‖²
     differences: Tensor  # float64 [B], how many are in squares
+    norms: Tensor  # float64 [B], sum of their squared norms
+    norms2: Tensor  # float64 [B], sum of the squares of these
     steps: Tensor  # int64 [B]
     windows: tuple[_Window, ...] = ()  # the steps with fresh noise, oldest first
     eta: Tensors | None = None  # as reported
@@ -299,13 +301,13 @@ class _Answer:
     settled: Tensor
     spread: Tensor
     noise: Tensor
-    deviation: Tensor  # of the noise
+    most_noise: Tensor  # what noise is with a probability of 95 %
     size: Tensor  # what the residual is compared with
 
     @property
     def bound(self) -> Tensor:
         """Of the relative residual."""
-        upper = (self.settled + self.spread + self.noise + _QUANTILE * self.deviation).sqrt()
+        upper = (self.settled + self.spread + self.most_noise).sqrt()
         return torch.where(upper == 0, 0.0, upper / self.size)
 
     def or_better(self, other: _Answer) -> _Answer:
@@ -350,7 +352,7 @@ def _judge(state: _State, window: _Window) -> _Answer:
         (q * c).double() * over_features(r.double().square() / (state.differences * window.weight), q)
         for c, q, r in zip(gain, state.squares, problem.rho, strict=True)
     )
-    noise, deviation = _sums(variance), (2 * _inner(variance, variance)).sqrt()
+    noise = _sums(variance)
     gap = _minus(point, y)
     point2, y2 = _inner(point, point), _inner(y, y)
     # Noise alone spreads the points by (γ/ρ) times its variance in a step; a gradient is nearly linear over that.
@@ -366,27 +368,56 @@ def _judge(state: _State, window: _Window) -> _Answer:
         settled=_inner(gap, gap),
         spread=_ALLOWANCE**2 * (window.lengths / window.weight - point2 - scatter).clamp_min(0),
         noise=noise,
-        deviation=deviation,
+        most_noise=_upper(state, noise, _inner(variance, variance)),
         size=torch.maximum(torch.maximum(point2, y2).sqrt(), residual_floor(problem, state.at_zero)),
     )
+
+
+def _upper(state: _State, noise: Tensor, crossed: Tensor) -> Tensor:
+    """The 95 % quantile of ‖ρε̄‖², about noise·χ²_r/r: features that are noisy together count as one.
+
+    r = 2·mean²/variance of the squared norms of the differences, at most what independent features would give. The χ²
+    by Wilson and Hilferty; that its scale is only known from the differences widens it as it does an F distribution.
+    """
+    count = state.differences
+    mean = state.norms / count
+    variance = (state.norms2 - count * mean.square()) / (count - 1)
+    tiny = torch.finfo(torch.float64).tiny
+    independent = noise.square() / crossed.clamp_min(tiny)
+    rank = torch.where(variance > 0, 2 * mean.square() / variance.clamp_min(tiny), independent)
+    rank = torch.minimum(rank, independent).clamp_min(1)
+    ninth = 2 / (9 * rank)
+    quantile = (1 - ninth + _QUANTILE * ninth.sqrt()) ** 3
+    # Successive differences share a gradient: three of them tell as much as two.
+    freedom = (rank * count / 1.5).clamp_min(4)
+    return noise * quantile * freedom / (freedom - 2)
 
 
 def _measured(state: _State, answer: _Answer, max_batch: int | None) -> _Answer:
     """The answer with the residual that y itself has where δ̄ has ‖δ̄ − y‖.
 
-    ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, and p(y) = p̄ + (p(y) − p(δ̄)): a difference over a short way, for which few
-    samples do if both ends see the same. A bound by ρβ‖δ̄ − y‖ would be many times as large: what has not settled lies
-    along flat directions.
+    ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, and p(y) = p̄ + H(y − δ̄). A bound by ρβ‖δ̄ − y‖ would be many times as large:
+    what has not settled lies along flat directions. H along y − δ̄ is a difference of gradients whose ends see the same
+    noise, σ apart: over a way much shorter than the noise few samples would meet a kink, and most would see none.
     """
     samples = _AT_ENDS
     problem = answer.problem(state.problem)
     copies = NoisyCopies(problem, samples, True, _chunk(state, samples, max_batch))
     copies.step.fill_(_first_draw(state.level) + state.length)  # the walk has drawn those before
+    way = _minus(answer.displacement, answer.point)
+    sigma = torch.stack([s.double() for s in problem.sigma]).amin(0)
+    # Way below rounding there is nothing left to settle, whatever a difference says.
+    stretch = (sigma / _inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
     ends = []
-    for place in (answer.point, answer.displacement):
+    for side in (-0.5, 0.5):
+        place = tuple(
+            d + over_features((side * stretch).to(d.dtype), d) * w for d, w in zip(answer.point, way, strict=True)
+        )
         copies.total(place, state.gradient)
         ends.append(tuple(g / samples for g in state.gradient))
-    there = tuple(p + (b - a) for p, a, b in zip(answer.gradient, *ends, strict=True))
+    there = tuple(
+        p + (b - a) / over_features(stretch.to(p.dtype), p) for p, a, b in zip(answer.gradient, *ends, strict=True)
+    )
     maps = there if problem.penalty is None else problem.penalty.prox(there)
     moved = tuple(over_features(r, a) * (a - b) for a, b, r in zip(maps, answer.maps, problem.rho, strict=True))
     state.evaluations += 2 * samples
@@ -439,6 +470,8 @@ def _start(problem: Problem, max_batch: int | None) -> _State:
         curvature=nothing,
         at_zero=nothing if problem.start is None else problem.start.gradient2,
         differences=nothing,
+        norms=nothing,
+        norms2=nothing,
         steps=torch.zeros_like(problem.keys),
         eta=None if problem.penalty is None else problem.penalty.eta,
     )
@@ -525,6 +558,8 @@ def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
             if change is not None and (state.level > 1 or t > state.length // 4):
                 for q, c in zip(state.squares, change, strict=True):
                     q.addcmul_(c, c, value=samples / 2)
+                square = _inner(change, change) * (samples / 2)
+                state.norms, state.norms2 = state.norms + square, state.norms2 + square.square()
                 state.differences = state.differences + 1
             windows[-1].add(before, state.gradient, statistics[:, 1], samples)
         last_gradient = tuple(g.clone() for g in state.gradient)
@@ -575,6 +610,8 @@ def _part(state: _State, keep: Tensor) -> _State:
         curvature=state.curvature[keep],
         at_zero=state.at_zero[keep],
         differences=state.differences[keep],
+        norms=state.norms[keep],
+        norms2=state.norms2[keep],
         steps=state.steps[keep],
         windows=tuple(window.take(keep) for window in state.windows),
     )
@@ -613,6 +650,8 @@ def _joined(begun: _State, parts: list[_State], samples: int, length: int) -> _S
         curvature=numbers("curvature"),
         at_zero=numbers("at_zero"),
         differences=numbers("differences"),
+        norms=numbers("norms"),
+        norms2=numbers("norms2"),
         steps=numbers("steps"),
         windows=tuple(_Window.join(list(some)) for some in zip(*(part.windows for part in parts), strict=True)),
         eta=None if eta is None else tuple(rows_of(e, begun.where.shape[0])[where] for e in eta),
