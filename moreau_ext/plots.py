@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["gallery"]
+__all__ = ["bands", "gallery"]
 
 _PANEL = 1.15  # inches, edge of one picture
 _LABEL = 0.75  # inches, for the row titles
@@ -132,3 +132,94 @@ def _draw(axes: Any, image: Tensor, diverging: Any) -> None:
         axes.text(0.5, 0.5, "empty", transform=axes.transAxes, ha="center", va="center", fontsize=8, color="0.4")
         return
     axes.imshow((image / largest).numpy(), cmap=diverging, vmin=-1, vmax=1, interpolation="nearest")
+
+
+def bands(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]]],
+    labels: Mapping[str, str],
+    axis: str,
+    *,
+    strong: Sequence[str] = (),
+    dark: bool = False,
+) -> Figure:
+    """Curves with confidence bands: one row of panels per metric, one column per attack, one line per method.
+
+    Args:
+        panels: by metric, then attack, then method: points (x, mean, low, high).
+        labels: what a method is called.
+        axis: below the x axis, which is logarithmic.
+        strong: methods drawn with thick full lines; the others are thin and dashed.
+        dark: for a dark page.
+
+    Returns:
+        A matplotlib Figure with an Agg canvas and a transparent background.
+
+    Raises:
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> from moreau_ext.plots import bands
+        >>> points = [(0.1, 0.9, 0.8, 1.0), (1.0, 0.5, 0.4, 0.6)]
+        >>> len(bands({"SSIM": {"frozen": {"a": points}}}, {"a": "A"}, "radius").axes)
+        1
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FixedLocator, NullLocator
+    except ImportError as error:
+        raise ImportError(
+            f'pictures need matplotlib ({error}); install it with: pip install "moreau_ext[demo]"'
+        ) from error
+    rows, columns = len(panels), max((len(p) for p in panels.values()), default=1)
+    ink = "#e6e6e6" if dark else "#222222"
+    figure = Figure(figsize=(1.2 + 3.1 * columns + 2.4, 0.7 + 2.3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(0)
+    colours = [colormaps["tab10"](i) for i in range(10)]
+    lines: dict[str, Any] = {}
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row")
+    for row, (metric, attacks) in zip(grid, panels.items(), strict=True):
+        for column, (axes, (attack, curves)) in enumerate(zip(row, attacks.items(), strict=False)):
+            axes.patch.set_alpha(0)
+            for method, points in curves.items():
+                if not points:
+                    continue
+                x, mean, low, high = zip(*points, strict=True)
+                colour = colours[list(labels).index(method) % 10]
+                thick = method in strong
+                (line,) = axes.plot(
+                    x,
+                    mean,
+                    "-o" if thick else "--",
+                    color=colour,
+                    lw=2 if thick else 1.2,
+                    ms=3,
+                    zorder=3 if thick else 2,
+                )
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+                lines.setdefault(method, line)
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(FixedLocator(list(x)))
+                axes.xaxis.set_minor_locator(NullLocator())
+                axes.set_xticklabels([f"{v:g}" for v in x])
+            if axes in grid[0]:
+                axes.set_title(attack, fontsize=10, color=ink)
+            if axes in grid[-1]:
+                axes.set_xlabel(axis, fontsize=9, color=ink)
+            if column == 0:
+                axes.set_ylabel(metric, fontsize=9, color=ink)
+            axes.tick_params(colors=ink, labelsize=8)
+            axes.spines[:].set_color(ink)
+            axes.grid(alpha=0.25, lw=0.5)
+    if lines:
+        figure.legend(
+            lines.values(),
+            [labels[m] for m in lines],
+            loc="outside right upper",
+            fontsize=8.5,
+            frameon=False,
+            labelcolor=ink,
+        )
+    return figure
