@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["bands", "gallery"]
+__all__ = ["bands", "bars", "gallery"]
 
 _PANEL = 1.15  # inches, edge of one picture
 _LABEL = 0.75  # inches, for the row titles
@@ -222,4 +222,53 @@ def bands(
             frameon=False,
             labelcolor=ink,
         )
+    return figure
+
+
+def bars(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]) -> Figure:
+    """Means with their intervals as points on lines: one panel per metric, one row per method, one colour per group.
+
+    Args:
+        panels: by metric, then group, then method: (mean, low, high).
+
+    Returns:
+        A matplotlib Figure with an Agg canvas.
+
+    Raises:
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> from moreau_ext.plots import bars
+        >>> len(bars({"cosine": {"seeds": {"A": (0.5, 0.4, 0.6)}}}).axes)
+        1
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f'pictures need matplotlib ({error}); install it with: pip install "moreau_ext[demo]"'
+        ) from error
+    names = list(dict.fromkeys(m for groups in panels.values() for found in groups.values() for m in found))
+    kinds = list(dict.fromkeys(g for groups in panels.values() for g in groups))
+    figure = Figure(figsize=(2.4 + 3.2 * len(panels), 1.3 + 0.42 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    lines: dict[str, Any] = {}
+    for axes, (metric, groups) in zip(row, panels.items(), strict=True):
+        for group, found in groups.items():
+            shift = 0.22 * (kinds.index(group) - (len(kinds) - 1) / 2)
+            for method, (mean, low, high) in found.items():
+                at = names.index(method) + shift
+                colour = colormaps["tab10"](kinds.index(group) % 10)
+                axes.plot([low, high], [at, at], color=colour, lw=2)
+                (point,) = axes.plot([mean], [at], "o", color=colour, ms=4)
+                lines.setdefault(group, point)
+        axes.set_xlabel(metric, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3, lw=0.5)
+        axes.set_yticks(range(len(names)), names, fontsize=8.5)
+    row[0].invert_yaxis()
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
     return figure

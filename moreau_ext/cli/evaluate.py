@@ -201,7 +201,7 @@ def _model(arguments: argparse.Namespace, data: Dataset, out: Path) -> nn.Module
             # As `python -m` does, so that a file beside the caller is found.
             sys.path.insert(0, str(Path.cwd()))
             model = getattr(importlib.import_module(module), factory)()
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError) as error:
             raise Refused(f"--model {name}: {error}") from error
         finally:
             sys.path.remove(str(Path.cwd()))

@@ -94,7 +94,7 @@ def perturbation_curve(
         >>> from moreau_ext.evaluation import perturbation_curve
         >>> model = torch.nn.Linear(2, 2, bias=False)
         >>> _ = torch.nn.init.eye_(model.weight)
-        >>> x, a = torch.tensor([[4.0, 0.0]]), torch.tensor([[1.0, -1.0]])
+        >>> x, a = torch.tensor([[4.0, 0.0]]), torch.tensor([[1.0, -0.5]])
         >>> perturbation_curve(model, x, a, torch.tensor([0]), "deletion", steps=2).round(decimals=2).tolist()
         [[0.98, 0.5, 0.5]]
     """

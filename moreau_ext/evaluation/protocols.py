@@ -543,7 +543,8 @@ def compare(
         (method − rival with its 95 % interval, "better", "worse" or "undecided": whether the interval excludes 0).
     """
     first, second = (results.rows(name, attack, magnitude)[metric] for name in (method, rival))
-    interval = bootstrap(first - second)
+    # A random map has no attacked rows.
+    interval = bootstrap(first - second if len(first) == len(second) else [])
     sense = METRICS[metric][1]
     if not interval.count or not sense or interval.low <= 0 <= interval.high:
         return interval, "undecided"
