@@ -93,7 +93,9 @@ def add_parser(commands: Any) -> None:
         "--block", type=positive, default=100, help="inputs per part that is kept. default: %(default)s"
     )
     parser.add_argument("--no-checks", action="store_true", help="leave out max-sensitivity and the randomised models")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and attacks. default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of noise, attacks and the zoo's nets. default: %(default)s"
+    )
     parser.add_argument(
         "--gallery", type=positive, default=24, metavar="N", help="inputs in the report. default: %(default)s"
     )
@@ -140,7 +142,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
     )
     write_tables(results, out)
-    write(out / "robustness.png", lambda file: file.write(png_of(figure(results))))
+    write(out / "robustness.png", lambda file: file.write(png_of(figure(results), "white")))
     write_report(results, out / "report.html", gallery=arguments.gallery)
     print(_summary(results))
     print(f"wrote report.html, results.parquet, results.csv, summary.json and robustness.png to {out}")

@@ -178,7 +178,7 @@ class Attack:
         """
         ids = torch.arange(inputs.shape[0], device=inputs.device) if ids is None else ids
         with torch.no_grad():
-            if clean is None:
+            if clean is None and self.kind != "gaussian":
                 clean = explainer.attribute(inputs, target, ids=ids, return_solution=True)
             search = _Search(self, explainer, model, inputs, target, clean, ids)
             return search.gaussian() if self.kind == "gaussian" else search.descend()
@@ -201,16 +201,19 @@ class _Search:
         model: Any,
         inputs: Tensor,
         target: Tensor,
-        clean: Solution,
+        clean: Solution | None,
         ids: Tensor,
     ) -> None:
         self.attack, self.explainer, self.model = attack, explainer, model
-        self.x, self.target, self.clean, self.ids = inputs, target, clean, ids
-        self.top = topk_mask(clean.attribution, attack.k)
+        self.x, self.target, self.ids = inputs, target, ids
         flat = flat_rows(inputs)
         self.sigma = attack.noise_level * (flat.amax(1) - flat.amin(1))
         self.gradients = 0
         self.draws = 0
+        if attack.kind == "gaussian" or clean is None:
+            return  # the map does not matter
+        self.clean = clean
+        self.top = topk_mask(clean.attribution, attack.k)
         if attack.kind == "frozen":
             self.support = (clean.attribution != 0).to(inputs.dtype)
             self.frozen = clean.displacement.to(inputs.dtype)
@@ -244,7 +247,7 @@ class _Search:
             todo = todo & ~good
             if not bool(todo.any()):
                 break
-        unknown = torch.full_like(self.clean.residual, torch.nan)
+        unknown = torch.full((x.shape[0],), torch.nan, dtype=torch.float64, device=x.device)
         return self.result(x, unknown, unknown)
 
     def see(self, x: Tensor) -> tuple[Tensor, Solution | None]:
@@ -288,7 +291,9 @@ class _Search:
         best, least, before = self.x.clone(), None, torch.empty(0)
         for restart in range(attack.restarts):
             at = self.start(restart)
-            maps, solution = self.see(at)
+            # At x itself the adaptive attack has the clean map already.
+            known = restart == 0 and attack.kind == "adaptive"
+            maps, solution = (self.clean.attribution, self.clean) if known else self.see(at)
             share = _share(maps, self.top)
             if least is None:
                 before, least = share, share.clone()

@@ -23,6 +23,7 @@ __all__ = ["figure", "write_report"]
 
 _OURS = ("moreau", "sparse", "group", "group_superpixels")
 _RIVALS = ("gradient", "smoothgrad", "st_smoothgrad", "sparsified_smoothgrad", "integrated_gradients")
+_NORMS = {"l2": "L2", "linf": "L∞"}
 _CURVES = ("distance", "topk", "topk_fixed", "ssim")
 _MAPS = ("gini", "support", "deletion", "insertion", "max_sensitivity", "randomised_top", "randomised_all",
          "gradients", "relative_residual")  # fmt: skip
@@ -54,14 +55,13 @@ def figure(results: Results, *, dark: bool = False) -> Any:
                         points.append((magnitude, found.mean, found.low, found.high))
                 panels[METRICS[metric][0]][attack][method] = points
     labels = {m: known[m].label for m in shown}
-    axis = f"{'L2' if plan.norm == 'l2' else 'Linf'} magnitude"
-    return bands(panels, labels, axis, strong=_OURS, dark=dark)
+    return bands(panels, labels, f"{_NORMS[plan.norm]} magnitude", strong=_OURS, dark=dark)
 
 
-def png_of(figure: Any) -> bytes:
-    """A figure's PNG."""
+def png_of(figure: Any, background: str = "none") -> bytes:
+    """A figure's PNG; transparent, or on a colour."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, facecolor=background)
     return buffer.getvalue()
 
 
@@ -135,7 +135,7 @@ def _interval(values: Any, metric: str) -> str:
         return '<span data-value="">–</span>'
     return (
         f'<span data-value="{found.mean!r}">{_number(found.mean, metric)} '
-        f"<small>{_number(found.low, metric)}–{_number(found.high, metric)}</small></span>"
+        f"<small>[{_number(found.low, metric)}, {_number(found.high, metric)}]</small></span>"
     )
 
 
@@ -158,9 +158,8 @@ def _tables(results: Results, known: dict[str, Method]) -> str:
                 for m in plan.methods
                 if known[m].attacked
             ]
-            caption = (
-                f"Attack “{attack}” of {plan.norm} magnitude {magnitude:g}: the attacked map against the clean one"
-            )
+            what = f"Attack “{attack}”, {_NORMS[plan.norm]} magnitude {magnitude:g}"
+            caption = f"{what}: the attacked map against the clean one"
             parts.append(_table(["method", *map(_heading, _ROBUST)], rows, caption))
     return "\n".join(parts)
 
