@@ -75,9 +75,9 @@ def test_an_attack_does_not_depend_on_the_batch(digits, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["moreau", "sparse", "group"])
 def test_adaptive_is_at_least_as_strong_as_frozen(name: str) -> None:
-    model, x = zoo.trained("digits_cnn"), zoo.digits("test").inputs[:24]
+    model, x = zoo.trained("digits_cnn"), zoo.digits("test").inputs[:16]
     target = model(x).argmax(1)
-    e = explainer(name, model, x, 480)
+    e = explainer(name, model, x)
     clean = e.attribute(x, target, return_solution=True)
     left = {}
     for kind in ("frozen", "adaptive"):
