@@ -351,7 +351,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
         (["--magnitudes", "0.3,-1"], "--magnitudes: expected positive numbers"),
         (["--rho", "0"], "--rho: expected positive numbers"),
         (["--methods", "magic"], "--methods: expected some of gradient"),
-        (["--attack", "magic"], "--attacks: expected some of gaussian"),
+        (["--attack", "magic"], "--attack: expected some of gaussian"),
         (["--data", "mnist"], "--data mnist: data: expected digits, cifar10:PATH or imagefolder:PATH"),
         (["--model", "magic"], "--model: expected one of digits_cnn"),
         (["--model", "no.such:thing"], "--model no.such:thing: No module named 'no'"),

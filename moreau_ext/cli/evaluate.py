@@ -180,7 +180,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
             **more,
         )
     except ValueError as error:
-        raise Refused(f"--{error}") from error
+        raise Refused(f"--{error}".replace("--attacks", "--attack")) from error
 
 
 def _model(arguments: argparse.Namespace, data: Dataset, out: Path) -> nn.Module:
