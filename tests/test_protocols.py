@@ -384,7 +384,12 @@ def test_a_pickle_as_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("name", list(studies.STUDIES))
-def test_studies_say_what_they_found(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_studies_say_what_they_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = zoo.train
+    # Nets that are trained for the study itself: two epochs will do here.
+    monkeypatch.setattr(studies.zoo, "train", lambda model, data, _, *more, **kw: train(model, data, 2, *more, **kw))
     assert cli.main(["study", name, "--limit", "3", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.{ending}" for ending in ("md", "csv", "png")}
