@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["gallery"]
+__all__ = ["bands", "bars", "gallery"]
 
 _PANEL = 1.15  # inches, edge of one picture
 _LABEL = 0.75  # inches, for the row titles
@@ -132,3 +132,143 @@ def _draw(axes: Any, image: Tensor, diverging: Any) -> None:
         axes.text(0.5, 0.5, "empty", transform=axes.transAxes, ha="center", va="center", fontsize=8, color="0.4")
         return
     axes.imshow((image / largest).numpy(), cmap=diverging, vmin=-1, vmax=1, interpolation="nearest")
+
+
+def bands(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]]],
+    labels: Mapping[str, str],
+    axis: str,
+    *,
+    strong: Sequence[str] = (),
+    dark: bool = False,
+) -> Figure:
+    """Curves with confidence bands: one row of panels per metric, one column per attack, one line per method.
+
+    Args:
+        panels: by metric, then attack, then method: points (x, mean, low, high).
+        labels: what a method is called.
+        axis: below the x axis, which is logarithmic.
+        strong: methods drawn with thick full lines; the others are thin and dashed.
+        dark: for a dark page.
+
+    Returns:
+        A matplotlib Figure with an Agg canvas and a transparent background.
+
+    Raises:
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> from moreau_ext.plots import bands
+        >>> points = [(0.1, 0.9, 0.8, 1.0), (1.0, 0.5, 0.4, 0.6)]
+        >>> len(bands({"SSIM": {"frozen": {"a": points}}}, {"a": "A"}, "radius").axes)
+        1
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FixedLocator, NullLocator
+    except ImportError as error:
+        raise ImportError(
+            f'pictures need matplotlib ({error}); install it with: pip install "moreau_ext[demo]"'
+        ) from error
+    rows, columns = len(panels), max((len(p) for p in panels.values()), default=1)
+    ink = "#e6e6e6" if dark else "#222222"
+    figure = Figure(figsize=(1.2 + 3.1 * columns + 2.4, 0.7 + 2.3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(0)
+    colours = [colormaps["tab10"](i) for i in range(10)]
+    lines: dict[str, Any] = {}
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row")
+    for row, (metric, attacks) in zip(grid, panels.items(), strict=True):
+        for column, (axes, (attack, curves)) in enumerate(zip(row, attacks.items(), strict=False)):
+            axes.patch.set_alpha(0)
+            for method, points in curves.items():
+                if not points:
+                    continue
+                x, mean, low, high = zip(*points, strict=True)
+                colour = colours[list(labels).index(method) % 10]
+                thick = method in strong
+                (line,) = axes.plot(
+                    x,
+                    mean,
+                    "-o" if thick else "--",
+                    color=colour,
+                    lw=2 if thick else 1.2,
+                    ms=3,
+                    zorder=3 if thick else 2,
+                )
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+                lines.setdefault(method, line)
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(FixedLocator(list(x)))
+                axes.xaxis.set_minor_locator(NullLocator())
+                axes.set_xticklabels([f"{v:g}" for v in x])
+            if axes in grid[0]:
+                axes.set_title(attack, fontsize=10, color=ink)
+            if axes in grid[-1]:
+                axes.set_xlabel(axis, fontsize=9, color=ink)
+            if column == 0:
+                axes.set_ylabel(metric, fontsize=9, color=ink)
+            axes.tick_params(colors=ink, labelsize=8)
+            axes.spines[:].set_color(ink)
+            axes.grid(alpha=0.25, lw=0.5)
+    if lines:
+        figure.legend(
+            lines.values(),
+            [labels[m] for m in lines],
+            loc="outside right upper",
+            fontsize=8.5,
+            frameon=False,
+            labelcolor=ink,
+        )
+    return figure
+
+
+def bars(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]) -> Figure:
+    """Means with their intervals as points on lines: one panel per metric, one row per method, one colour per group.
+
+    Args:
+        panels: by metric, then group, then method: (mean, low, high).
+
+    Returns:
+        A matplotlib Figure with an Agg canvas.
+
+    Raises:
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> from moreau_ext.plots import bars
+        >>> len(bars({"cosine": {"seeds": {"A": (0.5, 0.4, 0.6)}}}).axes)
+        1
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f'pictures need matplotlib ({error}); install it with: pip install "moreau_ext[demo]"'
+        ) from error
+    names = list(dict.fromkeys(m for groups in panels.values() for found in groups.values() for m in found))
+    kinds = list(dict.fromkeys(g for groups in panels.values() for g in groups))
+    figure = Figure(figsize=(2.4 + 3.2 * len(panels), 1.3 + 0.42 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    lines: dict[str, Any] = {}
+    for axes, (metric, groups) in zip(row, panels.items(), strict=True):
+        for group, found in groups.items():
+            shift = 0.22 * (kinds.index(group) - (len(kinds) - 1) / 2)
+            for method, (mean, low, high) in found.items():
+                at = names.index(method) + shift
+                colour = colormaps["tab10"](kinds.index(group) % 10)
+                axes.plot([low, high], [at, at], color=colour, lw=2)
+                (point,) = axes.plot([mean], [at], "o", color=colour, ms=4)
+                lines.setdefault(group, point)
+        axes.set_xlabel(metric, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3, lw=0.5)
+        axes.set_yticks(range(len(names)), names, fontsize=8.5)
+    row[0].invert_yaxis()
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
+    return figure

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "moreau_ext"
 FLOORS = {
     "_core": 0,
     "_library": 1,
+    "files": 1,
     "noise": 1,
     "groups": 1,
     "reference": 1,
@@ -48,6 +49,7 @@ SAME_FLOOR = {
     "baselines": {"explainers"},
     "registry": {"baselines", "explainers", "integrations"},
     "integrations": {"baselines", "explainers"},
+    "evaluation": {"baselines", "explainers", "integrations", "plots", "registry"},
 }
 
 
@@ -115,7 +117,8 @@ def test_some_things_stand_in_one_place(name: str, path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else v.stem)
 def test_importing_costs_torch_and_numpy_alone(name: str, path: Path) -> None:
-    heavy = {"captum", "matplotlib", "sklearn", "tqdm", "torchvision", "scipy", "PIL"}
+    heavy = {"captum", "matplotlib", "sklearn", "tqdm", "torchvision", "scipy", "PIL", "skimage", "pyarrow", "pandas"}
+    heavy |= {"selenium"}
     assert not external(path, top_level_only=True) & heavy
     if name in ("cli", "__main__"):
         assert "torch" not in external(path, top_level_only=True)

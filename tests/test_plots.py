@@ -127,3 +127,31 @@ def test_no_global_state() -> None:
 
 def test_examples() -> None:
     assert doctest.testmod(plots).failed == 0
+
+
+# --- curves and points ---------------------------------------------------------------------------------------------
+
+
+def test_bands_draw_every_method_with_its_interval() -> None:
+    points = [(0.1, 0.9, 0.8, 1.0), (1.0, 0.5, 0.4, 0.6)]
+    panels = {"SSIM": {"frozen": {"a": points, "b": points}, "adaptive": {"a": points, "b": []}}}
+    for dark in (False, True):
+        figure = plots.bands(panels, {"a": "A", "b": "B"}, "radius", strong=["a"], dark=dark)
+        first, second = figure.axes
+        assert [axes.get_title() for axes in figure.axes] == ["frozen", "adaptive"]
+        assert first.get_xscale() == "log"
+        assert (len(first.lines), len(first.collections)) == (2, 2)
+        assert (len(second.lines), len(second.collections)) == (1, 1)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
+        assert first.lines[0].get_linewidth() > first.lines[1].get_linewidth()
+        figure.savefig(io.BytesIO(), format="png")
+
+
+def test_bars_have_a_row_per_method_and_a_colour_per_group() -> None:
+    panels = {"cosine": {"seeds": {"A": (0.5, 0.4, 0.6), "B": (0.2, 0.1, 0.3)}, "nets": {"A": (0.1, 0.0, 0.2)}}}
+    figure = plots.bars(panels)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "B"]
+    assert len(axes.lines) == 6
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seeds", "nets"]
+    figure.savefig(io.BytesIO(), format="png")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import platform
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+
+from ..files import write as write
 
 
 class Refused(Exception):
@@ -52,17 +51,6 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise Refused(f"--out {folder}: cannot write there ({error.strerror or error})") from error
-
-
-def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """A whole file or none: a reader never sees half of one, and an interruption leaves the old."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            fill(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

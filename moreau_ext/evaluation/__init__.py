@@ -1,5 +1,36 @@
-"""Judging maps: metrics, and later the protocols that use them."""
+"""Judging maps: metrics, attacks, what they say of their model, and the protocols that put them together."""
 
-from .metrics import gini
+from .attacks import ATTACKS, Attack, Attacked
+from .derivatives import find_hessian, gradient_vjp, map_vjp
+from .faithfulness import area, max_sensitivity, perturbation_curve, randomised, target_probability
+from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, topk_intersection, topk_mask
+from .protocols import METRICS, Interval, Plan, Results, bootstrap, compare, run, summarise
 
-__all__ = ["gini"]
+__all__ = [
+    "ATTACKS",
+    "METRICS",
+    "Attack",
+    "Attacked",
+    "Interval",
+    "Plan",
+    "Results",
+    "area",
+    "bootstrap",
+    "compare",
+    "cosine",
+    "find_hessian",
+    "gini",
+    "gradient_vjp",
+    "map_vjp",
+    "max_sensitivity",
+    "normalised_distance",
+    "perturbation_curve",
+    "randomised",
+    "run",
+    "ssim",
+    "summarise",
+    "support_fraction",
+    "target_probability",
+    "topk_intersection",
+    "topk_mask",
+]

@@ -1,11 +1,19 @@
-"""Numbers that judge maps: tensor in, one number per input out. Each states its formula and where it comes from."""
+"""Numbers that judge maps: tensor in, one number per input out. Each states its formula and where it comes from.
+
+What compares two maps, a and b, does not change with the scale of either. A map of zeros has no direction and no top:
+each function says what it gives then.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["gini"]
+__all__ = ["cosine", "gini", "normalised_distance", "ssim", "support_fraction", "topk_intersection", "topk_mask"]
 
 # Features sorted at a time: 128 MiB of float64, so that a data set's maps need no second copy in memory.
 _CHUNK = 1 << 24
@@ -51,3 +59,201 @@ def gini(maps: Tensor) -> Tensor:
         a = a / a[:, -1:].where(a[:, -1:] != 0, 1)
         parts.append((a @ weights) / (n * a.sum(1)).where(a[:, -1] != 0, 1))
     return torch.cat(parts)
+
+
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64 [B, features]."""
+    if a.dim() < 1 or a.shape != b.shape:
+        raise ValueError(f"b: expected the shape of a, {tuple(a.shape)}, with a batch axis, got {tuple(b.shape)}")
+    rows = a.shape[0]
+    return tuple(  # type: ignore[return-value]
+        t.detach().reshape(rows, -1).double() if t.numel() else t.new_zeros(rows, 1).double() for t in (a, b)
+    )
+
+
+def support_fraction(maps: Tensor) -> Tensor:
+    """The share of features that are not zero: |{i: map_i != 0}| / n.
+
+    Args:
+        maps: [B, *features].
+
+    Returns:
+        float64 [B] in [0, 1]. Exact zeros alone count as zero; NaN counts as non-zero.
+
+    Raises:
+        ValueError: no batch axis.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.evaluation import support_fraction
+        >>> support_fraction(torch.tensor([[1.0, 0.0], [0.0, 0.0]])).tolist()
+        [0.5, 0.0]
+    """
+    flat, _ = _pair(maps, maps)
+    return (flat != 0).double().mean(1)
+
+
+def topk_mask(maps: Tensor, k: int | float) -> Tensor:
+    """Where the k largest |map| of each input stand.
+
+    Args:
+        maps: [B, *features].
+        k: an integer, the number of features; or a fraction in (0, 1] of the map's own non-zero features, rounded up.
+            Zeros are never among the largest, so a sparse map may have fewer than k. Ties go to the earlier feature.
+
+    Returns:
+        bool, shaped as ``maps``.
+
+    Raises:
+        ValueError: a ``k`` below 1 that is no fraction, or a fraction above 1.
+    """
+    if isinstance(k, bool) or not (0 < k <= 1 if isinstance(k, float) else k >= 1):
+        raise ValueError(f"k: expected a positive integer, or a fraction of the non-zeros in (0, 1], got {k!r}")
+    size, _ = _pair(maps, maps)
+    size = size.abs()
+    nonzero = (size > 0).sum(1, keepdim=True)
+    # A product such as 0.4 * 5 may round to a hair above its integer.
+    count = (nonzero * k - 1e-9).ceil() if isinstance(k, float) else nonzero.clamp_max(k)
+    order = size.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(size.shape[1], device=size.device).expand_as(order))
+    return (rank < count).reshape(maps.shape)
+
+
+def topk_intersection(a: Tensor, b: Tensor, k: int | float = 0.4) -> Tensor:
+    """How many of the k largest |a| are among the k largest |b|: |T_k(a) ∩ T_k(b)| / k.
+
+    Args:
+        a: [B, *features], the map to compare with.
+        b: shaped as ``a``.
+        k: an integer, or a fraction of the non-zero features **of a**, rounded up; the same number is taken of b. The
+            published protocol takes 0.4. A dense map then has the larger k, and two unrelated dense maps share 40 % of
+            it by chance, unrelated sparse ones next to nothing: compare methods by a fixed k too.
+
+    Returns:
+        float64 [B] in [0, 1]. Zeros are never among the largest. Where a is zero everywhere: 1 if b is, else 0.
+
+    Raises:
+        ValueError: shapes that differ, or another ``k``.
+
+    Source: Ghorbani, Abid, Zou 2019, "Interpretation of Neural Networks is Fragile", AAAI, arXiv 1710.10547.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.evaluation import topk_intersection
+        >>> topk_intersection(torch.tensor([[4.0, -3.0, 1.0]]), torch.tensor([[4.0, 1.0, 2.0]]), k=2).tolist()
+        [0.5]
+    """
+    x, y = _pair(a, b)
+    top = topk_mask(x, k)
+    count = top.sum(1, keepdim=True)
+    size = y.abs()
+    order = size.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(size.shape[1], device=size.device).expand_as(order))
+    shared = (top & (rank < count) & (size > 0)).sum(1).double()
+    return torch.where(count[:, 0] > 0, shared / count[:, 0].clamp_min(1), (size == 0).all(1).double())
+
+
+def normalised_distance(a: Tensor, b: Tensor) -> Tensor:
+    """The distance of the directions of two maps: ‖a/‖a‖ − b/‖b‖‖₂.
+
+    Args:
+        a, b: [B, *features].
+
+    Returns:
+        float64 [B] in [0, 2]. A map of zeros has no direction and stays zero: 1 against any other, 0 against its like.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Source: arXiv 2302.05294, section 5.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.evaluation import normalised_distance
+        >>> normalised_distance(torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 0.0]])).tolist()
+        [2.0]
+    """
+    x, y = _pair(a, b)
+    difference = _unit(x) - _unit(y)
+    return difference.square().sum(1).sqrt()
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """The cosine of the angle between two maps: a·b / (‖a‖·‖b‖).
+
+    Args:
+        a, b: [B, *features].
+
+    Returns:
+        float64 [B] in [−1, 1]; 0 where either is zero everywhere.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.evaluation import cosine
+        >>> cosine(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])).tolist()
+        [0.8]
+    """
+    x, y = _pair(a, b)
+    return (_unit(x) * _unit(y)).sum(1).clamp(-1, 1)
+
+
+def _unit(flat: Tensor) -> Tensor:
+    # By the largest first, so that squares neither overflow nor vanish.
+    largest = flat.abs().amax(1, keepdim=True)
+    flat = flat / largest.where(largest != 0, 1)
+    norm = flat.norm(dim=1, keepdim=True)
+    unit: Tensor = flat / norm.where(norm != 0, 1)
+    return unit
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """The structural similarity of two maps, by scikit-image.
+
+    What is compared is |map|, summed over channels and divided by its maximum: pictures in [0, 1], by scikit-image's
+    ``structural_similarity`` with its defaults (a uniform window of 7, or the largest odd one that fits).
+
+    Args:
+        a, b: [B, H, W] or [B, channels, H, W], at least 3 pixels wide and high.
+
+    Returns:
+        float64 [B] in [−1, 1]. A map of zeros is a black picture.
+
+    Raises:
+        ImportError: scikit-image is missing.
+        ValueError: shapes that differ or are no pictures.
+
+    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.evaluation import ssim
+        >>> ssim(torch.ones(1, 1, 8, 8), -2 * torch.ones(1, 1, 8, 8)).tolist()
+        [1.0]
+    """
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise ImportError(
+            f'SSIM is scikit-image\'s ({error}); install it with: pip install "moreau_ext[evaluation]"'
+        ) from error
+    _pair(a, b)
+    if a.dim() not in (3, 4) or min(a.shape[-2:]) < 3:
+        raise ValueError(
+            f"a, b: expected pictures, [B, H, W] or [B, channels, H, W] of at least 3 x 3, got {tuple(a.shape)}"
+        )
+    window = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)
+    pictures = []
+    for maps in (a, b):
+        size = maps.detach().abs().to("cpu", torch.float64)
+        size = size.sum(1) if size.dim() == 4 else size
+        largest = size.flatten(1).amax(1)[:, None, None] if len(size) else size.new_ones(0, 1, 1)
+        pictures.append((size / largest.where(largest != 0, 1)).numpy())
+    similarity: Callable[..., Any] = structural_similarity
+    values = [
+        math.nan if math.isnan(float(x.sum() + y.sum())) else similarity(x, y, data_range=1, win_size=window)
+        for x, y in zip(*pictures, strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64, device=a.device)

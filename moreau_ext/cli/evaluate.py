@@ -1,0 +1,249 @@
+"""``moreau-ext evaluate``: methods compared on data, under attacks, with intervals; tables, curves and a report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import Refused, check_writable, need, positive, write
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..evaluation.protocols import Plan, Results
+    from ..zoo import Dataset
+
+_DIGITS = (0.1, 0.3, 1.0)
+_PUBLISHED = (0.3, 1.0, 3.0, 10.0)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(word) for word in _words(text))
+    except ValueError:
+        values = ()
+    if not values or any(not 0 < v < float("inf") for v in values):
+        raise argparse.ArgumentTypeError(f"expected positive numbers with commas between, got {text!r}")
+    return values
+
+
+def _number(text: str) -> float:
+    (value,) = _numbers(text) if "," not in text else (None,)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="compare methods under attacks; write a table, curves and report.html",
+        description="Explains inputs with every method at the same budget of gradients, attacks the maps, and writes "
+        "results.parquet and results.csv (one row per input, method and test), summary.json, robustness.png and "
+        "report.html. What is done is kept: the same command goes on where it was interrupted.",
+    )
+    parser.add_argument(
+        "--data",
+        default="digits",
+        metavar="SPEC",
+        help="digits, cifar10:PATH or imagefolder:PATH. default: %(default)s",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a name of moreau_ext.zoo.trained for the digits (default: digits_cnn); resnet20 or tiny_vit; or "
+        "package.module:factory, a function without arguments that returns an nn.Module",
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="a state_dict to load, read with weights_only")
+    parser.add_argument(
+        "--train", type=positive, metavar="EPOCHS", help="without --weights: train on the train split; kept in --out"
+    )
+    parser.add_argument(
+        "--size", type=positive, default=224, help="edge of an imagefolder's pictures. default: %(default)s"
+    )
+    parser.add_argument("--methods", type=_words, metavar="A,B", help="default: all of the equal budget")
+    parser.add_argument("--attack", type=_words, metavar="A,B", help="default: gaussian,frozen,adaptive")
+    parser.add_argument(
+        "--magnitudes", type=_numbers, metavar="R,R", help="radii. default: 0.1,0.3,1 for digits, else 0.3,1,3,10"
+    )
+    parser.add_argument("--norm", choices=("l2", "linf"), default="l2", help="of the radii. default: %(default)s")
+    parser.add_argument("--limit", type=positive, metavar="N", help="the first N inputs. default: 100 of the digits")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="also the strong attacks (100 steps, restarts) and the published settings of every method: hours",
+    )
+    parser.add_argument("--budget", type=positive, default=480, help="gradients per map. default: %(default)s")
+    parser.add_argument("--rho", type=_number, default=0.1, help="of MoreauGrad. default: %(default)s")
+    parser.add_argument("--noise-level", type=_number, default=0.1, help="of every method. default: %(default)s")
+    parser.add_argument("--sparse-ratio", type=_number, default=0.3, help="eta/eta_max. default: %(default)s")
+    parser.add_argument("--group-ratio", type=_number, default=0.5, help="eta/eta_max. default: %(default)s")
+    parser.add_argument("--tile", type=positive, default=2, help="edge of the groups. default: %(default)s")
+    parser.add_argument("--segments", type=positive, default=16, help="superpixels per image. default: %(default)s")
+    parser.add_argument("--attack-samples", type=positive, default=None, help="gradients per derivative")
+    parser.add_argument(
+        "--block", type=positive, default=100, help="inputs per part that is kept. default: %(default)s"
+    )
+    parser.add_argument("--no-checks", action="store_true", help="leave out max-sensitivity and the randomised models")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of noise, attacks and the zoo's nets. default: %(default)s"
+    )
+    parser.add_argument(
+        "--gallery", type=positive, default=24, metavar="N", help="inputs in the report. default: %(default)s"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("moreau-evaluation"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    need("evaluate", "evaluation", "skimage", "pyarrow", "matplotlib", "PIL", "tqdm", "captum")
+    import torch
+
+    from ..evaluation import data as sources
+    from ..evaluation import run
+    from ..evaluation.protocols import write_tables
+    from ..evaluation.report import figure, png_of, write_report
+
+    plan = _plan(arguments)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda: torch finds no CUDA device here (moreau-ext info shows what it has)")
+    out: Path = arguments.out
+    check_writable(out)
+    try:
+        data = sources.load(arguments.data, "test", arguments.size)
+    except (ValueError, FileNotFoundError) as error:
+        raise Refused(f"--data {arguments.data}: {error}") from error
+    model = _model(arguments, data, out).to(arguments.device).eval()
+    began = time.perf_counter()
+    count = min(len(data.inputs), plan.limit or len(data.inputs))
+    print(
+        f"{count} inputs, {len(plan.methods)} methods, {len(plan.attacks)} attacks, {len(plan.magnitudes)} magnitudes; "
+        f"results are kept in {out}, and the same command goes on from there",
+        flush=True,
+    )
+    results = run(
+        model,
+        data,
+        plan,
+        out,
+        name=arguments.model or "digits_cnn",
+        source=arguments.data,
+        progress=sys.stderr.isatty(),
+    )
+    write_tables(results, out)
+    write(out / "robustness.png", lambda file: file.write(png_of(figure(results), "white")))
+    write_report(results, out / "report.html", gallery=arguments.gallery)
+    print(_summary(results))
+    print(f"wrote report.html, results.parquet, results.csv, summary.json and robustness.png to {out}")
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    from ..evaluation.attacks import ATTACKS
+    from ..evaluation.methods import DEFAULT, PUBLISHED, Settings
+    from ..evaluation.protocols import Plan
+
+    digits = arguments.data == "digits"
+    attacks = arguments.attack or (tuple(ATTACKS) if arguments.full else ("gaussian", "frozen", "adaptive"))
+    settings = Settings(
+        budget=arguments.budget,
+        rho=arguments.rho,
+        noise_level=arguments.noise_level,
+        sparse_ratio=arguments.sparse_ratio,
+        group_ratio=arguments.group_ratio,
+        tile=arguments.tile,
+        segments=arguments.segments,
+        seed=arguments.seed,
+    )
+    more = {} if arguments.attack_samples is None else {"attack_samples": arguments.attack_samples}
+    try:
+        return Plan(
+            methods=arguments.methods or (DEFAULT + PUBLISHED if arguments.full else DEFAULT),
+            attacks=attacks,
+            magnitudes=arguments.magnitudes or (_DIGITS if digits else _PUBLISHED),
+            norm=arguments.norm,
+            limit=arguments.limit or (100 if digits else None),
+            settings=settings,
+            block=arguments.block,
+            checks=not arguments.no_checks,
+            **more,
+        )
+    except ValueError as error:
+        raise Refused(f"--{error}".replace("--attacks", "--attack")) from error
+
+
+def _model(arguments: argparse.Namespace, data: Dataset, out: Path) -> nn.Module:
+    import torch
+
+    from .. import zoo
+    from ..evaluation import data as sources
+
+    name = arguments.model or ("digits_cnn" if arguments.data == "digits" else None)
+    if name is None:
+        raise Refused(f"--data {arguments.data} needs --model")
+    model: Any
+    if name in zoo.NAMES:
+        return zoo.trained(name, arguments.seed)
+    if name in ("resnet20", "tiny_vit"):
+        model = getattr(zoo, name)(num_classes=len(data.names))
+    elif ":" in name:
+        module, _, factory = name.partition(":")
+        try:
+            # As `python -m` does, so that a file beside the caller is found.
+            sys.path.insert(0, str(Path.cwd()))
+            model = getattr(importlib.import_module(module), factory)()
+        except (ImportError, AttributeError, TypeError) as error:
+            raise Refused(f"--model {name}: {error}") from error
+        finally:
+            sys.path.remove(str(Path.cwd()))
+        if not isinstance(model, torch.nn.Module):
+            raise Refused(f"--model {name}: expected an nn.Module, got {type(model).__name__}")
+    else:
+        raise Refused(
+            f"--model: expected one of {', '.join(zoo.NAMES)}, resnet20, tiny_vit or module:factory, got {name!r}"
+        )
+    weights = arguments.weights or (out / "weights.pt" if arguments.train else None)
+    if weights is not None and weights.is_file():
+        try:
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception as error:  # the unpickler raises nearly anything on a file of another kind
+            raise Refused(f"--weights {weights}: does not fit {name}: {error}") from error
+    elif arguments.weights:
+        raise Refused(f"--weights {weights}: no such file")
+    elif arguments.train and weights is not None:
+        model = zoo.train(
+            model.to(arguments.device), sources.load(arguments.data, "train", arguments.size), arguments.train
+        )
+        write(weights, lambda file: torch.save(model.state_dict(), file))
+    elif ":" not in name:
+        raise Refused(f"--model {name} has no weights: give --weights FILE or --train EPOCHS")
+    return model  # type: ignore[no-any-return]
+
+
+def _summary(results: Results) -> str:
+    """Means, one line per method: the maps, then the top-k intersection at the middle magnitude."""
+    from ..evaluation import bootstrap
+    from ..evaluation.methods import methods
+
+    plan = results.plan
+    middle = sorted(plan.magnitudes)[(len(plan.magnitudes) - 1) // 2]
+    lines = [["method", "Gini", "deletion", "insertion", *(f"top-k {a} {middle:g}" for a in plan.attacks)]]
+    known = methods(plan.settings)
+    for name in plan.methods:
+        maps = results.rows(name)
+        cells = [bootstrap(maps[metric]) for metric in ("gini", "deletion", "insertion")]
+        cells += [bootstrap(results.rows(name, attack, middle)["topk"]) for attack in plan.attacks]
+        lines.append([known[name].label, *map(str, cells)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,41 @@
+"""``moreau-ext study``: one of the open questions, with its numbers, its plot, and what they say."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from .common import check_writable, need, positive
+
+# Their names stand here too, since the parser is made before torch is imported.
+_NAMES = ("consistency", "regularised", "perturbation", "tabular")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "study",
+        help="a small study of an open question: its numbers, its plot, its finding",
+        description="consistency: across seeds and architectures; regularised: weight decay and input-convex nets; "
+        "perturbation: occlusion restricted to a sparse map's support; tabular: the L1 envelope on a table. Writes "
+        "NAME.md, NAME.csv and NAME.png.",
+    )
+    parser.add_argument("name", choices=(*_NAMES, "all"), metavar="NAME", help=f"{', '.join(_NAMES)}, or all")
+    parser.add_argument("--limit", type=positive, metavar="N", help="inputs. default: the study's own, 60 to 200")
+    parser.add_argument("--out", type=Path, default=Path("moreau-studies"), metavar="DIR", help="default: %(default)s")
+    parser.set_defaults(run=_study)
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    need("study", "evaluation", "matplotlib", "sklearn", "captum")
+    check_writable(arguments.out)
+    from ..evaluation.studies import STUDIES
+
+    for name in _NAMES if arguments.name == "all" else (arguments.name,):
+        began = time.perf_counter()
+        settings = {} if arguments.limit is None else {"limit": arguments.limit}
+        found = STUDIES[name](**settings)
+        found.save(arguments.out)
+        print(found.text())
+        print(f"wrote {arguments.out / name}.md, .csv and .png in {time.perf_counter() - began:.0f} s\n", flush=True)

@@ -1,0 +1,230 @@
+"""vᵀ·DA(x) for every method: what an attack that adapts to the map A needs.
+
+MoreauGrad's maps have the implicit derivative, ``explainer.vjp``. The others are means of gradients over a known noise:
+
+    SmoothGrad, A = p(x) = E ∇f(x + σz)         vᵀDA = vᵀ∇²f_σ(x), MoreauGrad's in the limit ρ → 0
+    soft-thresholded, A = S_η(p)                the same limit of SparseMoreauGrad, where δ = −ρ·S_η(p)
+    sparsified, A = E τ(|∇f(x + σz)|)           vᵀDA = E (v·τ) z / σ, by Stein's identity
+    Integrated Gradients, A = u∘∫∇f(b + tu)dt   v∘∫∇f dt + ∫ t·∇²f(b + tu)(u∘v) dt,  u = x − b
+
+Where f has kinks, ∇²f is zero wherever it exists and says nothing: it is the Hessian of the Gaussian-smoothed f then,
+from gradients alone ("stein"). The plain gradient of a ReLU net jumps and has no derivative at all; its attack follows
+that of the smoothed net, as Ghorbani et al. follow a softplus in place of ReLU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..baselines import Gradient, SmoothGrad, SoftThresholdedSmoothGrad, SparsifiedSmoothGrad
+from ..explainers import Explainer, MoreauGrad, SparseMoreauGrad
+from ..integrations.captum import IntegratedGradients
+from ..solvers import Solution
+from .faithfulness import drawn
+
+__all__ = ["find_hessian", "gradient_vjp", "map_vjp"]
+
+Hessian = Literal["autograd", "stein"]
+
+# Small enough to displace nothing, large enough for float32: a digit's map of size 10 becomes a displacement of 1e-5.
+_LIMIT = 1e-6
+_PATH = 64  # points of Integrated Gradients' path that the derivative looks at
+_SPARSIFIED = 0x5EED_5A55
+
+
+def find_hessian(model: Any, inputs: Tensor, *, noise_level: float = 0.1) -> Hessian:
+    """Which second derivative tells the truth about a model: "autograd" for smooth ones, "stein" for kinks.
+
+    Looks at two of the inputs, by the rule of :meth:`moreau_ext.MoreauGrad.certificate`; one kink decides.
+    """
+    few = inputs[:2]
+    explainer = MoreauGrad(model, rho=_LIMIT, noise_level=noise_level)
+    found = Gradient(model).attribute(few, return_solution=True)
+    certificate = explainer.certificate(few, found, num_samples=64, num_hvp_samples=64, lanczos_steps=1)
+    return "autograd" if set(certificate.curvature_method) == {"autograd"} else "stein"
+
+
+def _limit(explainer: Explainer, **settings: Any) -> dict[str, Any]:
+    return {
+        "rho": _LIMIT,
+        "score": explainer.score,
+        "max_batch": explainer.max_batch,
+        "unused_inputs": explainer.unused_inputs,
+        **settings,
+    }
+
+
+def gradient_vjp(
+    explainer: Explainer,
+    inputs: Tensor,
+    vectors: Tensor,
+    target: Tensor,
+    *,
+    hessian: Hessian,
+    sigma: Tensor,
+    ids: Tensor,
+    num_samples: int,
+) -> Tensor:
+    """vᵀ∇²f(x), of the smoothed f where ``hessian`` is "stein".
+
+    Args:
+        explainer: whose model and score are meant.
+        inputs, vectors: [B, *features].
+        target: int64 [B].
+        hessian: "autograd" or "stein".
+        sigma: [B], of the smoothing; "autograd" takes the second derivative at the inputs themselves.
+        ids: int64 [B], of the noise.
+        num_samples: of the smoothing.
+    """
+    exact = hessian == "autograd"
+    adjoint = MoreauGrad(explainer.model, sigma=0.0 if exact else sigma, **_limit(explainer))
+    still = _still(inputs)
+    count = 4 if exact else num_samples
+    result: Tensor = adjoint.vjp(inputs, still, vectors, target, ids=ids, num_samples=count, hessian=hessian)
+    return result
+
+
+def _still(inputs: Tensor) -> Solution:
+    """The solution δ = 0, for the derivative of a plain or smoothed gradient."""
+    batch, zero = inputs.shape[0], inputs.new_zeros(inputs.shape)
+    number, count = inputs.new_zeros(batch, dtype=torch.float64), inputs.new_zeros(batch, dtype=torch.int64)
+    one = inputs.new_zeros(batch)
+    return Solution(
+        zero, zero, number, zero, one, number, number, count, count, count.bool(), count, count.bool(), one, one
+    )
+
+
+def map_vjp(
+    explainer: Explainer,
+    inputs: Tensor,
+    solution: Solution,
+    vectors: Tensor,
+    target: Tensor,
+    *,
+    ids: Tensor,
+    hessian: Hessian,
+    num_samples: int,
+    sigma: Tensor,
+) -> Tensor:
+    """vᵀ·DA(x) of a method's map A, as exactly as ``num_samples`` gradients allow.
+
+    Args:
+        explainer: one of the package's; the file's head has the formula of each.
+        inputs: [B, *features].
+        solution: the explainer's of these inputs.
+        vectors: v, shaped as the inputs.
+        target: int64 [B].
+        ids: int64 [B], of the noise; draw anew by other ids.
+        hessian: "autograd" for smooth models, "stein" for those with kinks; :func:`find_hessian` tells.
+        num_samples: gradients, or second derivatives, per input.
+        sigma: [B], the smoothing where the method has none of its own and the model has kinks.
+
+    Returns:
+        Shaped as the inputs.
+
+    Raises:
+        TypeError: an explainer of another kind.
+    """
+    common: dict[str, Any] = {"ids": ids, "num_samples": num_samples, "hessian": hessian}
+    result: Tensor
+    if isinstance(explainer, MoreauGrad):
+        # Settings that follow x (η of η_max, σ of the range) only rescale; their share costs as much as all the rest.
+        result = explainer.vjp(inputs, solution, vectors, target, hold_settings=True, tol=1e-3, **common)
+        return result
+    if isinstance(explainer, SmoothGrad):
+        noise: dict[str, Any] = {"noise_level": explainer.noise_level, "sigma": explainer.sigma, "seed": explainer.seed}
+        adjoint: MoreauGrad
+        if isinstance(explainer, SoftThresholdedSmoothGrad):
+            strength: dict[str, Any] = {"eta": explainer.eta, "eta_ratio": explainer.eta_ratio}
+            adjoint = SparseMoreauGrad(explainer.model, **_limit(explainer), **noise, **strength)
+        else:
+            adjoint = MoreauGrad(explainer.model, **_limit(explainer), **noise)
+        moved = replace(solution, displacement=-_LIMIT * solution.attribution)
+        result = adjoint.vjp(inputs, moved, vectors, target, hold_settings=True, tol=1e-3, **common)
+        return result
+    if isinstance(explainer, Gradient):
+        return gradient_vjp(explainer, inputs, vectors, target, sigma=sigma, **common)
+    if isinstance(explainer, SparsifiedSmoothGrad):
+        return _sparsified(explainer, inputs, solution, vectors, target, ids, num_samples)
+    if isinstance(explainer, IntegratedGradients):
+        return _integrated(explainer, inputs, vectors, target, sigma, common)
+    raise TypeError(
+        f"explainer: expected one of moreau_ext's, whose derivative is known, got {type(explainer).__name__}"
+    )
+
+
+def _repeat(t: Tensor, count: int) -> Tensor:
+    return t.repeat_interleave(count, dim=0)
+
+
+def _sparsified(
+    explainer: SparsifiedSmoothGrad,
+    inputs: Tensor,
+    solution: Solution,
+    vectors: Tensor,
+    target: Tensor,
+    ids: Tensor,
+    num_samples: int,
+) -> Tensor:
+    """mean ½[v·(τ₊ − τ₋)] z/σ over antithetic pairs."""
+    count = -(-num_samples // 2) * 2
+    z = drawn(_SPARSIFIED, ids, inputs, count, antithetic=True)
+    shape = (-1, *[1] * (inputs.dim() - 1))
+    sigma = solution.sigma.to(inputs).view(shape)
+    rows = (inputs.unsqueeze(1) + sigma.unsqueeze(1) * z).flatten(0, 1)
+    single = SparsifiedSmoothGrad(
+        explainer.model,
+        sigma=0.0,
+        num_samples=1,
+        keep=explainer.keep,
+        clip=explainer.clip,
+        score=explainer.score,
+        max_batch=explainer.max_batch,
+        unused_inputs=explainer.unused_inputs,
+    )
+    maps = single.attribute(rows, _repeat(target, count)).view_as(z)
+    slope = (maps * vectors.unsqueeze(1)).flatten(2).sum(2)
+    pairs = ((slope[:, ::2] - slope[:, 1::2]) / 2).view(inputs.shape[0], -1, *shape[1:])
+    out: Tensor = (pairs * z[:, ::2]).mean(1) / sigma.clamp_min(torch.finfo(inputs.dtype).tiny)
+    return out
+
+
+def _integrated(
+    explainer: IntegratedGradients,
+    inputs: Tensor,
+    vectors: Tensor,
+    target: Tensor,
+    sigma: Tensor,
+    common: dict[str, Any],
+) -> Tensor:
+    """By the midpoints of a path of its own; every point is smoothed with its own few samples."""
+    base = torch.as_tensor(0.0 if explainer.baselines is None else explainer.baselines).to(inputs)
+    u = inputs - base
+    t = (torch.arange(_PATH, device=inputs.device).to(inputs) + 0.5) / _PATH
+    view = t.view(1, -1, *[1] * (inputs.dim() - 1))
+    rows = (base + view * u.unsqueeze(1)).flatten(0, 1)
+    slopes = (view * (u * vectors).unsqueeze(1)).flatten(0, 1)
+    classes, wide = _repeat(target, _PATH), (inputs.shape[0], _PATH, *inputs.shape[1:])
+    plain = Gradient(
+        explainer.model, score=explainer.score, max_batch=explainer.max_batch, unused_inputs=explainer.unused_inputs
+    )
+    gradient = plain.attribute(rows, classes).view(wide).mean(1)
+    # The points' own ids, so that their noise is independent.
+    points = torch.arange(_PATH, device=common["ids"].device)
+    names = (common["ids"][:, None] * _PATH + points).flatten()
+    curved = gradient_vjp(
+        explainer,
+        rows,
+        slopes,
+        classes,
+        hessian=common["hessian"],
+        sigma=_repeat(sigma, _PATH),
+        ids=names,
+        num_samples=max(4, common["num_samples"] // _PATH),
+    )
+    out: Tensor = vectors * gradient + curved.view(wide).mean(1)
+    return out
