@@ -94,7 +94,22 @@ def _still(inputs: Tensor) -> Solution:
     number, count = inputs.new_zeros(batch, dtype=torch.float64), inputs.new_zeros(batch, dtype=torch.int64)
     one = inputs.new_zeros(batch)
     return Solution(
-        zero, zero, number, zero, one, number, number, count, count, count.bool(), count, count.bool(), one, one
+        attribution=zero,
+        displacement=zero,
+        envelope=number,
+        envelope_gradient=zero,
+        score=one,
+        residual=number,
+        relative_residual=number,
+        steps=count,
+        gradient_evaluations=count,
+        converged=count.bool(),
+        nnz=count,
+        support=count,
+        empty=count.bool(),
+        eta=one,
+        rho=one,
+        sigma=one,
     )
 
 
@@ -139,8 +154,7 @@ def map_vjp(
         noise: dict[str, Any] = {"noise_level": explainer.noise_level, "sigma": explainer.sigma, "seed": explainer.seed}
         adjoint: MoreauGrad
         if isinstance(explainer, SoftThresholdedSmoothGrad):
-            strength: dict[str, Any] = {"eta": explainer.eta, "eta_ratio": explainer.eta_ratio}
-            adjoint = SparseMoreauGrad(explainer.model, **_limit(explainer), **noise, **strength)
+            adjoint = SparseMoreauGrad(explainer.model, **_limit(explainer), **noise, eta=solution.eta)
         else:
             adjoint = MoreauGrad(explainer.model, **_limit(explainer), **noise)
         moved = replace(solution, displacement=-_LIMIT * solution.attribution)
