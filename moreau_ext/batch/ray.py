@@ -9,6 +9,7 @@ The source and the output must be at the same path on every node (a shared file 
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,8 @@ from .runner import (
     _check,
     _without_warnings,
     agree,
-    example_of,
     configuration_of,
+    example_of,
     locked,
     pending,
     pieces_of,
@@ -116,8 +117,8 @@ def explain(
     A job may begin on one machine and go on here, or the other way round.
     """
     try:
-        import ray
-        from ray.data import from_items
+        ray: Any = importlib.import_module("ray")
+        data = importlib.import_module("ray.data")
     except ImportError as error:
         raise ImportError(f'explain on a cluster needs ray ({error}): pip install "moreau_ext[ray]"') from error
 
@@ -137,10 +138,10 @@ def explain(
             return Summary(len(source), 0, len(source), output.write_errors(), 0.0, 0.0, 0)
         started = not ray.is_initialized()
         if started:
-            ray.init(address=address, log_to_driver=False, **({} if address else {"include_dashboard": False}))
+            ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
         try:
             return _run(
-                from_items,
+                data,
                 ray.cluster_resources(),
                 config,
                 source,
@@ -152,14 +153,13 @@ def explain(
                 progress,
             )
         finally:
-            output.sweep()  # of actors that were killed; before others may begin
-            output.write_errors()
+            output.sweep()  # of actors that were killed
             if started:
                 ray.shutdown()
 
 
 def _run(
-    from_items: Any,
+    data: Any,
     cluster: dict[str, float],
     config: Config,
     source: Source,
@@ -172,7 +172,7 @@ def _run(
 ) -> Summary:
     actors, gpus, cpus = share(cluster, config.device, len(todo), concurrency, num_gpus, num_cpus)
     threads = max(1, math.floor(cpus))
-    shards = from_items([{"shard": k, "start": a, "stop": b} for k, a, b in todo], override_num_blocks=len(todo))
+    shards = data.from_items([{"shard": k, "start": a, "stop": b} for k, a, b in todo], override_num_blocks=len(todo))
     results = shards.map_batches(
         _Actor,
         fn_constructor_args=(config, source, str(work.output.folder.absolute()), work.manifest, threads),

@@ -32,7 +32,7 @@ from ..solvers import Solution
 from .config import Config
 from .models import fingerprint
 from .preprocess import Preprocess
-from .sink import COLUMNS, Output, Rows, explain_os_error
+from .sink import COLUMNS, Differs, Output, Rows, explain_os_error
 from .sources import Loaded, Source, Stream, Unreadable, _other_shape, open_source, reason
 
 # A shard's maps: small enough to be done again after a crash, large enough for a file.
@@ -403,7 +403,7 @@ def pieces_of(start: int, stop: int, batch: int) -> list[tuple[int, int]]:
 def pending(source: Source, work: Work) -> list[tuple[int, int, int]]:
     """(shard, first row, last row + 1) of what is not done."""
     shards = [(k, at, min(at + work.rows, len(source))) for k, at in enumerate(range(0, len(source), work.rows))]
-    return [s for s in shards if not work.output.is_done(s[0], s[2] - s[1])]
+    return [s for s in shards if work.output.rows_in(s[0]) != s[2] - s[1]]
 
 
 def run_local(source: Source | Stream, work: Work, workers: int, progress: bool) -> Summary:
@@ -425,15 +425,19 @@ def run_local(source: Source | Stream, work: Work, workers: int, progress: bool)
     writer = _Writer(lambda key, rows: work.output.write(key, rows, work.manifest, about))
     began, explained, converged, inputs = time.perf_counter(), 0, 0, 0
     held: list[Rows] = []
-    done = False
+    done: int | None = None
     with _Interruption() as interruption, _bar(total, skipped, progress) as bar:
         try:
             for start, loaded in batches:
                 key, stop = start // work.rows, start + len(loaded)
                 inputs = stop
                 if isinstance(source, Stream) and not held and start % work.rows == 0:
-                    done = work.output.is_done(key, work.rows)
-                if done and isinstance(source, Stream):
+                    done = work.output.rows_in(key)
+                if done is not None and isinstance(source, Stream):
+                    if stop > key * work.rows + done:
+                        raise Differs(
+                            f"source: goes on after row {key * work.rows + done}, where it ended in the first run"
+                        )
                     skipped += len(loaded)
                     continue
                 rows = engine.rows(loaded)

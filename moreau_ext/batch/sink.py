@@ -239,24 +239,20 @@ class Output:
     def shards(self) -> list[Path]:
         return sorted(self.folder.glob(_PATTERN))
 
-    def is_done(self, key: int | str, rows: int | None = None) -> bool:
-        """Whether a shard is there and whole. One that was damaged afterwards counts as missing, with a warning."""
+    def rows_in(self, key: int) -> int | None:
+        """Rows of a shard; None where it is missing. One that was damaged afterwards is missing, with a warning."""
         import pyarrow.parquet as pq
 
         path = self.shard(key)
         if not path.exists():
-            return False
+            return None
         try:
-            count = pq.read_metadata(path).num_rows
+            return int(pq.read_metadata(path).num_rows)
         except Exception as error:
             warnings.warn(f"{path} is damaged and is made again ({reason(error)})", stacklevel=2)
-            return False
-        if rows is not None and count != rows:
-            warnings.warn(f"{path} has {count} rows instead of {rows} and is made again", stacklevel=2)
-            return False
-        return True
+            return None
 
-    def write(self, key: int | str, rows: Rows, manifest: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+    def write(self, key: int, rows: Rows, manifest: Mapping[str, Any], about: Mapping[str, Any]) -> int:
         """Writes a shard and returns its bytes."""
         chosen = manifest["configuration"]
         metadata = {"moreau_ext": json.dumps({**manifest, "run": dict(about), "map_shape": rows.maps.shape[1:]})}

@@ -334,7 +334,8 @@ class Arrays(Source):
         path = Path(path)
         try:
             if path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as held:
+                # Opened here: numpy leaves a damaged file open.
+                with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
                     arrays = {name: held[name] for name in held.files}
             else:
                 arrays = {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
