@@ -343,7 +343,7 @@ def test_a_real_full_disk(x: torch.Tensor, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "File too large" in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["errors.parquet", "manifest.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json"]
 
 
 def test_an_output_that_cannot_be_made(x: torch.Tensor, tmp_path: Path) -> None:
@@ -452,3 +452,9 @@ def test_other_explainers(x: torch.Tensor, tmp_path: Path) -> None:
         out = tmp_path / type(explainer).__name__
         explain_dataset(explainer, x, out, **SETTINGS)
         assert np.isfinite(maps(out)).all()
+
+
+def test_float64_arrays_suit_float32_models(x: torch.Tensor, tmp_path: Path) -> None:
+    explain_dataset(sparse(), x, tmp_path / "a", **SETTINGS)
+    explain_dataset(sparse(), x.double(), tmp_path / "b", **SETTINGS)
+    np.testing.assert_array_equal(maps(tmp_path / "a"), maps(tmp_path / "b"))

@@ -154,7 +154,8 @@ class Config:
         """
         if self.prepare == "none":
             return self.explainer(model), None
-        example = example.to(torch.device(self.device))
+        floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
+        example = example.to(torch.device(self.device), floating)
         if chosen is None:
             ready = prepare(model, example)
             layout = "channels_last" if ready.memory_format == torch.channels_last else "preserve"

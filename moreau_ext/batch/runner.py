@@ -83,7 +83,13 @@ class Engine:
             [*self._module.parameters(), *self._module.buffers()] if isinstance(self._module, torch.nn.Module) else []
         )
         self.device = tensors[0].device if tensors else torch.device("cpu")
+        # Arrays are often of float64, models hardly ever.
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
         self._worked = False
+
+    def ready(self, inputs: Tensor) -> Tensor:
+        """Inputs where and as the model takes them."""
+        return inputs.to(self.device, self.dtype or inputs.dtype, non_blocking=True)
 
     def rows(self, loaded: Loaded) -> Rows:
         """The results of loaded rows, in their order. A batch that the model fails on is halved until the inputs to
@@ -151,7 +157,7 @@ class Engine:
         if loaded.inputs is None:
             return
         inputs = loaded.inputs if len(these) == len(loaded.good) else loaded.inputs[these]
-        x = inputs.to(self.device, non_blocking=True)
+        x = self.ready(inputs)
         ids = torch.tensor([loaded.ids[p] for p in positions], dtype=torch.int64)
         targets: Any = self.target
         if isinstance(self.target, str):

@@ -231,10 +231,8 @@ class Output:
         made: dict[str, Any] = json.loads(text)
         return made
 
-    def shard(self, key: int | str) -> Path:
-        return (
-            self.folder / f"shard-{key:06d}.parquet" if isinstance(key, int) else self.folder / f"shard-{key}.parquet"
-        )
+    def shard(self, key: int) -> Path:
+        return self.folder / f"shard-{key:06d}.parquet"
 
     def shards(self) -> list[Path]:
         return sorted(self.folder.glob(_PATTERN))

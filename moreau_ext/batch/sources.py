@@ -475,7 +475,10 @@ class Table(Source):
                 raise Unreadable(f"{self._column}.bytes is empty")
         if isinstance(value, bytes):
             return decode(io.BytesIO(value), self.preprocess)
-        return to_tensor(np.asarray(value), self.preprocess)
+        number = scalar.type
+        while hasattr(number, "value_type"):
+            number = number.value_type
+        return to_tensor(np.asarray(value, number.to_pandas_dtype()), self.preprocess)
 
     def describe(self) -> dict[str, Any]:
         return {
