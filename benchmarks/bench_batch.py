@@ -30,7 +30,7 @@ from moreau_ext.batch import Preprocess, explain_dataset, open_source
 from moreau_ext.prepare import prepare
 
 PREPROCESS = Preprocess(resize=32)
-BATCH = 32
+BATCH = 16
 TO_FIRST_BATCH = """
 import sys, time
 from moreau_ext.batch import runner
@@ -157,14 +157,14 @@ def start_up(work: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--images", type=int, default=64, help="of the throughput measurement")
+    options.add_argument("--images", type=int, default=48, help="of the throughput measurement")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        rows = throughput(work, arguments.images, 1 if arguments.quick else 5)
+        rows = memory(work, 3_000 if arguments.quick else 10_000)
+        rows += throughput(work, arguments.images, 1 if arguments.quick else 3)
         rows += start_up(work)
-        rows += memory(work, 3_000 if arguments.quick else 10_000)
     report("batch", arguments.device, rows, arguments.json)
 
 

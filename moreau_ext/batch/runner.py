@@ -32,7 +32,7 @@ from ..solvers import Solution
 from .config import Config
 from .models import fingerprint
 from .preprocess import Preprocess
-from .sink import COLUMNS, Differs, Output, Rows, explain_os_error
+from .sink import COLUMNS, Differs, Output, Rows, concerns, explain_os_error
 from .sources import Loaded, Source, Stream, Unreadable, _other_shape, open_source, reason
 
 # A shard's maps: small enough to be done again after a crash, large enough for a file.
@@ -561,7 +561,7 @@ def locked(out: str | Path) -> Iterator[Output]:
         with output.locked():
             yield output
     except OSError as error:
-        if error.errno is None or isinstance(error, FileNotFoundError):
+        if not concerns(error, folder):
             raise
         raise OSError(explain_os_error(error, folder)) from error
 

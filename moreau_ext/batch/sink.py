@@ -143,7 +143,9 @@ def _write_table(path: Path, made: Any) -> None:
     import pyarrow.parquet as pq
 
     # zstd makes little of dense maps and almost nothing of the zeros of sparse ones, at 1 % of the gradients' time.
-    write_whole(path, lambda file: pq.write_table(made, file, compression="zstd"))
+    # Of the columns only names repeat; a dictionary of a map's values is as large as the map.
+    names = [name for name, kind in COLUMNS.items() if kind == "string"]
+    write_whole(path, lambda file: pq.write_table(made, file, compression="zstd", use_dictionary=names))
 
 
 class Output:
@@ -352,6 +354,13 @@ def dense(row: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any
         flat[np.asarray(row["map_indices"], int)] = row["map_values"]
         return flat.reshape(shape)
     return np.asarray(row["map"], np.float32).reshape(shape)
+
+
+def concerns(error: OSError, folder: Path) -> bool:
+    """Whether it is the output that an error is about."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return True
+    return error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
 
 
 def explain_os_error(error: OSError, folder: Path) -> str:

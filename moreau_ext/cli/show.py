@@ -36,5 +36,5 @@ def _show(arguments: argparse.Namespace) -> None:
     except (FileNotFoundError, ValueError) as error:
         raise Refused(str(error)) from error
     figure = overlays(rows, shape, arguments.source, arguments.out)
-    write(arguments.to, lambda file: figure.savefig(file, format="png", dpi=130))
+    write(arguments.to, lambda file: figure.savefig(file, format="png", dpi=90))
     print(f"wrote {arguments.to}: {', '.join(row['source'] for row in rows)}")
