@@ -139,7 +139,14 @@ def memory(work: Path, images: int) -> list[dict[str, Any]]:
 
 
 def start_up(work: Path) -> list[dict[str, Any]]:
-    given = ["explain", str(work / "some"), "--model", "moreau_ext.zoo:resnet20", "--preprocess", str(work / "p.toml")]
+    given = [
+        "explain",
+        str(jpegs(work / "few", 32)),
+        "--model",
+        "moreau_ext.zoo:resnet20",
+        "--preprocess",
+        str(work / "p.toml"),
+    ]
     (work / "p.toml").write_text("resize = 32\n")
     rows = []
     for choice in ("none", "auto"):
@@ -157,14 +164,20 @@ def start_up(work: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--images", type=int, default=48, help="of the throughput measurement")
+    options.add_argument("--images", type=int, default=32, help="of the throughput measurement")
+    options.add_argument("--only", choices=["throughput", "start-up", "memory"])
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        rows = memory(work, 3_000 if arguments.quick else 10_000)
-        rows += throughput(work, arguments.images, 1 if arguments.quick else 3)
-        rows += start_up(work)
+        wanted = arguments.only
+        rows: list[dict[str, Any]] = []
+        if wanted in (None, "throughput"):
+            rows += throughput(work, arguments.images, 1 if arguments.quick else 3)
+        if wanted in (None, "start-up"):
+            rows += start_up(work)
+        if wanted in (None, "memory"):
+            rows += memory(work, 3_000 if arguments.quick else 10_000)
     report("batch", arguments.device, rows, arguments.json)
 
 
