@@ -158,3 +158,7 @@ def test_streams_are_refused(job: tuple[Path, Config]) -> None:
     folder, config = job
     with pytest.raises(TypeError, match="a stream has one order"):
         explain(iter(torch.zeros(3, 3, 4)), config, folder / "stream")
+    import ray
+
+    with pytest.raises(TypeError, match="give the paths it reads"):
+        explain(ray.data.from_items([{"x": 1}]), config, folder / "stream")

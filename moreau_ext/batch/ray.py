@@ -112,7 +112,7 @@ def explain(
 
     Raises:
         ValueError: actors that do not fit the cluster, which would wait for ever; and whatever the job is refused for.
-        TypeError: a stream, whose rows cannot be handed out.
+        TypeError: a stream or a Ray Dataset, whose rows have no numbers by which to hand them out.
 
     A job may begin on one machine and go on here, or the other way round.
     """
@@ -122,6 +122,8 @@ def explain(
     except ImportError as error:
         raise ImportError(f'explain on a cluster needs ray ({error}): pip install "moreau_ext[ray]"') from error
 
+    if hasattr(dataset, "map_batches"):
+        raise TypeError("dataset: a Ray Dataset has no stable row numbers to key the noise; give the paths it reads")
     _check(batch, shard_rows, map_dtype, map_format, 0)
     with _without_warnings(), locked(out) as output:
         model, preprocess = config.load()
