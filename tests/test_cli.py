@@ -179,7 +179,7 @@ def test_ctrl_c_ends_with_130_and_leaves_no_partial_file(environment: dict[str, 
     ("arguments", "words"),
     [
         ([], "COMMAND"),
-        (["explain"], "'explain'"),
+        (["explicate"], "'explicate'"),
         (["demo", "--limit", "-3"], "--limit: expected a positive integer, got '-3'"),
         (["demo", "--limit", "0"], "--limit: expected a positive integer, got '0'"),
         (["demo", "--limit", "many"], "--limit: expected a positive integer, got 'many'"),

@@ -32,6 +32,7 @@ FLOORS = {
     "baselines": 4,
     "registry": 4,
     "plots": 4,
+    "batch": 4,
     "evaluation": 4,
     "integrations": 4,
     "cli": 5,
@@ -49,6 +50,7 @@ SAME_FLOOR = {
     "baselines": {"explainers"},
     "registry": {"baselines", "explainers", "integrations"},
     "integrations": {"baselines", "explainers"},
+    "batch": {"explainers", "registry", "plots"},
     "evaluation": {"baselines", "explainers", "integrations", "plots", "registry"},
 }
 
@@ -118,7 +120,7 @@ def test_some_things_stand_in_one_place(name: str, path: Path) -> None:
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else v.stem)
 def test_importing_costs_torch_and_numpy_alone(name: str, path: Path) -> None:
     heavy = {"captum", "matplotlib", "sklearn", "tqdm", "torchvision", "scipy", "PIL", "skimage", "pyarrow", "pandas"}
-    heavy |= {"selenium"}
+    heavy |= {"selenium", "ray", "safetensors", "transformers"}
     assert not external(path, top_level_only=True) & heavy
     if name in ("cli", "__main__"):
         assert "torch" not in external(path, top_level_only=True)

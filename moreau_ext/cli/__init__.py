@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from . import demo, evaluate, info, study
+from . import demo, evaluate, explain, info, show, study
 from .common import Refused
 
 
@@ -71,6 +71,6 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moreau-ext", description="Sparse saliency maps from the gradient of the Moreau envelope.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, evaluate, info, study):
+    for command in (demo, explain, show, evaluate, study, info):
         command.add_parser(commands)
     return parser

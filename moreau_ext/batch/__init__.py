@@ -1,0 +1,35 @@
+"""Explaining whole data sets: sources in, Parquet out, on one machine or many.
+
+    from moreau_ext.batch import explain_dataset, read
+
+    explain_dataset(explainer, "photographs/", "maps/", preprocess=Preprocess(resize=256, crop=224))
+    table = read("maps/")
+
+:mod:`moreau_ext.batch.ray` runs the same job on a cluster.
+"""
+
+from .config import Config
+from .models import load_model, load_preprocess
+from .preprocess import Preprocess
+from .runner import Summary, explain_config, explain_dataset
+from .sink import COLUMNS, Differs, dense, manifest, read
+from .sources import Source, Stream, open_source, path_id
+
+__all__ = [
+    "COLUMNS",
+    "Config",
+    "Differs",
+    "Preprocess",
+    "Source",
+    "Stream",
+    "Summary",
+    "dense",
+    "explain_config",
+    "explain_dataset",
+    "load_model",
+    "load_preprocess",
+    "manifest",
+    "open_source",
+    "path_id",
+    "read",
+]

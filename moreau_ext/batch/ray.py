@@ -1,0 +1,241 @@
+"""The same job on a Ray cluster: Ray Data hands out shards, actors explain them and write the same files.
+
+What is handed out is the number of a shard, not its pixels: an actor reads the shard's inputs itself, in the same
+batches as a local run, and writes the file whole. So it does not matter who does a shard, or how often: an actor that
+is killed leaves nothing, and another one does its shard again.
+
+The source and the output must be at the same path on every node (a shared file system).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config
+from .runner import (
+    Engine,
+    Summary,
+    Work,
+    _about,
+    _bar,
+    _check,
+    _without_warnings,
+    agree,
+    configuration_of,
+    example_of,
+    locked,
+    pending,
+    pieces_of,
+)
+from .sink import Output, Rows
+from .sources import Source, Stream, open_source
+
+# Of the CPUs that actors do not ask for: Ray's own tasks take whole ones.
+_RESERVE = 0.5
+
+
+class _Actor:
+    """Explains shards. Loads the model once."""
+
+    def __init__(self, config: Config, source: Source, out: str, manifest: dict[str, Any], threads: int):
+        torch.set_num_threads(threads)
+        self._output, self._manifest, self._source = Output(out), manifest, source
+        model, _ = config.load()
+        with _without_warnings():
+            explainer, _ = config.ready(model, example_of(source), manifest["prepared"])
+        chosen = manifest["configuration"]
+        self._batch = chosen["batch"]
+        self._engine = Engine(explainer, config.target, tuple(manifest["shape"]), chosen["map_dtype"])
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        done: dict[str, list[Any]] = {"shard": [], "rows": [], "converged": [], "bytes": []}
+        for shard, start, stop in zip(*(batch[n].tolist() for n in ("shard", "start", "stop")), strict=True):
+            with _without_warnings(), ThreadPoolExecutor(1) as reader:
+                pieces = pieces_of(start, stop, self._batch)
+                # One batch is read while another is explained.
+                ahead = reader.submit(self._source.load, *pieces[0])
+                parts = []
+                for following in [*pieces[1:], None]:
+                    loaded = ahead.result()
+                    if following is not None:
+                        ahead = reader.submit(self._source.load, *following)
+                    parts.append(self._engine.rows(loaded))
+            rows = Rows.concatenate(parts)
+            size = self._output.write(shard, rows, self._manifest, _about(self._engine.device))
+            done["shard"].append(shard)
+            done["rows"].append(len(rows))
+            done["converged"].append(sum(map(bool, rows.columns["converged"])))
+            done["bytes"].append(size)
+        return done
+
+
+def explain(
+    dataset: Any,
+    config: Config,
+    out: str | Path,
+    *,
+    address: str | None = None,
+    concurrency: int | None = None,
+    num_gpus: float | None = None,
+    num_cpus: float | None = None,
+    column: str | None = None,
+    batch: int = 32,
+    shard_rows: int | None = None,
+    map_dtype: str = "float32",
+    map_format: str = "dense",
+    progress: bool = False,
+) -> Summary:
+    """Runs a job by name on a Ray cluster. The files are those that :func:`explain_config` writes on one machine.
+
+    Args:
+        dataset: paths on a file system that all nodes share, or anything else that :func:`open_source` takes, has a
+            length and can be pickled.
+        config: what to do.
+        out: a folder that all nodes share.
+        address: of a cluster that runs ("auto" for the one that this node belongs to); None starts one of this machine,
+            unless Ray was started already.
+        concurrency: actors; one per GPU with ``num_gpus``, else one per CPU.
+        num_gpus: per actor; by default 1 where the config's device is "cuda", else 0.
+        num_cpus: per actor; by default an equal share of the CPUs, less half a one per node for Ray's own tasks, and
+            1 at most.
+        column, batch, shard_rows, map_dtype, map_format, progress: as in :func:`explain_config`.
+
+    Returns:
+        The :class:`Summary`.
+
+    Raises:
+        ValueError: actors that do not fit the cluster, which would wait for ever; and whatever the job is refused for.
+        TypeError: a stream or a Ray Dataset, whose rows have no numbers by which to hand them out.
+
+    A job may begin on one machine and go on here, or the other way round.
+    """
+    try:
+        ray: Any = importlib.import_module("ray")
+        data = importlib.import_module("ray.data")
+    except ImportError as error:
+        raise ImportError(f'explain on a cluster needs ray ({error}): pip install "moreau_ext[ray]"') from error
+
+    if hasattr(dataset, "map_batches"):
+        raise TypeError("dataset: a Ray Dataset has no stable row numbers to key the noise; give the paths it reads")
+    _check(batch, shard_rows, map_dtype, map_format, 0)
+    with _without_warnings(), locked(out) as output:
+        model, preprocess = config.load()
+        source = open_source(dataset, preprocess=preprocess, column=column, target=config.target_column)
+        if isinstance(source, Stream):
+            raise TypeError("dataset: a stream has one order; give paths, arrays or a map-style Dataset")
+        settings = config.record(model, preprocess)
+        configuration = configuration_of(settings, source, batch, map_dtype, map_format)
+        work = agree(
+            source, output, lambda x, chosen: config.ready(model, x, chosen), configuration, config.target, shard_rows
+        )
+        todo = pending(source, work)
+        if not todo:
+            return Summary(len(source), 0, len(source), output.write_errors(), 0.0, 0.0, 0)
+        started = not ray.is_initialized()
+        if started:
+            ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
+        try:
+            return _run(
+                data,
+                ray.cluster_resources(),
+                config,
+                source,
+                work,
+                todo,
+                concurrency,
+                num_gpus,
+                num_cpus,
+                progress,
+            )
+        finally:
+            output.sweep()  # of actors that were killed
+            if started:
+                ray.shutdown()
+
+
+def _run(
+    data: Any,
+    cluster: dict[str, float],
+    config: Config,
+    source: Source,
+    work: Work,
+    todo: list[tuple[int, int, int]],
+    concurrency: int | None,
+    num_gpus: float | None,
+    num_cpus: float | None,
+    progress: bool,
+) -> Summary:
+    actors, gpus, cpus = share(cluster, config.device, len(todo), concurrency, num_gpus, num_cpus)
+    threads = max(1, math.floor(cpus))
+    shards = data.from_items([{"shard": k, "start": a, "stop": b} for k, a, b in todo], override_num_blocks=len(todo))
+    results = shards.map_batches(
+        _Actor,
+        fn_constructor_args=(config, source, str(work.output.folder.absolute()), work.manifest, threads),
+        batch_size=1,
+        concurrency=actors,
+        num_gpus=gpus or None,
+        num_cpus=None if gpus else cpus,
+        # Read when an actor imports torch: every thread pool has the size of its share, and none spins.
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}},
+    )
+    total = len(source)
+    explained = converged = size = 0
+    began = time.perf_counter()
+    with _bar(total, total - sum(stop - start for _, start, stop in todo), progress) as bar:
+        for row in results.iter_rows():
+            explained, converged, size = explained + row["rows"], converged + row["converged"], size + row["bytes"]
+            if bar is not None:
+                bar.update(row["rows"])
+                bar.set_postfix_str(f"{converged / explained:.0%} converged")
+    return Summary(
+        inputs=total,
+        explained=explained,
+        skipped=total - explained,
+        errors=work.output.write_errors(),
+        converged=converged / explained if explained else 0.0,
+        seconds=time.perf_counter() - began,
+        bytes=size,
+    )
+
+
+def share(
+    cluster: dict[str, float],
+    device: str,
+    shards: int,
+    concurrency: int | None,
+    num_gpus: float | None,
+    num_cpus: float | None,
+) -> tuple[int, float, float]:
+    """(actors, GPUs each, CPUs each) that a cluster has room for.
+
+    Raises:
+        ValueError: they do not fit. Ray would wait for the rest for ever.
+
+    Example:
+        >>> from moreau_ext.batch.ray import share
+        >>> share({"CPU": 2.0}, "cpu", 100, None, None, None)
+        (2, 0.0, 0.75)
+    """
+    has_cpus, has_gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    gpus = float(device.startswith("cuda")) if num_gpus is None else num_gpus
+    if concurrency is None:
+        concurrency = max(1, math.floor(has_gpus / gpus if gpus else has_cpus))
+    if concurrency < 1:
+        raise ValueError(f"concurrency: expected a positive integer, got {concurrency}")
+    actors = min(concurrency, shards)
+    cpus = min(1.0, (has_cpus - _RESERVE) / actors) if num_cpus is None else num_cpus
+    if gpus * actors > has_gpus:
+        raise ValueError(f"num_gpus: {actors} actors of {gpus:g} GPUs do not fit the cluster's {has_gpus:g}")
+    if cpus <= 0 or cpus * actors > has_cpus - _RESERVE:
+        raise ValueError(
+            f"num_cpus: {actors} actors of {cpus:g} CPUs leave less than {_RESERVE} of the cluster's {has_cpus:g} for "
+            "Ray's own tasks, and the job would wait for ever; give fewer actors, or fractions"
+        )
+    return actors, gpus, cpus

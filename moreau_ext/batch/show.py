@@ -1,0 +1,110 @@
+"""Pictures of results: the image, the map, and the map over the image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .preprocess import Preprocess
+from .sink import dense, manifest, read
+from .sources import decode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_WIDTH = 2.6  # inches of one picture
+# Of |map| summed over channels: the largest values of a map are few, and would leave the others invisible.
+_BRIGHTEST = 0.995
+
+
+def pick(out: Path, ids: list[int] | None, limit: int) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    """The rows to draw, and the shape of a map.
+
+    Raises:
+        FileNotFoundError: no results there.
+        ValueError: an id that is not among them, or that has no map.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    shape = tuple(manifest(out)["shape"])
+    table = read(out)
+    if ids is None:
+        table = table.filter(pc.is_null(table["error"])).slice(0, limit)
+    else:
+        at = pc.index_in(pa.array(ids, pa.int64()), value_set=table["id"].combine_chunks())
+        for name, position in zip(ids, at.to_pylist(), strict=True):
+            if position is None:
+                raise ValueError(f"--id {name}: {out} has no such row")
+            if (error := table["error"][position].as_py()) is not None:
+                raise ValueError(f"--id {name}: {table['source'][position]} has no map: {error}")
+        table = table.take(at)
+    if table.num_rows == 0:
+        raise ValueError(f"{out}: holds no map")
+    return table.to_pylist(), shape
+
+
+def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | None, out: Path) -> Figure:
+    """A grid with one row per map: the image, the map, the map over the gray image.
+
+    Red raises the score, blue lowers it; channels are summed; each map has a scale of its own.
+
+    Args:
+        rows: of :func:`pick`.
+        shape: of a map, [H, W] or [channels, H, W].
+        source: the folder of the image files; None, or a file that is not there, draws maps alone.
+        out: the results, whose preprocessing brings an image to the size of its map.
+
+    Raises:
+        ValueError: maps that are no pictures.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{out}: its maps have shape {shape}, which is no picture")
+    settings = manifest(out)["configuration"].get("preprocess") or {}
+    plain = Preprocess.of({k: v for k, v in settings.items() if k not in ("mean", "std", "scale")}, "manifest")
+    height, width = _WIDTH * shape[-2] / shape[-1], _WIDTH
+    figure = Figure(figsize=(3 * width + 0.2, len(rows) * (height + 0.45) + 0.1))
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(rows), 3, squeeze=False)
+    colours = colormaps["RdBu_r"]
+    for row, axes in zip(rows, panels, strict=True):
+        values = dense(row, shape)
+        values = values.sum(0) if values.ndim == 3 else values
+        largest = float(np.quantile(np.abs(values[values != 0]), _BRIGHTEST)) if values.any() else 1.0
+        signed = np.clip(values / largest, -1, 1)
+        image = _image(row["source"], source, plain, shape)
+        gray = np.full(shape[-2:], 0.9) if image is None else image.mean(-1)
+        strength = np.sqrt(np.abs(signed))[..., None]  # so that the middle of the scale is seen over a picture
+        over = (1 - strength) * (0.35 + 0.65 * gray[..., None]) + strength * colours((signed + 1) / 2)[..., :3]
+        axes[0].imshow(np.broadcast_to(gray[..., None], over.shape) if image is None else image)
+        axes[1].imshow(signed, cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
+        axes[2].imshow(np.clip(over, 0, 1), interpolation="nearest")
+        axes[0].set_title(f"{row['source']}: class {row['target']}", fontsize=8)
+        state = "" if row["residual"] is None else f", residual {row['relative_residual']:.1%}"
+        axes[1].set_title(
+            f"{row['nnz'] / values.size / (shape[0] if len(shape) == 3 else 1):.0%} non-zero{state}", fontsize=8
+        )
+        axes[2].set_title("over the image", fontsize=8)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def _image(name: str, source: Path | None, preprocess: Preprocess, shape: tuple[int, ...]) -> Any:
+    """The image as [H, W, 3] in [0, 1], or None."""
+    if source is None:
+        return None
+    path = source if source.is_file() else source / name
+    if not path.is_file():
+        raise ValueError(f"--source {source}: holds no {name}")
+    pixels = decode(path, preprocess).numpy().transpose(1, 2, 0)
+    if pixels.shape[:2] != tuple(shape[-2:]):
+        raise ValueError(f"--source {source}: {name} has {pixels.shape[:2]} pixels, its map {tuple(shape[-2:])}")
+    return np.clip(np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels, 0, 1)

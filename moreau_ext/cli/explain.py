@@ -1,0 +1,162 @@
+"""``moreau-ext explain``: a folder in, a data set of maps out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import Refused, add_prepare, need, positive
+
+_SETTINGS = ("rho", "eta", "eta_ratio", "sigma", "noise_level", "tol")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="explain images, arrays or Parquet files; write Parquet",
+        description="Explains every input of SOURCE and writes Parquet shards, one row per input, to --out. The same "
+        "command goes on where it was cut short. What cannot be read or explained is listed in errors.parquet. Ctrl-C "
+        "finishes the shard that was begun.",
+    )
+    parser.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="image files, folders or globs; a .npy or .npz file; Parquet files or a folder of them",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="package.module:factory (with literal arguments, if it takes some: 'timm:create_model(\"resnet18\")'), a "
+        ".pt2 file of torch.export, or hf:FOLDER of Hugging Face transformers; it is run, so trust it",
+    )
+    parser.add_argument("--weights", metavar="FILE", help=".safetensors, or .pt with tensors alone")
+    parser.add_argument(
+        "--preprocess",
+        metavar="FILE",
+        help="TOML or JSON with mode, resize, interpolation, crop, scale, mean, std; or torchvision's weights by name "
+        "(torchvision.models:ResNet50_Weights.DEFAULT). default: what the model says, or pixels / 255",
+    )
+    parser.add_argument(
+        "--method",
+        default="sparse",
+        choices=("gradient", "smoothgrad", "moreau", "sparse", "group"),
+        help="%(default)s",
+    )
+    parser.add_argument("--rho", type=float, help="how far to look, in units of x²/score. default: 1")
+    strength = parser.add_mutually_exclusive_group()
+    strength.add_argument("--eta", type=float, help="sparsity, absolute")
+    strength.add_argument(
+        "--eta-ratio", type=float, help="sparsity, as a fraction of each input's eta_max. default: 0.1"
+    )
+    noise = parser.add_mutually_exclusive_group()
+    noise.add_argument("--sigma", type=float, help="noise, absolute")
+    noise.add_argument("--noise-level", type=float, help="noise, as a fraction of each input's range. default: 0.1")
+    parser.add_argument("--tile", type=positive, metavar="PIXELS", help="edge of group's tiles. default: single pixels")
+    parser.add_argument("--score", default="logit", choices=("logit", "log_prob", "prob", "margin"), help="%(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise. default: %(default)s")
+    parser.add_argument("--steps", type=positive, metavar="T", help="fixed steps, instead of the solver that adapts")
+    parser.add_argument("--samples", type=positive, metavar="N", help="noisy copies per step")
+    parser.add_argument("--tol", type=float, help="relative residual at which an input is done. default: 0.01")
+    parser.add_argument("--max-gradients", type=positive, metavar="N", help="budget per input. default: 2048")
+    parser.add_argument(
+        "--target",
+        default="predicted",
+        metavar="predicted|INT|COLUMN",
+        help="the class to explain; 'class' for the folder of an image. default: %(default)s",
+    )
+    parser.add_argument("--column", metavar="NAME", help="which column of a .npz or Parquet file is explained")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N. default: %(default)s")
+    add_prepare(parser)
+    parser.add_argument(
+        "--batch", type=positive, default=32, metavar="N", help="inputs at a time. default: %(default)s"
+    )
+    parser.add_argument("--shard-rows", type=positive, metavar="N", help="rows of a file. default: 64 MiB or 256 rows")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read images; with --ray, actors that explain. default: 1, or one per GPU or core",
+    )
+    parser.add_argument("--map-dtype", default="float32", choices=("float32", "float16"), help="%(default)s")
+    parser.add_argument(
+        "--map-format", default="dense", choices=("dense", "sparse"), help="sparse: indices and values. %(default)s"
+    )
+    parser.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster; without ADDRESS, one of this machine"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new folder, or one to go on with")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    need("explain", "batch", "PIL", "pyarrow", "safetensors", "tqdm")
+    if arguments.ray is not None:
+        need("explain --ray", "ray", "ray")
+    # As with python -m: a model beside the command is found.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    from ..batch import Config, Differs, explain_config
+
+    for name in _SETTINGS:
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise Refused(f"--{name.replace('_', '-')}: expected a number of at least 0, got {value}")
+    try:
+        config = Config(
+            **{name: getattr(arguments, name) for name in _SETTINGS},
+            model=arguments.model,
+            weights=arguments.weights,
+            preprocess=arguments.preprocess,
+            method=arguments.method,
+            score=arguments.score,
+            seed=arguments.seed,
+            steps=arguments.steps,
+            samples=arguments.samples,
+            max_gradients=arguments.max_gradients,
+            tile=arguments.tile,
+            target=_target(arguments.target),
+            device=arguments.device,
+            prepare=arguments.prepare,
+        )
+    except ValueError as error:
+        raise Refused(f"--{error}") from error
+    job: dict[str, Any] = {
+        "column": arguments.column,
+        "batch": arguments.batch,
+        "shard_rows": arguments.shard_rows,
+        "map_dtype": arguments.map_dtype,
+        "map_format": arguments.map_format,
+        "progress": True,
+    }
+    try:
+        if arguments.ray is None:
+            workers = 1 if arguments.workers is None else arguments.workers
+            done = explain_config(config, arguments.source, arguments.out, workers=workers, **job)
+        else:
+            from ..batch.ray import explain
+
+            address, actors = arguments.ray or None, arguments.workers
+            done = explain(arguments.source, config, arguments.out, address=address, concurrency=actors, **job)
+    except Differs as error:
+        raise Refused(str(error)) from error
+    print(
+        f"{done.inputs} inputs: {done.explained} explained now, {done.skipped} before, {done.errors} with an error"
+        + (f" (see {arguments.out / 'errors.parquet'})" if done.errors else "")
+    )
+    if done.explained:
+        print(
+            f"{done.explained / done.seconds:.1f} images/s, {done.converged:.0%} converged, "
+            f"{done.bytes / done.explained:,.0f} bytes per image, in {arguments.out}"
+        )
+
+
+def _target(text: str) -> str | int:
+    try:
+        return int(text)
+    except ValueError:
+        return text
