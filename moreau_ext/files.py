@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """A whole file or none: a reader never sees half of one, and an interruption leaves the old.
+    """A whole file that survives a power cut, or none: temporary name, fsync, rename, fsync of the folder.
+
+    A reader never sees half of one, and an interruption leaves the old. The temporary name is ``.NAME.*.tmp``.
 
     Args:
         path: in a folder that exists.
         fill: writes the contents to the open binary file.
 
     Raises:
-        OSError: it cannot be written: no space, no permission.
+        OSError: disk full, read-only, no permission, ...; the temporary file is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "wb") as file:
             fill(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(folder)

@@ -83,6 +83,18 @@ def test_bad_use(
     assert words in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("given", "column", "value"),
+    [(["--support", "5"], "support", 5), (["--support", "0.25", "--radius", "0.5"], "support", 16)],
+)
+def test_the_sparsity_that_was_asked_for(given: list[str], column: str, value: int, digits: Path) -> None:
+    assert cli.main(["explain", "digits", *NET[:4], *given, "--prepare", "none", "--out", "maps"]) == 0
+    found = read("maps").to_pydict()
+    assert found[column] == [value] * 12
+    assert found["nnz"] == [value] * 12
+    assert all(rho > 0 for rho in found["rho"])
+
+
 def test_a_read_only_output(digits: Path) -> None:
     """Root may write anywhere, so a file system says no: /proc/self is read-only to all."""
     done = subprocess.run(

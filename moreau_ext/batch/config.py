@@ -23,8 +23,10 @@ _SOLVED = ("moreau", "sparse", "group")
 # Which methods a setting belongs to.
 _BELONGS: dict[str, tuple[str, ...]] = {
     "rho": _SOLVED,
+    "radius": _SOLVED,
     "eta": ("sparse", "group"),
     "eta_ratio": ("sparse", "group"),
+    "support": ("sparse", "group"),
     "sigma": ("smoothgrad", *_SOLVED),
     "noise_level": ("smoothgrad", *_SOLVED),
     "steps": _SOLVED,
@@ -45,7 +47,7 @@ class Config:
         model, weights: see :func:`load_model`.
         preprocess: a TOML or JSON file, or torchvision's weights by name; by default what the model says.
         method: gradient, smoothgrad, moreau, sparse or group.
-        rho, eta, eta_ratio, sigma, noise_level, score: settings of the explainer.
+        rho, radius, eta, eta_ratio, support, sigma, noise_level, score: settings of the explainer.
         seed: of the noise bank.
         steps, samples: fixed steps of size ρ/10 with so many noisy copies (60 and 8 where only one is given), instead
             of the solver that adapts; for smoothgrad, the number of copies.
@@ -64,9 +66,11 @@ class Config:
     weights: str | None = None
     preprocess: str | None = None
     method: str = "sparse"
-    rho: float | None = None
+    rho: float | Literal["auto"] | None = None
+    radius: float | None = None
     eta: float | None = None
     eta_ratio: float | None = None
+    support: int | float | None = None
     sigma: float | None = None
     noise_level: float | None = None
     score: str = "logit"
@@ -89,6 +93,8 @@ class Config:
         for name in ("steps", "samples", "tile", "max_gradients"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        if (self.steps or self.samples) and (self.radius is not None or self.rho == "auto"):
+            raise ValueError("steps, samples: fixed steps need a rho that is a number, not radius or rho auto")
         if (self.steps or self.samples) and self.max_gradients:
             raise ValueError("max_gradients: steps and samples fix how many there are; leave it out, or them")
         if not -(2**63) <= self.seed < 2**63:
@@ -117,7 +123,7 @@ class Config:
 
     def explainer(self, model: Any) -> Any:
         """The explainer of a model, or of the prepared copy of one."""
-        given = ("rho", "eta", "eta_ratio", "sigma", "noise_level")
+        given = ("rho", "radius", "eta", "eta_ratio", "support", "sigma", "noise_level")
         settings: dict[str, Any] = {n: getattr(self, n) for n in given if getattr(self, n) is not None}
         settings["score"] = self.score
         if self.method != "gradient":
@@ -133,7 +139,7 @@ class Config:
     def _solver(self) -> ProximalGradient | AdaptiveProximalGradient:
         if self.steps or self.samples:
             counts: dict[str, Any] = {"max_steps": self.steps, "num_samples": self.samples}
-            step_size = _STEP * (1.0 if self.rho is None else self.rho)
+            step_size = _STEP * (self.rho if isinstance(self.rho, (int, float)) else 1.0)
             tol = 0.0 if self.tol is None else self.tol
             return ProximalGradient(step_size=step_size, tol=tol, **{k: v for k, v in counts.items() if v is not None})
         adaptive: dict[str, Any] = {"tol": self.tol, "max_gradients": self.max_gradients}

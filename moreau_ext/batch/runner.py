@@ -182,6 +182,9 @@ class Engine:
             "steps": found.steps,
             "gradient_evaluations": found.gradient_evaluations,
             "nnz": found.nnz,
+            "support": found.support,
+            # Null, as the residual is, for methods that solve nothing.
+            "rho": torch.where(found.relative_residual.isnan(), torch.nan, found.rho),
             "sigma": found.sigma,
             "predicted": predicted,
             "target": torch.as_tensor(targets).expand(len(these)) if targets is not None else None,

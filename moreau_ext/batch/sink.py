@@ -12,15 +12,15 @@ import fcntl
 import json
 import math
 import os
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import write
 from .sources import reason
 
 FORMAT = 1
@@ -42,7 +42,9 @@ COLUMNS: dict[str, str] = {
     "steps": "int32",
     "gradient_evaluations": "int32",
     "nnz": "int64",
+    "support": "int64",
     "eta": "float64",
+    "rho": "float64",
     "sigma": "float64",
     "seed": "int64",
     "error": "string",
@@ -115,37 +117,13 @@ def table(rows: Rows, dtype: str, sparse: bool, metadata: Mapping[str, str]) -> 
     return pa.Table.from_arrays(columns, schema=made.with_metadata(dict(metadata)))
 
 
-def write_whole(path: Path, fill: Callable[[Any], object]) -> None:
-    """A whole file that survives a power cut, or none: temporary name, fsync, rename, fsync of the folder.
-
-    Raises:
-        OSError: disk full, read-only, ...; the temporary file is removed, and what stood there still does.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _write_table(path: Path, made: Any) -> None:
     import pyarrow.parquet as pq
 
     # zstd makes little of dense maps and almost nothing of the zeros of sparse ones, at 1 % of the gradients' time.
     # Of the columns only names repeat; a dictionary of a map's values is as large as the map.
     names = [name for name, kind in COLUMNS.items() if kind == "string"]
-    write_whole(path, lambda file: pq.write_table(made, file, compression="zstd", use_dictionary=names))
+    write(path, lambda file: pq.write_table(made, file, compression="zstd", use_dictionary=names))
 
 
 class Output:
@@ -229,7 +207,7 @@ class Output:
     def begin(self, configuration: dict[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the manifest of a new job: its configuration, and what its first run chose and later ones keep."""
         text = json.dumps({"format": FORMAT, "configuration": configuration, **chosen}, indent=2) + "\n"
-        write_whole(self.folder / MANIFEST, lambda file: file.write(text.encode()))
+        write(self.folder / MANIFEST, lambda file: file.write(text.encode()))
         made: dict[str, Any] = json.loads(text)
         return made
 

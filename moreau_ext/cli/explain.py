@@ -10,7 +10,7 @@ from typing import Any
 
 from .common import Refused, add_prepare, need, positive
 
-_SETTINGS = ("rho", "eta", "eta_ratio", "sigma", "noise_level", "tol")
+_SETTINGS = ("rho", "radius", "eta", "eta_ratio", "support", "sigma", "noise_level", "tol")
 
 
 def add_parser(commands: Any) -> None:
@@ -47,11 +47,23 @@ def add_parser(commands: Any) -> None:
         choices=("gradient", "smoothgrad", "moreau", "sparse", "group"),
         help="%(default)s",
     )
-    parser.add_argument("--rho", type=float, help="how far to look, in units of x²/score. default: 1")
+    far = parser.add_mutually_exclusive_group()
+    far.add_argument(
+        "--rho",
+        type=_rho,
+        help="how far to look, in units of x²/score, or auto: by the curvature at each input. default: 1",
+    )
+    far.add_argument("--radius", type=float, help="how far to look, as the length of the displacement")
     strength = parser.add_mutually_exclusive_group()
     strength.add_argument("--eta", type=float, help="sparsity, absolute")
     strength.add_argument(
         "--eta-ratio", type=float, help="sparsity, as a fraction of each input's eta_max. default: 0.1"
+    )
+    strength.add_argument(
+        "--support",
+        type=_count_or_share,
+        metavar="N|SHARE",
+        help="sparsity, as how many features or groups are not zero: 20, or 0.05 of them",
     )
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--sigma", type=float, help="noise, absolute")
@@ -104,7 +116,7 @@ def _explain(arguments: argparse.Namespace) -> None:
 
     for name in _SETTINGS:
         value = getattr(arguments, name)
-        if value is not None and not 0 <= value < float("inf"):
+        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
             raise Refused(f"--{name.replace('_', '-')}: expected a number of at least 0, got {value}")
     try:
         config = Config(
@@ -153,6 +165,14 @@ def _explain(arguments: argparse.Namespace) -> None:
             f"{done.explained / done.seconds:.1f} images/s, {done.converged:.0%} converged, "
             f"{done.bytes / done.explained:,.0f} bytes per image, in {arguments.out}"
         )
+
+
+def _rho(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def _count_or_share(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
 
 
 def _target(text: str) -> str | int:
