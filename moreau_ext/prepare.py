@@ -49,7 +49,7 @@ _WORTH = 0.95
 _ROUNDS = 7
 _PASS_SECONDS = 0.02
 _LONGEST_PASS_SECONDS = 0.15
-_PROBE_SECONDS = 1.5
+_PROBE_SECONDS = 0.8
 _CPU_BUDGET = 1 << 30
 # Where memory cannot be measured: the published number of samples.
 _BLIND_CHUNK = 32
@@ -191,8 +191,8 @@ def prepare(
         >>> ready.model(torch.rand(2, 3, 8, 8)).shape
         torch.Size([2, 10])
 
-    What depends on timing, ``max_batch`` and channels_last="auto", may differ from run to run, and results then by
-    rounding; give both for the same bits. Random generators are as before afterwards. While a model that has BatchNorm
+    What depends on timing, ``max_batch``, channels_last="auto" and whether inputs are converted with the weights, may
+    differ from run to run, and results then by rounding; a number and channels_last=False give the same bits. Random generators are as before afterwards. While a model that has BatchNorm
     is traced (milliseconds), no other thread may run a module: torch.fx swaps ``nn.Module.__call__`` for the process.
     Memory for up to four more copies of the weights is taken meanwhile.
     """
