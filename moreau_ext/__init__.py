@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .adaptive import AdaptiveProximalGradient as AdaptiveProximalGradient
+    from .base import Explainer as Explainer
     from .baselines import Gradient as Gradient
     from .baselines import SmoothGrad as SmoothGrad
     from .baselines import SoftThresholdedSmoothGrad as SoftThresholdedSmoothGrad
     from .baselines import SparsifiedSmoothGrad as SparsifiedSmoothGrad
     from .certificate import Certificate as Certificate
-    from .explainers import Explainer as Explainer
     from .explainers import GroupSparseMoreauGrad as GroupSparseMoreauGrad
     from .explainers import MoreauGrad as MoreauGrad
     from .explainers import SparseMoreauGrad as SparseMoreauGrad
@@ -34,7 +34,7 @@ _WHERE = {
     "AdaptiveProximalGradient": "adaptive",
     "METHODS": "registry",
     "Certificate": "certificate",
-    "Explainer": "explainers",
+    "Explainer": "base",
     "Gradient": "baselines",
     "GroupSparseMoreauGrad": "explainers",
     "Groups": "groups",

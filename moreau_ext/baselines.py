@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .explainers import Explainer, Noisy, Sparse, check_count
+from .base import Explainer, Noisy, Sparse, check_count
 from .groups import flat_rows
 from .penalties import Penalty
 from .scores import row_chunks

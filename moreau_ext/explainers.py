@@ -3,290 +3,26 @@
 from __future__ import annotations
 
 import math
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .adaptive import AdaptiveProximalGradient
+from .base import Noisy, Scalar, Sparse, Tensors, check_count, check_scalar, per_input_setting
 from .certificate import Certificate, absolute, certify
 from .curvature import METHODS, RHO_SAMPLES, Method, convex_rho
-from .groups import Groups, Pixels, flat_rows, memory_layout
+from .groups import Groups, Pixels, flat_rows
 from .implicit import map_vjp
-from .noise import noise_keys
 from .path import solve_path
-from .penalties import L1, GroupL2, Penalty
-from .prepare import Prepared
-from .scores import ScoreName, Target, UnusedInputs, bind_score, check_score_settings, evaluating
-from .solvers import Problem, ProximalGradient, Solution, Tuning
+from .penalties import GroupL2, Penalty
+from .scores import Target, evaluating
+from .solvers import Problem, ProximalGradient, Solution
 
-Tensors = tuple[Tensor, ...]
-# One number, or one per input of the batch to come.
-Scalar = float | Tensor
 Solver = ProximalGradient | AdaptiveProximalGradient
-
-# Noisy inputs per pass where nobody measured: enough to fill small models, little enough for most memories.
-_MAX_BATCH = 1024
-
-
-def _check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    low = tensor <= 0 if positive else tensor < 0
-    if bool((low | ~torch.isfinite(tensor)).any()):
-        expected = "a positive" if positive else "a non-negative"
-        raise ValueError(f"{name}: expected {expected} finite number, got {value!r}")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
-@dataclass(frozen=True, eq=False)
-class Explainer(ABC):
-    """What all explainers share: checking, and leaving the model as it was found.
-
-    An explainer is a frozen record of settings. Every call's state is local, so threads may share one.
-    """
-
-    model: Callable[..., Any] | Prepared
-    score: ScoreName = field(default="logit", kw_only=True)
-    max_batch: int | Literal["auto"] | None = field(default="auto", kw_only=True)
-    unused_inputs: UnusedInputs = field(default="raise", kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.model, Prepared) and not callable(self.model):
-            raise TypeError(f"model: expected a callable, got {type(self.model).__name__}")
-        if self.max_batch == "auto":
-            found = self.model.max_batch if isinstance(self.model, Prepared) else _MAX_BATCH
-            object.__setattr__(self, "max_batch", found)
-        if self.max_batch is not None:
-            check_count("max_batch", self.max_batch)
-        check_score_settings(self.score, self.unused_inputs)
-
-    @property
-    def _module(self) -> Callable[..., Any]:
-        """What is run: the model, or the prepared copy of it."""
-        return self.model.model if isinstance(self.model, Prepared) else self.model
-
-    @property
-    def _max_rows(self) -> int | None:
-        """Most noisy inputs in one pass."""
-        return None if self.max_batch is None else int(self.max_batch)  # "auto" was resolved when this was made
-
-    @abstractmethod
-    def _solve(self, problem: Problem) -> Solution:
-        """The solution of a batch that has at least one input."""
-
-    def _rho(self) -> Scalar:
-        return 1.0
-
-    def _keys(self, ids: Tensor) -> Tensor:
-        return ids
-
-    def _sigmas(self, inputs: Tensors) -> Tensors:
-        """σ of every tensor, [B]."""
-        return tuple(per_input_setting("sigma", 0.0, x) for x in inputs)
-
-    def _penalty(self, inputs: Tensors) -> Penalty | None:
-        return None
-
-    def _support(self, inputs: Tensors, penalty: Penalty | None) -> Tensor | None:
-        """Features or groups asked for, int64 [B]."""
-        return None
-
-    def _radius(self, inputs: Tensors) -> Tensor | None:
-        """‖δ*‖ asked for, float64 [B]."""
-        return None
-
-    @overload
-    def attribute(
-        self,
-        inputs: Any,
-        target: Target = None,
-        additional_forward_args: Any = None,
-        *,
-        ids: Tensor | None = None,
-        return_solution: Literal[False] = False,
-    ) -> Any: ...
-
-    @overload
-    def attribute(
-        self,
-        inputs: Any,
-        target: Target = None,
-        additional_forward_args: Any = None,
-        *,
-        ids: Tensor | None = None,
-        return_solution: Literal[True],
-    ) -> Solution: ...
-
-    def attribute(
-        self,
-        inputs: Any,
-        target: Target = None,
-        additional_forward_args: Any = None,
-        *,
-        ids: Tensor | None = None,
-        return_solution: bool = False,
-    ) -> Any:
-        """The maps of a batch.
-
-        Args:
-            inputs: a tensor [B, *features], or a tuple of them, of floating point; any rank >= 1. Each input's map is
-                its own: it does not depend on the batch beyond the rounding of the model's passes. A model that mixes
-                the inputs of a batch (batch statistics, contrastive heads) is not supported.
-            target: what to explain: None (the predicted class; the output itself where there is one per input), an
-                int, a tensor or array [B] or [B, 1], a list of B ints or of B tuples, one tuple (outputs of higher
-                rank), or a callable output -> [B].
-            additional_forward_args: passed to the model after the inputs; tensors whose first axis is B follow the
-                inputs.
-            ids: int64 [B], each input's name to the noise bank; its position by default. Give them when you split a
-                data set into batches, and an input draws the same noise in any of them.
-            return_solution: return a :class:`Solution` instead of the maps alone.
-
-        Returns:
-            The maps, in the form, shape, dtype and device of ``inputs``; or the Solution.
-
-        Raises:
-            ValueError: NaN or infinity in an input, a target out of range or of the wrong length, groups that do not
-                fit, a score that does not depend on an input, or a gradient that is not finite.
-            TypeError: inputs that are no floating-point tensors, or targets that are no integers.
-        """
-        (solution,) = self._run(inputs, target, additional_forward_args, ids, lambda problem: [self._solve(problem)], 1)
-        empty = int(solution.empty.sum())
-        if empty:
-            warnings.warn(
-                f"{empty} of {len(solution.empty)} maps are zero everywhere: the score is flat there, or eta is at or "
-                "above eta_max; Solution.empty says which",
-                stacklevel=2,
-            )
-        return solution if return_solution else solution.attribution
-
-    def _run(
-        self,
-        inputs: Any,
-        target: Target,
-        additional_forward_args: Any,
-        ids: Tensor | None,
-        solve: Callable[[Problem], list[Solution]],
-        count: int,
-    ) -> list[Solution]:
-        """Checks, poses the problem, and gives back its ``count`` solutions in the form of the inputs."""
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = self._check_inputs(inputs)
-            names = self._check_ids(ids, tensors[0].shape[0], tensors[0].device)
-            if tensors[0].shape[0] == 0:
-                solutions = [_nothing(tensors)] * count
-            else:
-                with evaluating(self._module, depth=2):
-                    solutions = solve(self._problem(tensors, target, additional_forward_args, names))
-        return [_in_form(solution, isinstance(inputs, Tensor)) for solution in solutions]
-
-    def _problem(self, tensors: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
-        """The problem of checked inputs; runs the model once, which must be in eval mode."""
-        score, value = bind_score(
-            self._module,
-            tensors,
-            target,
-            score=self.score,
-            additional_forward_args=additional_forward_args,
-            unused_inputs=self.unused_inputs,
-            max_batch=self._max_rows,
-        )
-        penalty = self._penalty(tensors)
-        support, radius = self._support(tensors, penalty), self._radius(tensors)
-        return Problem(
-            inputs=tensors,
-            score=score,
-            value=value,
-            ids=ids,
-            keys=self._keys(ids),
-            sigma=self._sigmas(tensors),
-            rho=tuple(per_input_setting("rho", self._rho(), x) for x in tensors),
-            penalty=penalty,
-            tuning=None if support is None and radius is None else Tuning(support, radius),
-        )
-
-    def _check_inputs(self, inputs: Any) -> Tensors:
-        """Our own dense copies."""
-        tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-        if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
-            raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {type(inputs).__name__}")
-        for i, x in enumerate(tensors):
-            name = "inputs" if isinstance(inputs, Tensor) else f"inputs[{i}]"
-            if not x.is_floating_point():
-                raise TypeError(
-                    f"{name}: expected floating point, got {x.dtype}. Token ids cannot be displaced: explain the "
-                    "embeddings, with a model that takes them as input"
-                )
-            if x.layout != torch.strided:
-                raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call .to_dense() first")
-            if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-                raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {x.dtype}")
-            if x.dim() < 1:
-                raise ValueError(f"{name}: expected a batch axis, got a tensor without axes")
-            if x.shape[0] != tensors[0].shape[0]:
-                raise ValueError(f"{name}: expected {tensors[0].shape[0]} inputs, as in inputs[0], got {x.shape[0]}")
-            if x.device != tensors[0].device:
-                raise ValueError(
-                    f"{name}: expected a tensor on {tensors[0].device}, as inputs[0], got one on {x.device}"
-                )
-            if x.shape[0] and x.numel() == 0:
-                raise ValueError(f"{name}: has no features, shape {tuple(x.shape)}")
-            finite = flat_rows(torch.isfinite(x)).all(1)
-            if not bool(finite.all()):
-                row = int((~finite).nonzero()[0])
-                raise ValueError(f"{name}: input {row} holds NaN or infinity")
-        model = self._module
-        if isinstance(model, nn.Module):
-            devices = {p.device for p in model.parameters()}
-            if len(devices) == 1 and tensors[0].device not in devices:
-                raise ValueError(f"inputs: are on {tensors[0].device}, but the model is on {devices.pop()}")
-        layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
-        return tuple(_own(x, layout) for x in tensors)
-
-    def _check_ids(self, ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
-        if ids is None:
-            return torch.arange(batch, device=device)
-        try:
-            names = torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"ids: expected int64, one per input, got {ids!r}") from None
-        if names.is_floating_point() or names.is_complex() or names.dtype == torch.bool:
-            raise TypeError(f"ids: expected int64, got {names.dtype}")
-        if names.shape != (batch,):
-            raise ValueError(f"ids: expected one per input, [{batch}], got shape {tuple(names.shape)}")
-        return names.to(device=device, dtype=torch.int64)
-
-
-def _own(x: Tensor, layout: torch.memory_format) -> Tensor:
-    copy = x.detach().clone(memory_format=layout if x.dim() == 4 else torch.preserve_format)
-    return copy if memory_layout(copy) is not None else copy.contiguous()
-
-
-def per_input_setting(name: str, value: Scalar | None, x: Tensor) -> Tensor:
-    """A setting as state dtype [B] for one tensor."""
-    state, batch = ops.state_dtype(x.dtype), x.shape[0]
-    # In the state dtype at once: a Python number would otherwise pass through float32.
-    tensor = torch.as_tensor(value, dtype=state, device=x.device)
-    if tensor.dim() == 0:
-        return tensor.expand(batch).contiguous()
-    if tensor.shape != (batch,):
-        raise ValueError(f"{name}: expected a number or one per input, [{batch}], got shape {tuple(tensor.shape)}")
-    return tensor.contiguous()
 
 
 def _check_method(method: str) -> None:
@@ -309,140 +45,6 @@ def _parts_of(solution: Solution, inputs: Any, tensors: Tensors) -> tuple[Tensor
     displacement = tuple(s.copy_(d) for s, d in zip(states, found, strict=True))
     eta = solution.eta if isinstance(solution.eta, tuple) else (solution.eta,) * len(tensors)
     return displacement, tuple(e.to(s) for e, s in zip(eta, states, strict=True))
-
-
-def _in_form(solution: Solution, single: bool) -> Solution:
-    """A solver's tuples as the inputs were given: one tensor, or a tuple."""
-    if single:
-        form = ("attribution", "displacement", "envelope_gradient", "eta", "sigma")
-        return replace(solution, **{name: getattr(solution, name)[0] for name in form})
-    if all(e.dim() == 1 for e in solution.eta):
-        return replace(solution, eta=solution.eta[0])
-    return solution
-
-
-def _nothing(inputs: Tensors) -> Solution:
-    """The solution of an empty batch."""
-    device = inputs[0].device
-    states = tuple(x.to(ops.state_dtype(x.dtype)) for x in inputs)
-    scalars = tuple(s.new_empty(0) for s in states)
-    numbers, counts = (
-        torch.empty(0, dtype=torch.float64, device=device),
-        torch.empty(0, dtype=torch.int64, device=device),
-    )
-    flags = torch.empty(0, dtype=torch.bool, device=device)
-    return Solution(
-        attribution=inputs,
-        displacement=states,
-        envelope=numbers,
-        envelope_gradient=states,
-        score=inputs[0].new_empty(0),
-        residual=numbers,
-        relative_residual=numbers,
-        steps=counts,
-        gradient_evaluations=counts,
-        converged=flags,
-        nnz=counts,
-        support=counts,
-        empty=flags,
-        eta=scalars,
-        rho=scalars[0],
-        sigma=scalars,
-    )
-
-
-def _per_feature(eta: Tensor, inputs: Tensors) -> Tensor:
-    if len(inputs) > 1:
-        raise ValueError("eta: one per feature is for a single input tensor, not for a tuple")
-    x = inputs[0]
-    if eta.shape not in ((1, *x.shape[1:]), tuple(x.shape)):
-        raise ValueError(
-            f"eta: expected a number, one per input [{x.shape[0]}], or one per feature {(1, *x.shape[1:])} or "
-            f"{tuple(x.shape)}, got shape {tuple(eta.shape)}"
-        )
-    like = torch.empty_like(x[: eta.shape[0]], dtype=ops.state_dtype(x.dtype))
-    return like.copy_(eta)
-
-
-@dataclass(frozen=True, eq=False)
-class Noisy(Explainer):
-    """An explainer that smooths the score with the noise bank."""
-
-    noise_level: Scalar | None = field(default=None, kw_only=True)
-    sigma: Scalar | None = field(default=None, kw_only=True)
-    seed: int = field(default=0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.noise_level is not None and self.sigma is not None:
-            raise ValueError("give noise_level (a fraction of each input's range) or sigma (absolute), not both")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):  # Integral: numpy's too
-            raise TypeError(f"seed: expected an integer, got {self.seed!r}")
-        for name in ("noise_level", "sigma"):
-            if getattr(self, name) is not None:
-                _check_scalar(name, getattr(self, name))
-
-    def _keys(self, ids: Tensor) -> Tensor:
-        return noise_keys(self.seed, ids)
-
-    def _sigmas(self, inputs: Tensors) -> Tensors:
-        if self.sigma is not None:
-            return tuple(per_input_setting("sigma", self.sigma, x) for x in inputs)
-        sigmas = []
-        for x in inputs:
-            level = per_input_setting("noise_level", 0.1 if self.noise_level is None else self.noise_level, x)
-            flat = flat_rows(x).to(level.dtype)
-            sigmas.append(level * (flat.amax(1) - flat.amin(1)))
-        return tuple(sigmas)
-
-
-@dataclass(frozen=True, eq=False)
-class Sparse(Explainer):
-    """An explainer with a strength η: absolute, as a fraction of each input's η_max, or by the support it leads to."""
-
-    eta: Scalar | None = field(default=None, kw_only=True)
-    eta_ratio: Scalar | None = field(default=None, kw_only=True)
-    support: Scalar | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if sum(setting is not None for setting in (self.eta, self.eta_ratio, self.support)) > 1:
-            raise ValueError(
-                "give one of eta (absolute), eta_ratio (a fraction of each input's eta_max) and support (features or "
-                "groups that are not zero)"
-            )
-        for name in ("eta", "eta_ratio"):
-            if getattr(self, name) is not None:
-                _check_scalar(name, getattr(self, name))
-        if self.support is not None:
-            _check_scalar("support", self.support, positive=True)
-            if torch.as_tensor(self.support).is_floating_point() and bool((torch.as_tensor(self.support) > 1).any()):
-                raise ValueError(
-                    f"support: expected a count (an integer) or a fraction in (0, 1], got {self.support!r}"
-                )
-
-    def _support(self, inputs: Tensors, penalty: Penalty | None) -> Tensor | None:
-        if self.support is None or penalty is None:
-            return None
-        asked = torch.as_tensor(self.support)
-        if not asked.is_floating_point():
-            return per_input_setting("support", asked.double(), inputs[0]).long()
-        share = per_input_setting("support", asked.double(), inputs[0]).double()
-        return (share * penalty.count(inputs)).round().long().clamp_min(1)
-
-    def _l1(self, inputs: Tensors) -> L1:
-        if self.eta is not None and torch.as_tensor(self.eta).dim() > 1:
-            return L1((_per_feature(torch.as_tensor(self.eta, dtype=ops.state_dtype(inputs[0].dtype)), inputs),))
-        return L1(*self._strength(inputs))
-
-    def _strength(self, inputs: Tensors) -> tuple[Tensors, bool]:
-        """(η or its ratio to η_max per tensor, whether it is the ratio)."""
-        if self.support is not None:
-            return tuple(per_input_setting("eta", 0.0, x) for x in inputs), False
-        if self.eta is None:
-            ratio = 0.1 if self.eta_ratio is None else self.eta_ratio
-            return tuple(per_input_setting("eta_ratio", ratio, x) for x in inputs), True
-        return tuple(per_input_setting("eta", self.eta, x) for x in inputs), False
 
 
 @dataclass(frozen=True, eq=False)
@@ -502,12 +104,12 @@ class MoreauGrad(Noisy):
             )
         for name in ("radius", "radius_ratio"):
             if getattr(self, name) is not None:
-                _check_scalar(name, getattr(self, name), positive=True)
+                check_scalar(name, getattr(self, name), positive=True)
         if self.radius is None and self.radius_ratio is None:
             if self.rho is None:
                 object.__setattr__(self, "rho", 1.0)
             if not isinstance(self.rho, str) or self.rho != "auto":
-                _check_scalar("rho", self.rho, positive=True)
+                check_scalar("rho", self.rho, positive=True)
         if self.solver == "auto":
             object.__setattr__(self, "solver", AdaptiveProximalGradient())
         if not isinstance(self.solver, Solver):
@@ -644,7 +246,7 @@ class MoreauGrad(Noisy):
             names = self._check_ids(ids, tensors[0].shape[0], tensors[0].device)
 
             def known(name: str, setting: Scalar) -> Tensor:
-                _check_scalar(name, setting)
+                check_scalar(name, setting)
                 return per_input_setting(name, setting, tensors[0]).double()
 
             everywhere = None if lipschitz is None else known("lipschitz", lipschitz)

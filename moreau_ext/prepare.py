@@ -192,9 +192,10 @@ def prepare(
         torch.Size([2, 10])
 
     What depends on timing, ``max_batch``, channels_last="auto" and whether inputs are converted with the weights, may
-    differ from run to run, and results then by rounding; a number and channels_last=False give the same bits. Random generators are as before afterwards. While a model that has BatchNorm
-    is traced (milliseconds), no other thread may run a module: torch.fx swaps ``nn.Module.__call__`` for the process.
-    Memory for up to four more copies of the weights is taken meanwhile.
+    differ from run to run, and results then by rounding; a number and channels_last=False give the same bits. Random
+    generators are as before afterwards. While a model that has BatchNorm is traced (milliseconds), no other thread may
+    run a module: torch.fx swaps ``nn.Module.__call__`` for the process. Memory for up to four more copies of the
+    weights is taken meanwhile.
     """
     inputs, args, per_row = _check_example(model, example, additional_forward_args)
     for name, value in (("fold_batchnorm", fold_batchnorm), ("freeze", freeze), ("probe", probe)):

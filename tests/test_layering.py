@@ -28,6 +28,7 @@ FLOORS = {
     "implicit": 3,
     "adaptive": 3,
     "path": 3,
+    "base": 4,
     "explainers": 4,
     "baselines": 4,
     "registry": 4,
@@ -47,11 +48,12 @@ SAME_FLOOR = {
     "curvature": {"solvers"},
     "certificate": {"curvature", "solvers"},
     "implicit": {"curvature", "solvers"},
-    "baselines": {"explainers"},
+    "explainers": {"base"},
+    "baselines": {"base"},
     "registry": {"baselines", "explainers", "integrations"},
-    "integrations": {"baselines", "explainers"},
-    "batch": {"explainers", "registry", "plots"},
-    "evaluation": {"baselines", "explainers", "integrations", "plots", "registry"},
+    "integrations": {"base", "baselines"},
+    "batch": {"base", "registry", "plots"},
+    "evaluation": {"base", "baselines", "explainers", "integrations", "plots", "registry"},
 }
 
 

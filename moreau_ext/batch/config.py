@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptive import AdaptiveProximalGradient
-from ..explainers import check_count
+from ..base import check_count
 from ..groups import Pixels, Tiles
 from ..prepare import prepare
 from ..registry import make_explainer

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..base import Explainer
 from ..baselines import Gradient
-from ..explainers import Explainer
 from ..groups import flat_rows
 from ..solvers import Solution
 from .derivatives import Hessian, gradient_vjp, map_vjp

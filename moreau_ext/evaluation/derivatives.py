@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..base import Explainer
 from ..baselines import Gradient, SmoothGrad, SoftThresholdedSmoothGrad, SparsifiedSmoothGrad
-from ..explainers import Explainer, MoreauGrad, SparseMoreauGrad
+from ..explainers import MoreauGrad, SparseMoreauGrad
 from ..integrations.captum import IntegratedGradients
 from ..solvers import Solution
 from .faithfulness import drawn

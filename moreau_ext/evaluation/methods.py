@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..adaptive import AdaptiveProximalGradient
+from ..base import Explainer
 from ..baselines import at_zero
-from ..explainers import Explainer
 from ..groups import Groups, Labels, Tiles
 from ..registry import make_explainer
 from ..scores import ScoreName

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import Explainer, check_count
 from ..baselines import at_zero
-from ..explainers import Explainer, check_count
 from ..scores import row_chunks
 from ..solvers import Problem, Solution, assemble
 
