@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moreau_ext import cli, zoo
 from moreau_ext.evaluation import METRICS, Plan, bootstrap, compare, data, methods, protocols, run, studies, summarise
-from moreau_ext.evaluation.protocols import write_tables
+from moreau_ext.evaluation.protocols import claims, write_tables
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 SMALL = Plan(
@@ -124,6 +124,26 @@ def test_files_hold_the_same_rows(results: protocols.Results) -> None:
     summary = json.loads((results.folder / "summary.json").read_text())
     assert summary["inputs"] == 6
     assert summary["hessian"] == "stein"
+
+
+def test_every_claim_has_its_row(results: protocols.Results) -> None:
+    found = claims(results)
+    # Two of ours against one rival: three metrics of the map, and three under each of two attacks.
+    assert len(found) == 2 * (3 + 3 * 2)
+    for claim in found:
+        test = (claim["metric"], claim["attack"], claim["magnitude"])
+        interval, verdict = compare(results, claim["method"], claim["rival"], *test)
+        assert {**claim, **vars(interval), "verdict": verdict} == claim
+    assert write_tables(results, results.folder)[-2:] == ["claims.csv", "claims.md"]
+    with open(results.folder / "claims.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["mean"]) for row in rows] == [claim["mean"] for claim in found]
+    lines = (results.folder / "claims.md").read_text().splitlines()
+    assert lines[0] == "| method minus rival | Gradient |"
+    assert len(lines) == 2 + len(found)
+    words = "+{mean:.3f} [+{low:.3f}, +{high:.3f}] **better**".format(**found[0])
+    assert lines[2] == f"| Sparse MoreauGrad: Gini | {words} |"
+    assert "| Group-Sparse, superpixels: SSIM, adaptive 0.3 | " in lines[-2]
 
 
 # --- interrupted and resumed ---------------------------------------------------------------------------------------
@@ -311,8 +331,8 @@ def test_the_command_on_cifar_files(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(line) == 2
     assert "resnet20 has no weights: give --weights FILE or --train EPOCHS" in capsys.readouterr().err
     assert cli.main([*line, "--train", "1"]) == 0
-    names = {"manifest.json", "parts", "report.html", "results.csv", "results.parquet", "robustness.png",
-             "summary.json", "weights.pt"}  # fmt: skip
+    names = {"claims.csv", "claims.md", "manifest.json", "parts", "report.html", "results.csv", "results.parquet",
+             "robustness.png", "summary.json", "weights.pt"}  # fmt: skip
     assert {p.name for p in out.iterdir()} == names
     printed = capsys.readouterr().out
     assert "1 inputs, 2 methods, 1 attacks, 1 magnitudes" in printed

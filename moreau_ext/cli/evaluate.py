@@ -47,8 +47,9 @@ def add_parser(commands: Any) -> None:
         "evaluate",
         help="compare methods under attacks; write a table, curves and report.html",
         description="Explains inputs with every method at the same budget of gradients, attacks the maps, and writes "
-        "results.parquet and results.csv (one row per input, method and test), summary.json, robustness.png and "
-        "report.html. What is done is kept: the same command goes on where it was interrupted.",
+        "results.parquet and results.csv (one row per input, method and test), summary.json, claims.csv and claims.md "
+        "(paired differences to every rival), robustness.png and report.html. What is done is kept: the same command "
+        "goes on where it was interrupted.",
     )
     parser.add_argument(
         "--data",
@@ -141,11 +142,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         source=arguments.data,
         progress=sys.stderr.isatty(),
     )
-    write_tables(results, out)
+    tables = write_tables(results, out)
     write(out / "robustness.png", lambda file: file.write(png_of(figure(results), "white")))
     write_report(results, out / "report.html", gallery=arguments.gallery)
     print(_summary(results))
-    print(f"wrote report.html, results.parquet, results.csv, summary.json and robustness.png to {out}")
+    print(f"wrote report.html, {', '.join(tables)} and robustness.png to {out}")
     print(f"{time.perf_counter() - began:.0f} s")
 
 

@@ -4,7 +4,7 @@ from .attacks import ATTACKS, Attack, Attacked
 from .derivatives import find_hessian, gradient_vjp, map_vjp
 from .faithfulness import area, max_sensitivity, perturbation_curve, randomised, target_probability
 from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, topk_intersection, topk_mask
-from .protocols import METRICS, Interval, Plan, Results, bootstrap, compare, run, summarise
+from .protocols import METRICS, Interval, Plan, Results, bootstrap, claims, compare, run, summarise
 
 __all__ = [
     "ATTACKS",
@@ -16,6 +16,7 @@ __all__ = [
     "Results",
     "area",
     "bootstrap",
+    "claims",
     "compare",
     "cosine",
     "find_hessian",

@@ -143,6 +143,8 @@ DEFAULT = (
     "group_superpixels",
     "random",
 )
+OURS = ("moreau", "sparse", "group", "group_superpixels")
+RIVALS = ("gradient", "smoothgrad", "st_smoothgrad", "sparsified_smoothgrad", "integrated_gradients")
 PUBLISHED = (
     "smoothgrad_published",
     "sparsified_published",

@@ -28,10 +28,10 @@ from ..zoo import Dataset
 from .attacks import ATTACKS, Attack, Norm
 from .derivatives import Hessian, find_hessian
 from .faithfulness import area, max_sensitivity, perturbation_curve, randomised
-from .methods import Method, Settings, methods
+from .methods import OURS, RIVALS, Method, Settings, methods
 from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, topk_intersection
 
-__all__ = ["METRICS", "Interval", "Plan", "Results", "bootstrap", "compare", "run", "summarise"]
+__all__ = ["METRICS", "Interval", "Plan", "Results", "bootstrap", "claims", "compare", "run", "summarise"]
 
 Numbers = dict[str, np.ndarray[Any, Any]]
 
@@ -551,8 +551,51 @@ def compare(
     return interval, "better" if interval.mean * sense > 0 else "worse"
 
 
-def write_tables(results: Results, folder: Path) -> None:
-    """``results.parquet`` and ``results.csv`` (the same rows), ``summary.json``.
+def claims(results: Results) -> list[dict[str, Any]]:
+    """One record per variant of MoreauGrad, metric, test and rival: what :func:`compare` says of them.
+
+    Returns:
+        method, rival, metric, attack, magnitude; mean, low, high, count of the paired difference; verdict.
+    """
+    plan = results.plan
+    where = [(metric, "none", 0.0) for metric in ("gini", "deletion", "insertion")]
+    where += [(metric, *test) for test in tests(plan)[1:] for metric in ("topk", "ssim", "distance")]
+    records = []
+    for method in (m for m in OURS if m in plan.methods):
+        for metric, attack, magnitude in where:
+            for rival in (m for m in RIVALS if m in plan.methods):
+                interval, verdict = compare(results, method, rival, metric, attack, magnitude)
+                names = {"method": method, "rival": rival, "metric": metric, "attack": attack, "magnitude": magnitude}
+                records.append({**names, **asdict(interval), "verdict": verdict})
+    return records
+
+
+def claim_name(claim: dict[str, Any], known: dict[str, Method]) -> str:
+    """The row of a claim in a table whose columns are the rivals."""
+    test = "" if claim["attack"] == "none" else f", {claim['attack']} {claim['magnitude']:g}"
+    return f"{known[claim['method']].label}: {METRICS[claim['metric']][0]}{test}"
+
+
+def _claims_table(records: list[dict[str, Any]], known: dict[str, Method]) -> str:
+    """The claims in Markdown: one row per method and test, one column per rival."""
+    rivals = list(dict.fromkeys(claim["rival"] for claim in records))
+    rows: dict[str, list[str]] = {}
+    for claim in records:
+        cell = "{mean:+.3f} [{low:+.3f}, {high:+.3f}] ".format(**claim) if claim["count"] else "– "
+        verdict = claim["verdict"]
+        cell += verdict if verdict == "undecided" else f"**{verdict}**"
+        rows.setdefault(claim_name(claim, known), []).append(cell)
+    head = ["method minus rival", *(known[rival].label for rival in rivals)]
+    lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in rows.items())]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_tables(results: Results, folder: Path) -> list[str]:
+    """``results.parquet`` and ``results.csv`` (the same rows), ``summary.json``; ``claims.csv`` and ``claims.md`` (the
+    same claims) where the plan has a variant of MoreauGrad and a rival.
+
+    Returns:
+        The names of the files.
 
     Raises:
         ImportError: pyarrow is missing.
@@ -579,3 +622,12 @@ def write_tables(results: Results, folder: Path) -> None:
     }
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     write(folder / "summary.json", lambda file: file.write(text.encode()))
+    names = ["results.parquet", "results.csv", "summary.json"]
+    records = claims(results)
+    if not records:
+        return names
+    claimed = pyarrow.Table.from_pylist(records)
+    write(folder / "claims.csv", lambda file: pyarrow.csv.write_csv(claimed, file))
+    lines = _claims_table(records, known)
+    write(folder / "claims.md", lambda file: file.write(lines.encode()))
+    return [*names, "claims.csv", "claims.md"]

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from ..files import write
 from ..plots import bands
-from .methods import Method, methods
+from .methods import OURS, Method, methods
 from .metrics import gini, normalised_distance, ssim, support_fraction, topk_intersection
-from .protocols import METRICS, Results, bootstrap, compare
+from .protocols import METRICS, Results, bootstrap, claim_name, claims
 
 __all__ = ["figure", "write_report"]
 
-_OURS = ("moreau", "sparse", "group", "group_superpixels")
-_RIVALS = ("gradient", "smoothgrad", "st_smoothgrad", "sparsified_smoothgrad", "integrated_gradients")
 _NORMS = {"l2": "L2", "linf": "L∞"}
 _CURVES = ("distance", "topk", "topk_fixed", "ssim")
 _MAPS = ("gini", "support", "deletion", "insertion", "max_sensitivity", "randomised_top", "randomised_all",
@@ -55,7 +53,7 @@ def figure(results: Results, *, dark: bool = False) -> Any:
                         points.append((magnitude, found.mean, found.low, found.high))
                 panels[METRICS[metric][0]][attack][method] = points
     labels = {m: known[m].label for m in shown}
-    return bands(panels, labels, f"{_NORMS[plan.norm]} magnitude", strong=_OURS, dark=dark)
+    return bands(panels, labels, f"{_NORMS[plan.norm]} magnitude", strong=OURS, dark=dark)
 
 
 def png_of(figure: Any, background: str = "none") -> bytes:
@@ -165,26 +163,24 @@ def _tables(results: Results, known: dict[str, Method]) -> str:
 
 
 def _comparisons(results: Results, known: dict[str, Method], magnitude: float) -> str:
-    plan = results.plan
-    ours, rivals = ([m for m in group if m in plan.methods] for group in (_OURS, _RIVALS))
-    if not ours or not rivals:
+    rivals: dict[str, None] = {}
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for claim in claims(results):
+        if claim["magnitude"] not in (0.0, magnitude):
+            continue
+        rivals[claim["rival"]] = None
+        where = (claim["method"], claim["metric"], claim["attack"])
+        text = f"{claim['mean']:+.3f}" if claim["count"] else "–"
+        rows.setdefault(where, [claim_name(claim, known)]).append(
+            f'<span class="{claim["verdict"]}">{text} <small>{claim["verdict"]}</small></span>'
+        )
+    if not rows:
         return ""
-    where = [("gini", "none", 0.0), ("deletion", "none", 0.0), ("insertion", "none", 0.0)]
-    where += [(metric, attack, magnitude) for attack in plan.attacks for metric in ("topk", "ssim", "distance")]
-    rows = []
-    for method in ours:
-        for metric, attack, radius in where:
-            cells = []
-            for rival in rivals:
-                found, verdict = compare(results, method, rival, metric, attack, radius)
-                text = f"{found.mean:+.3f}" if found.count else "–"
-                cells.append(f'<span class="{verdict}">{text} <small>{verdict}</small></span>')
-            named = METRICS[metric][0] + ("" if attack == "none" else f", {attack} {radius:g}")
-            rows.append([f"{known[method].label}: {named}", *cells])
     return _table(
         ["method minus rival", *(known[r].label for r in rivals)],
-        rows,
-        "Paired differences on the same inputs; a verdict only where the 95 % interval excludes 0",
+        list(rows.values()),
+        "Paired differences on the same inputs; a verdict only where the 95 % interval excludes 0. All magnitudes are "
+        "in claims.md",
         sortable=False,
     )
 
