@@ -50,6 +50,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Config
     (folder / "nets_for_ray.py").write_text(NETS)
     np.save(folder / "x.npy", torch.randn(42, 3, 4, generator=torch.Generator().manual_seed(2)).numpy())
     patch = pytest.MonkeyPatch()
+    # Away from the source tree: Ray gives its workers the folder that this runs in.
+    patch.chdir(folder)
     patch.syspath_prepend(folder)
     patch.setenv("PYTHONPATH", str(folder))
     patch.setenv("RAY_AUTH_MODE", "disabled")

@@ -340,7 +340,9 @@ def test_a_real_full_disk(x: torch.Tensor, tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "explain_dataset(Gradient(lambda v: v.square().sum(1)), torch.randn(64, 4096), sys.argv[1], batch=8)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1
     assert "File too large" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json"]
