@@ -9,9 +9,9 @@ their averages weighted by samples. The answer is y = −ρ S_η(p̄). Its resid
 the iteration has not settled yet), and the noise of p̄, ρε̄, with variance ρ²V_j/N per feature: V_j that of one sample's
 gradient, N the samples averaged. V is estimated from successive differences, ½E(p_t − p_{t−1})²·m, which drift does not
 bias once the steps are small, and counted by what S_η lets through: features that are zero in the map, and most of
-what turns a group without lengthening it, do not contribute. A third part allows for a gradient
-that is not linear over the points: half of the radius by which they spread, beyond what noise explains. How many of the
-last steps are averaged is chosen for each input: of a few windows, the one with the smallest bound.
+what turns a group without lengthening it, do not contribute. A third part allows for a gradient that is not linear over
+the points: half of the radius by which they spread, beyond what noise explains. How many of the last steps are averaged
+is chosen for each input: of a few windows, the one with the smallest bound.
 
 What follows the solution. Where the support or the displacement's length was asked for (:class:`Tuning`), η and ρ are
 functions of p: they are set anew from p̄ after each level, and the answer, its residual and its bound are those of the
@@ -21,6 +21,7 @@ problem with the η and ρ that are returned.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -164,14 +165,14 @@ class AdaptiveProximalGradient:
         while states:
             # Every input at one level has spent the same; those that take as many samples a step go on together, so
             # that a pass is large. None depends on which others are with it.
-            parts: dict[int, list[_State]] = {}
+            pieces: dict[int, list[_Piece]] = {}
             spend = 0
             for state in states:
                 copies = NoisyCopies(state.problem, state.samples, True, _chunk(state, state.samples, max_batch))
                 scores, before, statistics = _walk(state, copies)
                 check_finite(statistics, scores, state.problem.ids, int(state.steps.max()) - 1)
                 if state.level == 0:
-                    parts[2 * _FEWEST], spend = [state], _LEAST
+                    pieces[2 * _FEWEST], spend = [(state, torch.arange(len(state.where), device=scores.device))], _LEAST
                     continue
                 answer = _measured(state, _answer(state), max_batch)
                 state.problem = answer.problem(state.problem)
@@ -181,12 +182,12 @@ class AdaptiveProximalGradient:
                 for count in sorted(set(samples.tolist())):
                     these = (samples == count).nonzero().squeeze(1)
                     if count:
-                        parts.setdefault(count, []).append(_part(state, these))
+                        pieces.setdefault(count, []).append((state, these))
                         continue
                     finished.append((state.where[these], solution.take(these)))
                     if bar is not None:
                         bar.update(len(these))
-            states = [_joined(begun, some, count, spend // count) for count, some in sorted(parts.items())]
+            states = [_joined(begun, some, count, spend // count) for count, some in sorted(pieces.items())]
         return in_order(finished)
 
     def _solution(self, state: _State, answer: _Answer, scores: Tensor, before: Tensors) -> Solution:
@@ -223,15 +224,6 @@ class _Window:
         none = torch.zeros_like(problem.value, dtype=torch.float64)
         return cls(states_like(problem.inputs), states_like(problem.inputs), none, none, none)
 
-    @classmethod
-    def join(cls, parts: list[_Window]) -> _Window:
-        """Of the inputs of several."""
-        return cls(
-            tuple(join_rows(list(t)) for t in zip(*(w.points for w in parts), strict=True)),
-            tuple(join_rows(list(t)) for t in zip(*(w.gradients for w in parts), strict=True)),
-            *(torch.cat([getattr(w, name) for w in parts]) for name in ("lengths", "weight", "steps")),
-        )
-
     def add(self, point: Tensors, gradient: Tensors, length: Tensor, samples: int) -> None:
         """One step: its point, the mean of its samples' gradients, ‖point‖²."""
         for total, value in zip((*self.points, *self.gradients), (*point, *gradient), strict=True):
@@ -252,15 +244,6 @@ class _Window:
             self.lengths + other.lengths,
             self.weight + other.weight,
             self.steps + other.steps,
-        )
-
-    def take(self, keep: Tensor) -> _Window:
-        return _Window(
-            tuple(take_rows(t, keep) for t in self.points),
-            tuple(take_rows(t, keep) for t in self.gradients),
-            self.lengths[keep],
-            self.weight[keep],
-            self.steps[keep],
         )
 
 
@@ -286,6 +269,10 @@ class _State:
     samples: int = _FEWEST
     length: int = _BURN_IN  # steps of the level
     evaluations: int = 0
+
+
+# Some of the inputs of a state, by their rows.
+_Piece = tuple[_State, Tensor]
 
 
 @dataclass
@@ -594,68 +581,50 @@ def _momentum(state: _State, before: Tensors) -> Tensors:
     return change
 
 
-def _part(state: _State, keep: Tensor) -> _State:
-    """The state of some of the inputs."""
+def _joined(begun: _State, pieces: list[_Piece], samples: int, length: int) -> _State:
+    """The inputs of the pieces at their next level."""
 
-    def rows(tensors: Tensors) -> Tensors:
-        return tuple(take_rows(t, keep) for t in tensors)
+    def numbers(of: Callable[[_State], Tensor]) -> Tensor:
+        return torch.cat([of(state)[keep] for state, keep in pieces])
 
-    return replace(
-        state,
-        problem=state.problem.take(keep),
-        where=state.where[keep],
-        point=rows(state.point),
-        previous=rows(state.previous),
-        squares=rows(state.squares),
-        curvature=state.curvature[keep],
-        at_zero=state.at_zero[keep],
-        differences=state.differences[keep],
-        norms=state.norms[keep],
-        norms2=state.norms2[keep],
-        steps=state.steps[keep],
-        windows=tuple(window.take(keep) for window in state.windows),
-    )
+    def rows(of: Callable[[_State], Tensors]) -> Tensors:
+        taken = [[take_rows(t, keep) for t in of(state)] for state, keep in pieces]
+        return tuple(join_rows(list(parts)) for parts in zip(*taken, strict=True))
 
+    def window(i: int) -> _Window:
+        return _Window(
+            rows(lambda state: state.windows[i].points),
+            rows(lambda state: state.windows[i].gradients),
+            numbers(lambda state: state.windows[i].lengths),
+            numbers(lambda state: state.windows[i].weight),
+            numbers(lambda state: state.windows[i].steps),
+        )
 
-def _joined(begun: _State, parts: list[_State], samples: int, length: int) -> _State:
-    """The parts' inputs at their next level."""
-    first = parts[0]
-    where = torch.cat([part.where for part in parts])
-
-    def rows(name: str) -> Tensors:
-        return tuple(join_rows(list(t)) for t in zip(*(getattr(part, name) for part in parts), strict=True))
-
-    def numbers(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
+    first = pieces[0][0]
+    where = numbers(lambda state: state.where)
     problem = begun.problem.take(where)
     if problem.tuning is not None:
-        penalties = [part.problem.penalty for part in parts]
-        etas = zip(*(p.eta for p in penalties if p is not None), strict=True)
-        rhos = zip(*(part.problem.rho for part in parts), strict=True)
-        problem = replace(
-            problem,
-            rho=tuple(torch.cat(r) for r in rhos),
-            penalty=problem.penalty and replace(problem.penalty, eta=tuple(torch.cat(e) for e in etas)),
-        )
+        etas = rows(lambda state: () if state.problem.penalty is None else state.problem.penalty.eta)
+        penalty = problem.penalty and replace(problem.penalty, eta=etas)
+        problem = replace(problem, rho=rows(lambda state: state.problem.rho), penalty=penalty)
     eta = begun.eta
-    return replace(
-        first,
+    return _State(
         problem=problem,
         where=where,
-        point=rows("point"),
-        previous=rows("previous"),
+        point=rows(lambda state: state.point),
+        previous=rows(lambda state: state.previous),
         gradient=states_like(problem.inputs),
-        squares=rows("squares"),
-        curvature=numbers("curvature"),
-        at_zero=numbers("at_zero"),
-        differences=numbers("differences"),
-        norms=numbers("norms"),
-        norms2=numbers("norms2"),
-        steps=numbers("steps"),
-        windows=tuple(_Window.join(list(some)) for some in zip(*(part.windows for part in parts), strict=True)),
+        squares=rows(lambda state: state.squares),
+        curvature=numbers(lambda state: state.curvature),
+        at_zero=numbers(lambda state: state.at_zero),
+        differences=numbers(lambda state: state.differences),
+        norms=numbers(lambda state: state.norms),
+        norms2=numbers(lambda state: state.norms2),
+        steps=numbers(lambda state: state.steps),
+        windows=tuple(window(i) for i in range(len(first.windows))),
         eta=None if eta is None else tuple(rows_of(e, begun.where.shape[0])[where] for e in eta),
         level=first.level + 1,
         samples=samples,
         length=length,
+        evaluations=first.evaluations,
     )

@@ -31,6 +31,36 @@ def at_zero(solution: Solution) -> Solution:
     )
 
 
+def unsolved(
+    problem: Problem, maps: Tensors, evaluations: int, gradient: Tensors | None = None, value: Tensor | None = None
+) -> Solution:
+    """The Solution of maps that no problem has for its answer.
+
+    Args:
+        problem: the inputs.
+        maps: in the state dtype.
+        evaluations: gradients per input.
+        gradient: p(0), where it is known; NaN otherwise.
+        value: f_σ(x), float64 [B], where it is known; NaN otherwise.
+    """
+    nan = torch.full_like(problem.value, math.nan, dtype=torch.float64)
+    return at_zero(
+        assemble(
+            problem,
+            eta=None,
+            maps=maps,
+            displacement=maps,
+            gradient=tuple(torch.full_like(a, math.nan) for a in maps) if gradient is None else gradient,
+            envelope=nan if value is None else value,
+            residual=nan,
+            relative_residual=nan,
+            steps=1,
+            evaluations=evaluations,
+            tol=0.0,
+        )
+    )
+
+
 def _one_step(problem: Problem, num_samples: int, antithetic: bool, max_batch: int | None) -> Solution:
     """The first step of a solver is an averaged gradient, shrunk where there is a penalty."""
     solver = ProximalGradient(num_samples=num_samples, max_steps=1, antithetic=antithetic, average_last=1, tol=0.0)
@@ -181,19 +211,5 @@ class SparsifiedSmoothGrad(Noisy):
             pieces = torch.split(flat, sizes, dim=1)
             return tuple(t.reshape(batch, *shape) for t, shape in zip(pieces, shapes, strict=True))
 
-        maps = tensors(mean / self.num_samples)
-        return at_zero(
-            assemble(
-                problem,
-                eta=None,
-                maps=maps,
-                displacement=maps,
-                gradient=tensors(p / self.num_samples),
-                envelope=value / self.num_samples,
-                residual=value,
-                relative_residual=value,
-                steps=1,
-                evaluations=self.num_samples,
-                tol=0.0,
-            )
-        )
+        n = self.num_samples
+        return unsolved(problem, tensors(mean / n), n, gradient=tensors(p / n), value=value / n)

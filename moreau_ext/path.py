@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from .groups import flat_rows
 from .penalties import Penalty
-from .solvers import NoisyCopies, Problem, Solution, Start, like_layout, states_like
+from .solvers import NoisyCopies, Problem, Solution, Start, like_layout, squared_norm, states_like
 
 # Samples of p(0), which gives the eta_max that all ratios share.
 _AT_ZERO = 64
@@ -35,7 +34,7 @@ def solve_path(
     NoisyCopies(problem, _AT_ZERO, True, chunk).total(None, total)
     p = tuple(t / _AT_ZERO for t in total)
     limit = penalty.eta_max(p)
-    square = torch.stack([flat_rows(g).double().square().sum(1) for g in p]).sum(0)
+    square = squared_norm(p)
     displacement = tuple(torch.zeros_like(g) for g in p)
     found: dict[int, Solution] = {}
     for i in sorted(range(len(ratios)), key=lambda i: -ratios[i]):

@@ -182,7 +182,7 @@ class Problem:
             problem = replace(problem, penalty=penalty)
         if self.tuning.radius is not None:
             maps = gradient if penalty is None else penalty.prox(gradient)
-            length = torch.stack([flat_rows(a).double().square().sum(1) for a in maps]).sum(0).sqrt()
+            length = squared_norm(maps).sqrt()
             # A map of zeros cannot be made longer: it keeps the rho it has.
             problem = replace(
                 problem,
@@ -192,6 +192,11 @@ class Problem:
                 ),
             )
         return problem
+
+
+def squared_norm(tensors: Tensors) -> Tensor:
+    """‖·‖² of every input over all its tensors, float64 [B]."""
+    return torch.stack([flat_rows(t).double().square().sum(1) for t in tensors]).sum(0)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -602,12 +607,8 @@ def _squares(problem: Problem, displacement: Tensors, gradient: Tensors) -> tupl
     """‖δ − y‖², ‖δ‖² and ‖y‖² of a displacement and the gradient there, y = −ρ·S_η(p); float64 [B]."""
     maps = gradient if problem.penalty is None else problem.penalty.prox(gradient)
     image = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
-
-    def square(tensors: Tensors) -> Tensor:
-        return torch.stack([flat_rows(t).double().square().sum(1) for t in tensors]).sum(0)
-
     gap = tuple(d - y for d, y in zip(displacement, image, strict=True))
-    return square(gap), square(displacement), square(image)
+    return squared_norm(gap), squared_norm(displacement), squared_norm(image)
 
 
 def rows_of(eta: Tensor, batch: int) -> Tensor:

@@ -152,8 +152,8 @@ def test_radius_finds_the_rho_of_a_quadratic() -> None:
         s = MoreauGrad(f, sigma=0.0, radius=radius, solver=solver).attribute(x, return_solution=True)
         torch.testing.assert_close(s.displacement.norm(dim=1), radius, rtol=1e-12, atol=0)
         assert s.converged.all()
-        torch.testing.assert_close(s.rho, torch.full_like(s.rho, rho), rtol=0.05, atol=0)
-        torch.testing.assert_close(s.attribution, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+        torch.testing.assert_close(s.rho, torch.full_like(s.rho, rho), rtol=0.01, atol=0)
+        torch.testing.assert_close(s.attribution, exact, rtol=0, atol=0.01 * float(exact.abs().max()))
 
 
 def test_radius_does_not_depend_on_the_scale_of_the_score() -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..adaptive import AdaptiveProximalGradient
 from ..base import Explainer
-from ..baselines import at_zero
+from ..baselines import unsolved
 from ..groups import Groups, Labels, Tiles
 from ..registry import make_explainer
 from ..scores import ScoreName
-from ..solvers import Problem, ProximalGradient, Solution, assemble
+from ..solvers import Problem, ProximalGradient, Solution
 from .faithfulness import drawn
 
 __all__ = ["DEFAULT", "PUBLISHED", "Method", "Settings", "methods", "superpixels"]
@@ -73,22 +73,7 @@ class _RandomMap(Explainer):
 
     def _solve(self, problem: Problem) -> Solution:
         maps = tuple(drawn(0x5EED_4A2D, problem.ids, x)[:, 0] for x in problem.inputs)
-        unknown = torch.full_like(problem.value, torch.nan, dtype=torch.float64)
-        return at_zero(
-            assemble(
-                problem,
-                eta=None,
-                maps=maps,
-                displacement=maps,
-                gradient=maps,
-                envelope=unknown,
-                residual=unknown,
-                relative_residual=unknown,
-                steps=1,
-                evaluations=0,
-                tol=0.0,
-            )
-        )
+        return unsolved(problem, maps, 0)
 
 
 def superpixels(inputs: Tensor, segments: int) -> Labels:

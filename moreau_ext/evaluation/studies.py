@@ -26,7 +26,7 @@ from ..solvers import ProximalGradient, Solution
 from .attacks import Attack
 from .derivatives import find_hessian
 from .faithfulness import area, drawn, perturbation_curve, target_probability
-from .methods import Settings, methods
+from .methods import DEFAULT, Settings, methods
 from .metrics import cosine, gini, support_fraction, topk_intersection
 from .protocols import Interval, bootstrap
 
@@ -95,16 +95,8 @@ def _explain(name: str, model: Any, x: Tensor, target: Tensor, settings: Setting
     return found
 
 
-_COMPARED = (
-    "gradient",
-    "smoothgrad",
-    "st_smoothgrad",
-    "sparsified_smoothgrad",
-    "integrated_gradients",
-    "moreau",
-    "sparse",
-    "group",
-)
+# Superpixels are of one image, and a random map is of no net: neither has something to compare between nets.
+_COMPARED = tuple(name for name in DEFAULT if name not in ("group_superpixels", "random"))
 
 
 def consistency(limit: int = 100, seeds: int = 4) -> Study:

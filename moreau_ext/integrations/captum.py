@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..base import Explainer, check_count
-from ..baselines import at_zero
+from ..baselines import unsolved
 from ..scores import row_chunks
-from ..solvers import Problem, Solution, assemble
+from ..solvers import Problem, Solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,19 +62,4 @@ class IntegratedGradients(Explainer):
                 internal_batch_size=self._max_rows,
             )
         maps = tuple(a.detach().to(r.dtype) for a, r in zip(maps, problem.rho, strict=True))
-        unknown = torch.full_like(problem.value, torch.nan, dtype=torch.float64)
-        return at_zero(
-            assemble(
-                problem,
-                eta=None,
-                maps=maps,
-                displacement=maps,
-                gradient=tuple(torch.full_like(a, torch.nan) for a in maps),
-                envelope=unknown,
-                residual=unknown,
-                relative_residual=unknown,
-                steps=1,
-                evaluations=self.n_steps,
-                tol=0.0,
-            )
-        )
+        return unsolved(problem, maps, self.n_steps)
