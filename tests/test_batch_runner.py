@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -381,28 +382,41 @@ def test_the_first_interruption_finishes_the_shard(x: torch.Tensor, tmp_path: Pa
     assert "finishing the shard" in capfd.readouterr().err
 
 
-def _job(folder: str, delay: float) -> None:
-    class Slow(Picky):
+def _job(folder: str, passes: float = math.inf, reached: Any = None) -> None:
+    """A job whose model hangs after so many passes, and says so."""
+
+    class Hanging(Picky):
+        done = 0
+
         def forward(self, v: torch.Tensor) -> torch.Tensor:
-            time.sleep(delay)
+            self.done += 1
+            if self.done > passes:
+                reached.set()
+                time.sleep(600)
             return self.inner(v)
 
     x = torch.randn(21, 3, 4, generator=torch.Generator().manual_seed(2))
-    explain_dataset(sparse(Slow()), x, folder, batch=4, shard_rows=4)
+    explain_dataset(sparse(Hanging()), x, folder, batch=4, shard_rows=4)
 
 
 def test_kill_9_again_and_again(x: torch.Tensor, tmp_path: Path) -> None:
-    """Smaller than benchmarks/kill_resume.py, which kills the command line ten times in 2,000 images."""
+    """Killed in a batch, while the writer may be anywhere with the one before. benchmarks/kill_resume.py is the larger
+    test, of the command line at random moments."""
     context = multiprocessing.get_context("fork")
-    for k in range(4):
-        process = context.Process(target=_job, args=(str(tmp_path / "a"), 0.01))
+    for passes, written in ((1, False), (5, False), (30, True), (7, False)):
+        reached = context.Event()
+        process = context.Process(target=_job, args=(str(tmp_path / "a"), passes, reached))
         process.start()
-        time.sleep(0.15 + 0.1 * k)
+        assert reached.wait(60)
+        while written and not list((tmp_path / "a").glob("shard-*")):
+            assert process.is_alive()  # it hangs in its third batch, so the first one's shard is to come
+            time.sleep(0.01)
         process.kill()
         process.join(30)
         assert process.exitcode == -signal.SIGKILL
-    _job(str(tmp_path / "a"), 0.0)
-    _job(str(tmp_path / "b"), 0.0)
+    assert 0 < len(list((tmp_path / "a").glob("shard-*"))) < 6
+    _job(str(tmp_path / "a"))
+    _job(str(tmp_path / "b"))
     equal(tmp_path / "a", tmp_path / "b")
     assert not list((tmp_path / "a").glob(".*"))
 
