@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from numbers import Integral
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .graphs import READ, SCRATCH, Graphs, Steps
 from .groups import flat_rows, memory_layout, rows_like
 from .noise import Noise
 from .penalties import Penalty, over_features
@@ -222,11 +224,19 @@ def like_layout(gradient: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(gradient)
 
 
+@dataclass(init=False)
 class NoisyCopies:
     """The noisy rows of a problem at a displacement, made chunk by chunk in buffers that are used again."""
 
+    inputs: Tensors = field(metadata=READ)
+    chunks: list[tuple[int, int]]  # (first sample, samples)
+    step: Tensor
+    _noise: list[Noise] = field(metadata=READ)
+    _scores: dict[int, Score] = field(metadata=READ)
+    _rows: dict[int, Tensors] = field(metadata=SCRATCH)
+
     def __init__(self, problem: Problem, num_samples: int, antithetic: bool, chunk: int) -> None:
-        self.problem = problem
+        self.inputs = problem.inputs
         self.chunks = [(start, min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
         self.step = torch.zeros(1, dtype=torch.int64, device=problem.keys.device)
         self._noise = []
@@ -247,7 +257,7 @@ class NoisyCopies:
 
     def write(self, chunk: int, displacement: Tensors | None) -> None:
         """Draws a chunk of noisy copies into its buffer."""
-        for i, (x, out) in enumerate(zip(self.problem.inputs, self.rows(chunk), strict=True)):
+        for i, (x, out) in enumerate(zip(self.inputs, self.rows(chunk), strict=True)):
             d = None if displacement is None else displacement[i]
             ops.perturb(x, d, self.noise(i, chunk), out=out)
 
@@ -261,7 +271,7 @@ class NoisyCopies:
     def total(self, displacement: Tensors | None, into: Tensors) -> Tensor:
         """Writes the sum of all samples' gradients at a displacement ``into`` tensors of the state dtype; returns the
         sum of their scores, float64 [B]."""
-        total = torch.zeros_like(self.problem.value, dtype=torch.float64)
+        total = torch.zeros(self.inputs[0].shape[0], dtype=torch.float64, device=self.step.device)
         for c in range(len(self.chunks)):
             self.write(c, displacement)
             scores, gradients = self.gradient(c)
@@ -277,15 +287,27 @@ def states_like(inputs: Tensors) -> Tensors:
 
 
 @dataclass
-class _State:
-    """What the loop carries from step to step, for the inputs that are still in it."""
+class _Step:
+    """What a step reads and writes, in place: it may be captured."""
 
-    problem: Problem
-    where: Tensor  # [B] positions in the batch that came in
+    problem: Problem = field(metadata=READ)
     copies: NoisyCopies
+    rows: Tensors  # the first chunk of the copies, which a step leaves for the next one
     displacement: Tensors
+    before: Tensors  # the displacement at which the last step took its gradients
     gradient: Tensors
     total: Tensors | None
+    score: Tensor  # float64 [B], f_σ at `before`
+    statistics: Tensor
+
+
+@dataclass
+class _State:
+    """What the loop carries from look to look, for the inputs that are still in it."""
+
+    step: _Step
+    where: Tensor  # [B] positions in the batch that came in
+    alive: Tensor  # [B]; the others are done, or fill up to a size that has a graph
     floor: Tensor  # float64 [B], the floor of the relative residual's denominator
     eta: Tensors | None  # as reported
     averaged: int = 0
@@ -434,11 +456,12 @@ class ProximalGradient:
         """Gradient evaluations per input, at most."""
         return self.num_samples * self.max_steps
 
-    def solve(self, problem: Problem, *, max_batch: int | None = None) -> Solution:
+    def solve(self, problem: Problem, *, max_batch: int | None = None, graphs: Graphs | None = None) -> Solution:
         """Solves a problem with at most ``max_batch`` noisy inputs in one forward pass.
 
         Inputs are taken in groups of ``max_batch // num_samples``; where even one input's samples are too many, they
-        are made and summed in chunks. Results agree to the rounding of the model's passes.
+        are made and summed in chunks. Results agree to the rounding of the model's passes. ``graphs``: captured steps
+        to replay, and to keep.
 
         Raises:
             ValueError: the model gave a gradient that is not finite; names the id of the input.
@@ -449,124 +472,191 @@ class ProximalGradient:
         rows = row_chunks(batch, size, problem.keys.device)
         bar = progress_bar(self.max_steps * len(rows)) if self.progress else None
         try:
-            return Solution.concatenate(
-                self._solve(problem if len(rows) == 1 else problem.take(index), chunk, bar) for index in rows
-            )
+            with (graphs or Graphs(False)).steps(problem.score.model, problem.keys.device) as steps:
+                return Solution.concatenate(
+                    self._solve(problem if len(rows) == 1 else problem.take(index), chunk, steps, bar) for index in rows
+                )
         finally:
             if bar is not None:
                 bar.close()
 
-    def _solve(self, problem: Problem, chunk: int, bar: Any) -> Solution:
+    def _solve(self, problem: Problem, chunk: int, steps: Steps, bar: Any) -> Solution:
         state = self._init(problem, chunk)
+        full = problem.keys.shape[0]
         finished: list[tuple[Tensor, Solution]] = []
-        for t in range(self.max_steps):
-            last = t + 1 == self.max_steps
-            looks = self.tol > 0 or problem.tuning is not None
-            look = last or (looks and (t + 1) % _LOOK_EVERY == 0)
-            before = tuple(d.clone() for d in state.displacement) if look else None
-            scores, statistics = self._step(state, t, last)
-            if t == 0:
-                at_zero = statistics[:, 3] if problem.start is None else problem.start.gradient2
-                state.floor = residual_floor(problem, at_zero)
+        t = 0
+        while t < self.max_steps:
+            start, t = t, min((t // _LOOK_EVERY + 1) * _LOOK_EVERY, self.max_steps)
+            self._advance(state, start, t, steps)
             if bar is not None:
-                bar.update()
-            if before is None:
+                bar.update(t - start)
+            last = t == self.max_steps
+            if not (last or self.tol > 0 or problem.tuning is not None):
                 continue
-            check_finite(statistics, scores, state.problem.ids, t)
-            solution = self._result(state, before, scores, statistics, t + 1)
-            stop = torch.ones_like(solution.converged) if last else solution.converged
-            if bool(stop.any()):
-                done = stop.nonzero().squeeze(1)
-                finished.append((state.where[done], solution.take(done)))
-                if bool(stop.all()):
-                    if bar is not None:
-                        bar.update(self.max_steps - t - 1)
-                    break
-                state = self._compact(state, (~stop).nonzero().squeeze(1), chunk)
+            alive = state.alive.nonzero().squeeze(1)
+            step = state.step
+            check_finite(step.statistics[alive], step.score[alive], step.problem.ids[alive], t - 1)
+            solution = self._result(state, t)
+            done = (state.alive if last else state.alive & solution.converged).nonzero().squeeze(1)
+            if len(done) == 0:
+                continue
+            finished.append((state.where[done], solution.take(done)))
+            if len(done) == len(alive):
+                if bar is not None:
+                    bar.update(self.max_steps - t)
+                break
+            state.alive = state.alive & ~solution.converged
+            state = self._compact(state, chunk, steps, full)
         return in_order(finished)
 
     def _init(self, problem: Problem, chunk: int) -> _State:
-        copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
         displacement = states_like(problem.inputs)
         if problem.start is not None:
             displacement = tuple(d.clone() for d in problem.start.displacement)
-        copies.write(0, displacement)
+        averages = self.average_last > 1 or self.average_of == "displacement"
         return _State(
-            problem=problem,
+            step=self._at(
+                problem,
+                chunk,
+                displacement=displacement,
+                gradient=states_like(problem.inputs),
+                total=states_like(problem.inputs) if averages else None,
+            ),
             where=torch.arange(problem.keys.shape[0], device=problem.keys.device),
-            copies=copies,
-            displacement=displacement,
-            gradient=states_like(problem.inputs),
-            total=states_like(problem.inputs) if self.average_last > 1 or self.average_of == "displacement" else None,
+            alive=torch.ones_like(problem.keys, dtype=torch.bool),
             floor=problem.value.double() * 0,
             eta=None,
         )
 
-    def _step(self, state: _State, t: int, last: bool) -> tuple[Tensor, Tensor]:
-        """One step: (f_σ(x + δ), statistics) of the displacement that came in."""
-        copies, problem = state.copies, state.problem
-        score = torch.zeros_like(state.floor)
+    def _at(
+        self,
+        problem: Problem,
+        chunk: int,
+        *,
+        displacement: Tensors,
+        gradient: Tensors,
+        total: Tensors | None,
+        number: Tensor | None = None,
+    ) -> _Step:
+        """Ready for a step from a displacement; ``number``: of the step in the noise bank, 0 by default."""
+        copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
+        if number is not None:
+            copies.step.copy_(number)
+        copies.write(0, displacement)
+        batch = problem.keys.shape[0]
+        numbers = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
+        return _Step(
+            problem=problem,
+            copies=copies,
+            rows=copies.rows(0),
+            displacement=displacement,
+            before=tuple(torch.empty_like(d) for d in displacement),
+            gradient=gradient,
+            total=total,
+            score=torch.zeros_like(numbers[:, 0]),
+            statistics=numbers,
+        )
+
+    def _advance(self, state: _State, start: int, stop: int, steps: Steps) -> None:
+        """Steps ``start`` to ``stop`` - 1."""
+        averaging_from = self.max_steps - self.average_last
+        edges = {1, averaging_from, self.max_steps - 1}
+        for first, end in pairwise(sorted({start, stop} | {t for t in edges if start < t < stop})):
+            averaging = state.step.total is not None and first >= averaging_from
+            state.averaged += averaging * (end - first)
+            last = end == self.max_steps and end - first == 1
+            if first == 0:
+                self._first(state, averaging, last)
+            elif last:
+                self._step(state.step, averaging, last)
+            else:
+                steps.run(
+                    lambda step, averaging=averaging: self._step(step, averaging),
+                    state.step,
+                    end - first,
+                    key=(self, averaging),
+                    elements=self.num_samples * sum(x.numel() for x in state.step.problem.inputs),
+                )
+
+    def _first(self, state: _State, averaging: bool, last: bool) -> None:
+        """Step 0. All of p(0) is needed before the first shrinkage, where eta is a fraction of eta_max."""
+        step, problem = state.step, state.step.problem
+        self._gradients(step, whole=True)
+        if problem.penalty is not None:
+            p = tuple(g / self.num_samples for g in step.gradient)
+            penalty, state.eta = problem.penalty.resolve(p)
+            step.problem = replace(problem, penalty=penalty).tuned(p)
+        self._move(step, None, averaging, last)
+        at_zero = step.statistics[:, 3] if problem.start is None else problem.start.gradient2
+        state.floor = residual_floor(step.problem, at_zero)
+
+    def _step(self, step: _Step, averaging: bool, last: bool = False) -> None:
+        self._move(step, self._gradients(step), averaging, last)
+
+    def _gradients(self, step: _Step, whole: bool = False) -> Tensors | None:
+        """Sums gradients at the noisy copies into step.gradient; those of the last chunk are returned instead, for the
+        fused step to add, unless the ``whole`` sum is asked for."""
+        copies = step.copies
+        step.score.zero_()
         gradients: Tensors | None = None
         for c in range(len(copies.chunks)):
             if c:
-                copies.write(c, state.displacement)
+                copies.write(c, step.displacement)
             scores, gradients = copies.gradient(c)
-            score += scores.sum(1, dtype=torch.float64)
-            if c + 1 < len(copies.chunks) or t == 0:
-                for g, total in zip(gradients, state.gradient, strict=True):
+            step.score += scores.sum(1, dtype=torch.float64)
+            if c + 1 < len(copies.chunks) or whole:
+                for g, total in zip(gradients, step.gradient, strict=True):
                     ops.accumulate(g, total, carry=c > 0)
-        carry = len(copies.chunks) > 1 or t == 0
-        if t == 0:
-            # All of p(0) is needed before the first shrinkage where eta is a fraction of eta_max.
-            gradients = None
-            if problem.penalty is not None:
-                first = tuple(g / self.num_samples for g in state.gradient)
-                penalty, state.eta = problem.penalty.resolve(first)
-                state.problem = problem = replace(problem, penalty=penalty).tuned(first)
+        step.score /= self.num_samples
+        return None if whole else gradients
+
+    def _move(self, step: _Step, gradients: Tensors | None, averaging: bool, last: bool) -> None:
+        """The fused step, with the next noisy copies unless it is the last."""
+        copies, problem = step.copies, step.problem
         if self.noise == "fresh":
             copies.step += 1
-        averaging = state.total is not None and t >= self.max_steps - self.average_last
-        state.averaged += averaging
         statistics = []
         for i, x in enumerate(problem.inputs):
             rho = problem.rho[i]
+            step.before[i].copy_(step.displacement[i])
             statistics.append(
                 ops.prox_step(
                     None if gradients is None else gradients[i],
-                    state.gradient[i],
-                    state.displacement[i],
+                    step.gradient[i],
+                    step.displacement[i],
                     count=self.num_samples,
-                    carry=carry,
+                    carry=gradients is None or len(copies.chunks) > 1,
                     rho=rho,
                     step_size=torch.full_like(rho, self.step_size),
                     eta=None if problem.penalty is None else problem.penalty.eta[i],
                     groups=None if problem.penalty is None else problem.penalty.partition(i),
-                    total=state.total[i] if averaging and state.total is not None else None,
+                    total=step.total[i] if averaging and step.total is not None else None,
                     total_of=self.average_of,
                     x=None if last else x,
                     noise=None if last else copies.noise(i, 0),
-                    out=None if last else copies.rows(0)[i],
+                    out=None if last else step.rows[i],
                 )
             )
-        return score / self.num_samples, torch.stack(statistics).sum(0)
+        torch.sum(torch.stack(statistics), 0, out=step.statistics)
 
-    def _result(self, state: _State, before: Tensors, scores: Tensor, statistics: Tensor, steps: int) -> Solution:
-        """What the inputs in the loop would return now; ``before`` is the displacement that was evaluated."""
-        problem, penalty = state.problem, state.problem.penalty
-        residual2, displacement2, image2 = statistics[:, 0], statistics[:, 1], statistics[:, 2]
+    def _result(self, state: _State, steps: int) -> Solution:
+        """What the inputs in the loop would return now."""
+        step = state.step
+        problem, penalty, before = step.problem, step.problem.penalty, step.before
+        residual2, displacement2, image2 = step.statistics[:, 0], step.statistics[:, 1], step.statistics[:, 2]
         mean: Tensors | None = None
-        if state.total is not None and state.averaged:
-            mean = tuple(total / state.averaged for total in state.total)
-        p = mean if mean is not None and self.average_of == "gradient" else tuple(g.clone() for g in state.gradient)
+        if step.total is not None and state.averaged:
+            mean = tuple(total / state.averaged for total in step.total)
+        p = mean if mean is not None and self.average_of == "gradient" else tuple(g.clone() for g in step.gradient)
         if self.average_of == "displacement" and mean is not None:
             maps = tuple(0 - d / over_features(r, d) for d, r in zip(mean, problem.rho, strict=True))  # 0 - 0 is +0
             displacement = mean
         else:
             if problem.tuning is not None:
                 # The step knew the eta of the last look; what is reported is the problem that the map belongs to.
-                problem = state.problem = problem.tuned(p)
+                problem = step.problem = problem.tuned(p)
                 penalty = problem.penalty
-                residual2, displacement2, image2 = _squares(problem, before, state.gradient)
+                residual2, displacement2, image2 = _squares(problem, before, step.gradient)
             maps = p if penalty is None else penalty.prox(p)
             displacement = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
         return assemble(
@@ -575,7 +665,7 @@ class ProximalGradient:
             maps=maps,
             displacement=displacement,
             gradient=p,
-            envelope=objective(problem, before, scores),
+            envelope=objective(problem, before, step.score),
             residual=residual2.sqrt(),
             relative_residual=relative_residual(residual2.sqrt(), (displacement2, image2), state.floor),
             steps=steps,
@@ -583,24 +673,36 @@ class ProximalGradient:
             tol=self.tol,
         )
 
-    def _compact(self, state: _State, keep: Tensor, chunk: int) -> _State:
-        """The state without the inputs that are done; their next noisy copies are drawn again, the same bits."""
-        problem = state.problem.take(keep)
-        copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
-        copies.step.copy_(state.copies.step)
-        displacement = tuple(take_rows(d, keep) for d in state.displacement)
-        copies.write(0, displacement)
+    def _compact(self, state: _State, chunk: int, steps: Steps, full: int) -> _State:
+        """The state without the inputs that are done, or with few of them; the next noisy copies are drawn again, the
+        same bits."""
+        step, batch = state.step, state.where.shape[0]
+        keep, left = filled(state.alive, steps, full, self.num_samples * sum(x[0].numel() for x in step.problem.inputs))
+        if len(keep) == batch:
+            return state
         return _State(
-            problem=problem,
+            step=self._at(
+                step.problem.take(keep),
+                chunk,
+                displacement=tuple(take_rows(d, keep) for d in step.displacement),
+                gradient=tuple(take_rows(g, keep) for g in step.gradient),
+                total=None if step.total is None else tuple(take_rows(x, keep) for x in step.total),
+                number=step.copies.step,
+            ),
             where=state.where[keep],
-            copies=copies,
-            displacement=displacement,
-            gradient=tuple(take_rows(g, keep) for g in state.gradient),
-            total=None if state.total is None else tuple(take_rows(x, keep) for x in state.total),
+            alive=torch.arange(len(keep), device=keep.device) < left,
             floor=state.floor[keep],
-            eta=None if state.eta is None else tuple(rows_of(e, state.where.shape[0])[keep] for e in state.eta),
+            eta=None if state.eta is None else tuple(rows_of(e, batch)[keep] for e in state.eta),
             averaged=state.averaged,
         )
+
+
+def filled(alive: Tensor, steps: Steps, full: int, elements: int) -> tuple[Tensor, int]:
+    """The rows that are alive, filled up with the first of them to a size that ``steps`` likes; and how many are."""
+    keep = alive.nonzero().squeeze(1)
+    left = len(keep)
+    size = min(steps.size(left, full, elements), len(alive))
+    return torch.cat([keep, keep[:1].expand(size - left)]), left
 
 
 def _squares(problem: Problem, displacement: Tensors, gradient: Tensors) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,372 @@
+"""Steps of a solver, captured once as CUDA graphs and replayed.
+
+A step of a small network is hundreds of launches, which a processor issues more slowly than a GPU runs them; a captured
+step is one launch. What is captured is a *body*: a function that changes the tensors of a record (a dataclass of
+tensors, numbers and further records) in place and waits for nothing. A graph works at fixed addresses, so it has a copy
+of the record of its own: :meth:`Steps.run` copies the record in, replays, and copies it out. A caller cannot tell a
+replay from the body itself but by the time it takes, and where nothing can be captured the body runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Mode = Literal["auto"] | bool
+
+# What a body does with the tensors of a field: field(metadata=READ). Without it they are state, copied in and out.
+SCRATCH, READ, _STATE = {"role": 0}, {"role": 1}, 2
+# A pass of more elements keeps a GPU busy for longer than its launches take to issue, and a graph's own copy of its rows
+# would cost memory: 2^25 floats are 128 MiB, 10,900 rows of 3x32x32 or 220 of 3x224x224.
+_MOST_ELEMENTS = 1 << 25
+# A capture costs about two steps.
+_WORTH = 8
+# Graphs kept, the last ones used: a batch meets one or two sizes at every level of a solver.
+_KEPT = 16
+# One capture at a time in a process, says torch.
+_capturing = threading.Lock()
+
+
+class Device(Protocol):
+    """What graphs need of a device; :class:`_Cuda` but for tests."""
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Where records are copied, captured and replayed: one queue, in order with the caller's."""
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        """What repeats the work of ``body`` at the same addresses; the capture itself does none of it."""
+
+
+class _Cuda:
+    """A stream and a memory pool. All memory of the graphs is used on this one stream, whatever stream the caller is
+    on, so the caching allocator may free and give it anew without further care."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        # Shared: nothing in it outlives a replay, and replays of one stream do not overlap.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        callers = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(callers)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            callers.wait_stream(self._stream)
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph, which waits for the device and empties the cache of its memory each time. An object that
+        # dies during a capture may take CUDA calls with it that a capture forbids.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            # "thread_local": other threads may allocate meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                body()
+            except BaseException:
+                try:
+                    graph.capture_end()
+                except RuntimeError:
+                    pass  # the capture is invalid already; what made it so is on its way
+                raise
+            graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class _Parts:
+    """The tensors of a record, each once, with their roles, and a signature: records of equal signatures differ in
+    nothing but the contents of their tensors."""
+
+    def __init__(self, record: Any) -> None:
+        self.tensors: list[Tensor] = []
+        self.roles: list[int] = []
+        self.opaque: list[Any] = []
+        self._places: dict[int, int] = {}
+        self.signature = self._visit(record, _STATE)
+
+    def _visit(self, value: Any, role: int) -> Hashable:
+        if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
+            place = self._places.setdefault(id(value), len(self.tensors))
+            if place == len(self.tensors):
+                self.tensors.append(value)
+                self.roles.append(role)
+            self.roles[place] = max(self.roles[place], role)
+            return (place, tuple(value.shape), value.stride(), value.dtype, value.device)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return (type(value), value)
+        if type(value) in (tuple, list):
+            return (type(value), *(self._visit(v, role) for v in value))
+        if type(value) is dict:
+            return (dict, *((key, self._visit(v, role)) for key, v in value.items()))
+        if _is_record(value):
+            return (type(value), *(self._visit(getattr(value, f.name), _role(f, role)) for f in fields(value)))
+        self.opaque.append(value)  # held, so that nothing else gets its address
+        return (type(value), id(value))
+
+    def copied(self, value: Any, tensors: list[Tensor]) -> Any:
+        """The record, or a part of it, with other tensors in the places of its own."""
+        if id(value) in self._places:
+            return tensors[self._places[id(value)]]
+        if type(value) in (tuple, list):
+            return type(value)(self.copied(v, tensors) for v in value)
+        if type(value) is dict:
+            return {key: self.copied(v, tensors) for key, v in value.items()}
+        if _is_record(value):
+            made = copy.copy(value)
+            for f in fields(value):
+                object.__setattr__(made, f.name, self.copied(getattr(value, f.name), tensors))
+            return made
+        return value
+
+    def of_role(self, least: int) -> list[Tensor]:
+        return [t for t, role in zip(self.tensors, self.roles, strict=True) if role >= least]
+
+
+def _is_record(value: Any) -> bool:
+    # Callable ones are models and the like, which no one here may take apart.
+    return is_dataclass(value) and not isinstance(value, type) and not callable(value)
+
+
+def _role(of: Any, inherited: int) -> int:
+    return min(inherited, of.metadata.get("role", _STATE))
+
+
+def _copy_all(to: list[Tensor], values: list[Tensor]) -> None:
+    """One launch per dtype."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, value in zip(to, values, strict=True):
+        pair = by_dtype.setdefault(target.dtype, ([], []))
+        pair[0].append(target)
+        pair[1].append(value)
+    for targets, sources in by_dtype.values():
+        torch._foreach_copy_(targets, sources)
+
+
+class _Weights:
+    """Where the parameters and buffers of a model lie."""
+
+    def __init__(self, model: Any) -> None:
+        self._tensors = _weights(model)
+        self._aliases = [t.detach() for t in self._tensors]  # these keep the memory from others
+
+    def unmoved(self, model: Any) -> bool:
+        """Whether a graph that was captured with them still reads what the model has; values may have changed."""
+        now = _weights(model)
+        return len(now) == len(self._tensors) and all(
+            t is known and t.is_set_to(alias)
+            for t, known, alias in zip(now, self._tensors, self._aliases, strict=True)
+        )
+
+
+def _weights(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+
+
+def _hooked(model: Any) -> bool:
+    """Whether Python of the user's runs beside the modules: a replay would leave it out."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return isinstance(model, nn.Module) and any(getattr(m, name, None) for m in model.modules() for name in names)
+
+
+def _settings(device: torch.device) -> Hashable:
+    """What is read while a pass is captured, and would be frozen."""
+    cudnn = torch.backends.cudnn
+    return (
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.are_deterministic_algorithms_enabled(),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+    )
+
+
+class _Captured:
+    """A graph, and the record it works on."""
+
+    def __init__(self, parts: _Parts, record: Any, body: Callable[[Any], None], device: Device) -> None:
+        # The signature names what is opaque by its address.
+        self._opaque = parts.opaque
+        self._tensors = [t.detach().clone() for t in parts.tensors]
+        self._roles = parts.roles
+        mine = parts.copied(record, self._tensors)
+        self._replay = device.capture(lambda: body(mine))
+
+    def run(self, parts: _Parts, times: int) -> None:
+        read = [t for t, role in zip(self._tensors, self._roles, strict=True) if role >= READ["role"]]
+        _copy_all(read, parts.of_role(READ["role"]))
+        for _ in range(times):
+            self._replay()
+        changed = [t for t, role in zip(self._tensors, self._roles, strict=True) if role == _STATE]
+        _copy_all(parts.of_role(_STATE), changed)
+
+
+class Steps:
+    """Runs bodies one by one: what solvers are given where nothing is captured."""
+
+    def run(
+        self, body: Callable[[Any], None], record: Any, times: int, *, key: Hashable = None, elements: int = 0
+    ) -> None:
+        """``body(record)``, ``times`` times.
+
+        Args:
+            body: changes the tensors of the record in place; must neither replace them nor wait for the device.
+            record: a dataclass; see the module's description.
+            times: how often.
+            key: what the body depends on beside the record. Same key and signature, same work.
+            elements: numbers that go through the model in one run of the body.
+        """
+        for _ in range(times):
+            body(record)
+
+    def size(self, count: int, full: int, elements: int) -> int:
+        """Inputs to go on with when ``count`` of ``full`` are left: as many, or the next of a few fixed sizes, each of
+        which needs a graph of its own. The surplus is to be filled up. ``elements``: of one input, see :meth:`run`."""
+        return count
+
+
+class _Sized(Steps):
+    """The same, with the sizes that replays would have: results must not depend on whether a capture succeeded."""
+
+    def size(self, count: int, full: int, elements: int) -> int:
+        size = full
+        while (size + 1) // 2 >= count and size > 1:
+            size = (size + 1) // 2
+        return size if size * elements <= _MOST_ELEMENTS else count
+
+
+class _Replayed(_Sized):
+    """Captures what is asked for often enough."""
+
+    def __init__(self, graphs: Graphs, model: Any, device: torch.device) -> None:
+        self._graphs, self._model, self._device = graphs, model, device
+        self._settings = _settings(device)
+
+    def run(
+        self, body: Callable[[Any], None], record: Any, times: int, *, key: Hashable = None, elements: int = 0
+    ) -> None:
+        graphs = self._graphs
+        if times == 0 or elements > _MOST_ELEMENTS or graphs._broken:
+            return super().run(body, record, times)
+        parts = _Parts(record)
+        entry = (key, parts.signature, self._settings)
+        known = graphs._captured.get(entry)
+        if known is None:
+            graphs._uses[entry] += times
+            if graphs._uses[entry] < _WORTH:
+                return super().run(body, record, times)
+        where = graphs._device(self._device)
+        with where.scope():
+            if known is None:
+                # A step for real, which also warms up: libraries choose their algorithms and take their workspace.
+                body(record)
+                times -= 1
+                known = self._capture(entry, parts, record, body, where)
+            if known is None:
+                return super().run(body, record, times)
+            graphs._captured.move_to_end(entry)
+            known.run(parts, times)
+
+    def _capture(
+        self, entry: Hashable, parts: _Parts, record: Any, body: Callable[[Any], None], where: Device
+    ) -> _Captured | None:
+        graphs = self._graphs
+        try:
+            with _capturing:
+                made = _Captured(parts, record, body, where)
+        except Exception as error:
+            graphs._cannot(error)
+            return None
+        graphs._captured[entry] = made
+        while len(graphs._captured) > _KEPT:
+            oldest, _ = graphs._captured.popitem(last=False)
+            del graphs._uses[oldest]
+        return made
+
+
+class Graphs:
+    """The captured steps of one explainer; their memory goes with it.
+
+    Args:
+        mode: "auto" captures what an nn.Module without hooks does on a CUDA device. True also captures other callables,
+            whose parameters must then stay where they are. False captures nothing.
+        device: makes the :class:`Device` for a torch device; for tests.
+    """
+
+    def __init__(self, mode: Mode = "auto", device: Callable[[torch.device], Device] | None = None) -> None:
+        self._mode = mode
+        self._make = device
+        self._lock = threading.Lock()
+        self._forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, or one in another process, captures anew.
+        return Graphs, (self._mode, self._make)
+
+    def _forget(self) -> None:
+        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._uses: Counter[Hashable] = Counter()
+        self._devices: dict[torch.device, Device] = {}
+        self._model: Any = None
+        self._known: _Weights | None = None
+        self._broken = False
+
+    @contextmanager
+    def steps(self, model: Any, device: torch.device) -> Iterator[Steps]:
+        """What runs the steps of one explanation. A second thread with the same explainer meanwhile has its steps run
+        one by one: graphs have one set of buffers."""
+        if not self._apply(model, device):
+            yield Steps()
+            return
+        if not self._lock.acquire(blocking=False):
+            yield _Sized()
+            return
+        try:
+            if self._model is not model or self._known is None or not self._known.unmoved(model):
+                self._forget()
+                self._model, self._known = model, _Weights(model)
+            yield _Replayed(self, model, device)
+        finally:
+            self._lock.release()
+
+    def _apply(self, model: Any, device: torch.device) -> bool:
+        if self._mode is False or (self._make is None and device.type != "cuda"):
+            return False
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False  # the caller captures by themselves
+        return self._mode is True or (isinstance(model, nn.Module) and not _hooked(model))
+
+    def _device(self, device: torch.device) -> Device:
+        if device not in self._devices:
+            self._devices[device] = _Cuda(device) if self._make is None else self._make(device)
+        return self._devices[device]
+
+    def _cannot(self, error: Exception) -> None:
+        """Says once why nothing is captured any more."""
+        self._captured.clear()
+        self._broken = True
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"the model's passes cannot be captured as a CUDA graph ({lines[0]}): its steps are run one by one, with "
+            "the same numbers, slower where the model is small. Likely causes: control flow that depends on values, "
+            "values read on the CPU (.item(), .cpu(), print) in forward, or too little memory; cuda_graphs=False "
+            "silences this",
+            stacklevel=2,
+        )
