@@ -22,13 +22,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .graphs import READ, Graphs, Steps
 from .groups import flat_rows
 from .penalties import Penalty, over_features
 from .scores import row_chunks
@@ -141,8 +144,9 @@ class AdaptiveProximalGradient:
         if isinstance(self.max_gradients, bool) or not isinstance(self.max_gradients, int) or self.max_gradients < 1:
             raise ValueError(f"max_gradients: expected a positive integer, got {self.max_gradients!r}")
 
-    def solve(self, problem: Problem, *, max_batch: int | None = None) -> Solution:
-        """Solves a problem with at most ``max_batch`` noisy inputs in one forward pass.
+    def solve(self, problem: Problem, *, max_batch: int | None = None, graphs: Graphs | None = None) -> Solution:
+        """Solves a problem with at most ``max_batch`` noisy inputs in one forward pass. ``graphs``: captured steps to
+        replay, and to keep.
 
         Raises:
             ValueError: the model gave a gradient that is not finite; names the id of the input.
@@ -151,16 +155,17 @@ class AdaptiveProximalGradient:
         size = batch if max_batch is None else max(1, max_batch // (2 * _FEWEST))
         bar = progress_bar(batch, "input") if self.progress else None
         try:
-            return Solution.concatenate(
-                self._solve(problem.take(index), max_batch, bar)
-                for index in row_chunks(batch, size, problem.keys.device)
-            )
+            with (graphs or Graphs(False)).steps(problem.score.model, problem.keys.device) as steps:
+                return Solution.concatenate(
+                    self._solve(problem.take(index), max_batch, steps, bar)
+                    for index in row_chunks(batch, size, problem.keys.device)
+                )
         finally:
             if bar is not None:
                 bar.close()
 
-    def _solve(self, problem: Problem, max_batch: int | None, bar: Any) -> Solution:
-        begun = _start(problem, max_batch)
+    def _solve(self, problem: Problem, max_batch: int | None, steps: Steps, bar: Any) -> Solution:
+        begun = _start(problem, max_batch, steps)
         states, finished = [begun], []
         while states:
             # Every input at one level has spent the same; those that take as many samples a step go on together, so
@@ -168,17 +173,18 @@ class AdaptiveProximalGradient:
             pieces: dict[int, list[_Piece]] = {}
             spend = 0
             for state in states:
-                copies = NoisyCopies(state.problem, state.samples, True, _chunk(state, state.samples, max_batch))
-                scores, before, statistics = _walk(state, copies)
-                check_finite(statistics, scores, state.problem.ids, int(state.steps.max()) - 1)
+                walk = _walk(state, _chunk(state, state.samples, max_batch), steps)
+                check_finite(walk.statistics, walk.score, state.problem.ids, int(state.steps.max()) - 1)
                 if state.level == 0:
-                    pieces[2 * _FEWEST], spend = [(state, torch.arange(len(state.where), device=scores.device))], _LEAST
+                    every = torch.arange(len(state.where), device=state.where.device)
+                    pieces[2 * _FEWEST], spend = [(state, every)], _LEAST
                     continue
-                answer = _measured(state, _answer(state), max_batch)
+                answer = _measured(state, _answer(state), max_batch, steps)
                 state.problem = answer.problem(state.problem)
-                solution = self._solution(state, answer, scores, before)
+                solution = self._solution(state, answer, walk.score, walk.before)
                 spend = _level_cost(state.evaluations, self.max_gradients)
                 samples = torch.where(solution.converged, 0, _next_samples(state, answer, spend))
+                samples = samples[: state.real]
                 for count in sorted(set(samples.tolist())):
                     these = (samples == count).nonzero().squeeze(1)
                     if count:
@@ -187,7 +193,7 @@ class AdaptiveProximalGradient:
                     finished.append((state.where[these], solution.take(these)))
                     if bar is not None:
                         bar.update(len(these))
-            states = [_joined(begun, some, count, spend // count) for count, some in sorted(pieces.items())]
+            states = [_joined(begun, some, count, spend // count, steps) for count, some in sorted(pieces.items())]
         return in_order(finished)
 
     def _solution(self, state: _State, answer: _Answer, scores: Tensor, before: Tensors) -> Solution:
@@ -222,15 +228,15 @@ class _Window:
     @classmethod
     def empty(cls, problem: Problem) -> _Window:
         none = torch.zeros_like(problem.value, dtype=torch.float64)
-        return cls(states_like(problem.inputs), states_like(problem.inputs), none, none, none)
+        return cls(states_like(problem.inputs), states_like(problem.inputs), none, none.clone(), none.clone())
 
     def add(self, point: Tensors, gradient: Tensors, length: Tensor, samples: int) -> None:
-        """One step: its point, the mean of its samples' gradients, ‖point‖²."""
+        """One step, in place: its point, the mean of its samples' gradients, ‖point‖²."""
         for total, value in zip((*self.points, *self.gradients), (*point, *gradient), strict=True):
             total.add_(value, alpha=samples)
-        self.lengths = self.lengths + samples * length
-        self.weight = self.weight + samples
-        self.steps = self.steps + 1
+        self.lengths += samples * length
+        self.weight += samples
+        self.steps += 1
 
     def __add__(self, other: _Window) -> _Window:
         """Over the steps of both."""
@@ -263,6 +269,7 @@ class _State:
     norms: Tensor  # float64 [B], sum of their squared norms
     norms2: Tensor  # float64 [B], sum of the squares of these
     steps: Tensor  # int64 [B]
+    real: int  # inputs; the rows behind them fill up to a size that has a graph
     windows: tuple[_Window, ...] = ()  # the steps with fresh noise, oldest first
     eta: Tensors | None = None  # as reported
     level: int = 0
@@ -380,7 +387,26 @@ def _upper(state: _State, noise: Tensor, crossed: Tensor) -> Tensor:
     return noise * quantile * freedom / (freedom - 2)
 
 
-def _measured(state: _State, answer: _Answer, max_batch: int | None) -> _Answer:
+@dataclass
+class _Sum:
+    """A sum of gradients at a place; it may be captured."""
+
+    copies: NoisyCopies
+    place: Tensors | None = field(metadata=READ)
+    into: Tensors
+
+    def form(self) -> None:
+        self.copies.total(self.place, self.into)
+
+
+def _mean_gradient(state: _State, copies: NoisyCopies, samples: int, place: Tensors | None, steps: Steps) -> Tensors:
+    """The mean gradient at a place."""
+    elements = samples * sum(x.numel() for x in state.problem.inputs)
+    steps.run(_Sum.form, _Sum(copies, place, state.gradient), 1, key=samples, elements=elements)
+    return tuple(g / samples for g in state.gradient)
+
+
+def _measured(state: _State, answer: _Answer, max_batch: int | None, steps: Steps) -> _Answer:
     """The answer with the residual that y itself has where δ̄ has ‖δ̄ − y‖.
 
     ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, and p(y) = p̄ + H(y − δ̄). A bound by ρβ‖δ̄ − y‖ would be many times as large:
@@ -400,8 +426,7 @@ def _measured(state: _State, answer: _Answer, max_batch: int | None) -> _Answer:
         place = tuple(
             d + over_features((side * stretch).to(d.dtype), d) * w for d, w in zip(answer.point, way, strict=True)
         )
-        copies.total(place, state.gradient)
-        ends.append(tuple(g / samples for g in state.gradient))
+        ends.append(_mean_gradient(state, copies, samples, place, steps))
     there = tuple(
         p + (b - a) / over_features(stretch.to(p.dtype), p) for p, a, b in zip(answer.gradient, *ends, strict=True)
     )
@@ -438,7 +463,7 @@ def _next_samples(state: _State, answer: _Answer, spend: int) -> Tensor:
     return torch.where(answer.settled > answer.noise, state.samples, samples).clamp_max(most)
 
 
-def _start(problem: Problem, max_batch: int | None) -> _State:
+def _start(problem: Problem, max_batch: int | None, steps: Steps) -> _State:
     def first() -> Tensors:
         return (
             states_like(problem.inputs)
@@ -446,7 +471,9 @@ def _start(problem: Problem, max_batch: int | None) -> _State:
             else tuple(d.clone() for d in problem.start.displacement)
         )
 
-    nothing = torch.zeros_like(problem.value, dtype=torch.float64)
+    def nothing() -> Tensor:
+        return torch.zeros_like(problem.value, dtype=torch.float64)
+
     state = _State(
         problem=problem,
         where=torch.arange(problem.keys.shape[0], device=problem.keys.device),
@@ -454,18 +481,19 @@ def _start(problem: Problem, max_batch: int | None) -> _State:
         previous=first(),
         gradient=states_like(problem.inputs),
         squares=states_like(problem.inputs),
-        curvature=nothing,
-        at_zero=nothing if problem.start is None else problem.start.gradient2,
-        differences=nothing,
-        norms=nothing,
-        norms2=nothing,
+        curvature=nothing(),
+        at_zero=nothing() if problem.start is None else problem.start.gradient2,
+        differences=nothing(),
+        norms=nothing(),
+        norms2=nothing(),
         steps=torch.zeros_like(problem.keys),
+        real=problem.keys.shape[0],
         eta=None if problem.penalty is None else problem.penalty.eta,
     )
     if problem.tuning is not None:
         state.samples, state.length = 2 * _FEWEST, _TUNED_BURN_IN
     if problem.penalty is not None and problem.penalty.relative:
-        _resolve(state, max_batch)
+        _resolve(state, max_batch, steps)
     return state
 
 
@@ -474,16 +502,15 @@ def _chunk(state: _State, samples: int, max_batch: int | None) -> int:
     return samples if max_batch is None else min(samples, max(1, max_batch // state.where.shape[0]))
 
 
-def _damped(state: _State) -> Tensors:
+def _damped(problem: Problem, curvature: Tensor) -> Tensors:
     """γ = 0.7/(1/ρ + L), per tensor [B]."""
-    return tuple((_DAMPING / (1 / r.double() + state.curvature)).to(r.dtype) for r in state.problem.rho)
+    return tuple((_DAMPING / (1 / r.double() + curvature)).to(r.dtype) for r in problem.rho)
 
 
-def _resolve(state: _State, max_batch: int | None) -> None:
+def _resolve(state: _State, max_batch: int | None, steps: Steps) -> None:
     """η from η_max, with more samples than a step of the burn-in has."""
     copies = NoisyCopies(state.problem, _AT_ZERO, True, _chunk(state, _AT_ZERO, max_batch))
-    copies.total(None, state.gradient)
-    first = tuple(g / _AT_ZERO for g in state.gradient)
+    first = _mean_gradient(state, copies, _AT_ZERO, None, steps)
     penalty: Penalty | None = state.problem.penalty
     if penalty is not None:
         penalty, state.eta = penalty.resolve(first)
@@ -491,98 +518,185 @@ def _resolve(state: _State, max_batch: int | None) -> None:
     state.evaluations += _AT_ZERO
 
 
-def _walk(state: _State, copies: NoisyCopies) -> tuple[Tensor, Tensors, Tensor]:
-    """The steps of one level, in place: (f_σ, the point, the step's statistics) of the last gradient."""
-    problem, penalty, samples, burning = state.problem, state.problem.penalty, state.samples, state.level == 0
-    gamma = tuple(_FIRST_STEP * r for r in problem.rho) if burning else _damped(state)
-    copies.step.fill_(_first_draw(state.level))
-    before = state.point
-    last_gradient: Tensors | None = None
-    last_change: Tensors | None = None
-    score = statistics = state.curvature
-    turned, length = torch.zeros_like(state.curvature), torch.zeros_like(state.curvature)
+@dataclass
+class _Walk:
+    """What a step reads and writes, in place: it may be captured."""
+
+    problem: Problem = field(metadata=READ)
+    copies: NoisyCopies
+    point: Tensors
+    before: Tensors  # the point at which the last step took its gradients, and the one before it
+    earlier: Tensors
+    gradient: Tensors
+    last_gradient: Tensors
+    previous: Tensors  # the displacement before momentum, and its last change
+    change: Tensors
+    gamma: Tensors  # step sizes, [B]
+    window: _Window | None
+    squares: Tensors
+    differences: Tensor
+    norms: Tensor
+    norms2: Tensor
+    curvature: Tensor
+    turned: Tensor  # float64 [B], sums over the level: successive changes multiplied; and squared
+    length: Tensor
+    score: Tensor  # float64 [B], f_σ at `before`
+    statistics: Tensor
+
+
+def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
+    """The steps of one level; the state's tensors are changed in place."""
+    problem, burning = state.problem, state.level == 0
+    gamma = tuple(_FIRST_STEP * r for r in problem.rho) if burning else _damped(problem, state.curvature)
+
+    def like_point() -> Tensors:
+        return tuple(torch.empty_like(d) for d in state.point)
+
+    batch = problem.keys.shape[0]
+    nothing = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
+    walk = _Walk(
+        problem=problem,
+        copies=NoisyCopies(problem, state.samples, True, chunk),
+        point=state.point,
+        before=like_point(),
+        earlier=like_point(),
+        gradient=state.gradient,
+        last_gradient=like_point(),
+        previous=state.previous,
+        change=like_point(),
+        gamma=gamma,
+        window=None,
+        squares=state.squares,
+        differences=state.differences,
+        norms=state.norms,
+        norms2=state.norms2,
+        curvature=state.curvature,
+        turned=nothing[:, 0].clone(),
+        length=nothing[:, 0].clone(),
+        score=nothing[:, 0].clone(),
+        statistics=nothing,
+    )
+    walk.copies.step.fill_(_first_draw(state.level))
     windows = [*state.windows]
-    for t in range(state.length):
-        if not burning and t in (0, state.length // 2):
-            windows.append(_Window.empty(problem))
-        score = copies.total(state.point, state.gradient) / samples
-        if burning and problem.tuning is not None:
-            problem = state.problem = problem.tuned(tuple(g / samples for g in state.gradient))
-            penalty = problem.penalty
-            gamma = tuple(_FIRST_STEP * r for r in problem.rho) if t == 0 else _damped(state)
-        last_point, before = before, tuple(d.clone() for d in state.point)
-        statistics = torch.stack(
-            [
-                ops.prox_step(
-                    None,
-                    state.gradient[i],
-                    state.point[i],
-                    count=samples,
-                    carry=True,
-                    rho=problem.rho[i],
-                    step_size=gamma[i],
-                    eta=None if penalty is None else penalty.eta[i],
-                    groups=None if penalty is None else penalty.partition(i),
-                )
-                for i in range(len(problem.inputs))
-            ]
-        ).sum(0)
-        if burning and t == 0 and problem.start is None:
-            state.at_zero = statistics[:, 3]
-        change: Tensors | None = None if last_gradient is None else _minus(state.gradient, last_gradient)
-        if burning and change is not None:
-            # On one bank the change of the gradient along the change of the point is curvature, without noise.
-            moved = _minus(before, last_point)
-            way = _inner(moved, moved)
-            met = _inner(moved, change).abs() / way.clamp_min(torch.finfo(torch.float64).tiny)
-            # Over a way of little more than rounding it is none.
-            told = way > _SHORT**2 * statistics[:, 1]
-            state.curvature = torch.maximum(state.curvature, torch.where(told, met, 0.0))
-            gamma = _damped(state)
-        if not burning:
-            copies.step += 1
-            # The first steps may be long, and their differences more than noise.
-            if change is not None and (state.level > 1 or t > state.length // 4):
-                for q, c in zip(state.squares, change, strict=True):
-                    q.addcmul_(c, c, value=samples / 2)
-                square = _inner(change, change) * (samples / 2)
-                state.norms, state.norms2 = state.norms + square, state.norms2 + square.square()
-                state.differences = state.differences + 1
-            windows[-1].add(before, state.gradient, statistics[:, 1], samples)
-        last_gradient = tuple(g.clone() for g in state.gradient)
-        step = _momentum(state, before)
-        if last_change is not None:
-            turned += _inner(step, last_change)
-            length += _inner(last_change, last_change)
-        last_change = step
-        state.evaluations += samples
+    # The first differences of a level 1 may be more than noise; its first half is a window of its own.
+    edges = {1, state.length // 2}
+    if state.level == 1:
+        edges.add(state.length // 4 + 1)
+    for start, stop in pairwise(sorted({0, state.length} | {t for t in edges if t < state.length})):
+        if not burning and start in (0, state.length // 2):
+            walk.window = _Window.empty(problem)
+            windows.append(walk.window)
+        settled = not burning and (state.level > 1 or start > state.length // 4)
+        step = partial(_step, samples=state.samples, burning=burning, settled=settled)
+        if start == 0:
+            step(walk, first=True)
+            if burning and problem.start is None:
+                state.at_zero = walk.statistics[:, 3].clone()
+            continue
+        # What is tuned makes new tensors at every step.
+        (Steps() if burning and problem.tuning is not None else steps).run(
+            step,
+            walk,
+            stop - start,
+            key=("adaptive", state.samples, burning, settled),
+            elements=state.samples * sum(x.numel() for x in problem.inputs),
+        )
+    state.problem = walk.problem
+    state.evaluations += state.samples * state.length
     state.steps = state.steps + state.length
     if not burning:
         steeper = 2 * state.curvature + 1 / torch.stack([r.double() for r in problem.rho]).amin(0)
-        state.curvature = torch.where(turned < _TURNING * length, steeper, state.curvature)
+        state.curvature = torch.where(walk.turned < _TURNING * walk.length, steeper, state.curvature)
     if state.level == 2:
         # The first half of the level before was not settled; it stood in while there was nothing else.
         del windows[0]
     while len(windows) > _WINDOWS:
         windows[:2] = [windows[0] + windows[1]]
     state.windows = tuple(windows)
-    return score, before, statistics
+    return walk
 
 
-def _momentum(state: _State, before: Tensors) -> Tensors:
+def _step(walk: _Walk, *, samples: int, burning: bool, settled: bool, first: bool = False) -> None:
+    """One step, in place. ``settled``: the change of the gradient is noise; ``first`` of a level: there is none yet."""
+    problem = walk.problem
+    walk.score.copy_(walk.copies.total(walk.point, walk.gradient) / samples)
+    if burning and problem.tuning is not None:
+        problem = walk.problem = problem.tuned(tuple(g / samples for g in walk.gradient))
+        gamma = tuple(_FIRST_STEP * r for r in problem.rho) if first else _damped(problem, walk.curvature)
+        _copy(gamma, walk.gamma)
+    penalty = problem.penalty
+    if not first:
+        _copy(walk.before, walk.earlier)
+    _copy(walk.point, walk.before)
+    statistics = [
+        ops.prox_step(
+            None,
+            walk.gradient[i],
+            walk.point[i],
+            count=samples,
+            carry=True,
+            rho=problem.rho[i],
+            step_size=walk.gamma[i],
+            eta=None if penalty is None else penalty.eta[i],
+            groups=None if penalty is None else penalty.partition(i),
+        )
+        for i in range(len(problem.inputs))
+    ]
+    torch.sum(torch.stack(statistics), 0, out=walk.statistics)
+    change = None if first else _minus(walk.gradient, walk.last_gradient)
+    if burning and change is not None:
+        # On one bank the change of the gradient along the change of the point is curvature, without noise.
+        moved = _minus(walk.before, walk.earlier)
+        way = _inner(moved, moved)
+        met = _inner(moved, change).abs() / way.clamp_min(torch.finfo(torch.float64).tiny)
+        # Over a way of little more than rounding it is none.
+        told = way > _SHORT**2 * walk.statistics[:, 1]
+        walk.curvature.copy_(torch.maximum(walk.curvature, torch.where(told, met, 0.0)))
+        _copy(_damped(problem, walk.curvature), walk.gamma)
+    if not burning:
+        walk.copies.step += 1
+        if settled and change is not None:
+            for q, c in zip(walk.squares, change, strict=True):
+                q.addcmul_(c, c, value=samples / 2)
+            square = _inner(change, change) * (samples / 2)
+            walk.norms += square
+            walk.norms2 += square.square()
+            walk.differences += 1
+        if walk.window is not None:
+            walk.window.add(walk.before, walk.gradient, walk.statistics[:, 1], samples)
+    _copy(walk.gradient, walk.last_gradient)
+    step = _momentum(walk)
+    if not first:
+        walk.turned += _inner(step, walk.change)
+        walk.length += _inner(walk.change, walk.change)
+    _copy(step, walk.change)
+
+
+def _momentum(walk: _Walk) -> Tensors:
     """Moves the point on along the last change of the displacement, unless the step just taken turned against it;
     returns the change."""
-    new = tuple(d.clone() for d in state.point)
-    change = _minus(new, state.previous)
-    uphill = _inner(_minus(before, new), change) > 0
-    for d, c in zip(state.point, change, strict=True):
+    new = tuple(d.clone() for d in walk.point)
+    change = _minus(new, walk.previous)
+    uphill = _inner(_minus(walk.before, new), change) > 0
+    for d, c in zip(walk.point, change, strict=True):
         d.add_(over_features(torch.where(uphill, 0.0, _MOMENTUM).to(d.dtype), d) * c)
-    state.previous = new
+    _copy(new, walk.previous)
     return change
 
 
-def _joined(begun: _State, pieces: list[_Piece], samples: int, length: int) -> _State:
+def _copy(values: Tensors, to: Tensors) -> None:
+    for value, target in zip(values, to, strict=True):
+        target.copy_(value)
+
+
+def _joined(begun: _State, pieces: list[_Piece], samples: int, length: int, steps: Steps) -> _State:
     """The inputs of the pieces at their next level."""
+    real = sum(len(rows) for _, rows in pieces)
+    full = begun.where.shape[0]
+    size = steps.size(real, full, samples * sum(x[0].numel() for x in begun.problem.inputs))
+    last, of_last = pieces[-1]
+    # Filled up with copies of one of its inputs, which nobody will look at.
+    pieces = [*pieces[:-1], (last, torch.cat([of_last, of_last[-1:].expand(size - real)]))]
 
     def numbers(of: Callable[[_State], Tensor]) -> Tensor:
         return torch.cat([of(state)[keep] for state, keep in pieces])
@@ -621,6 +735,7 @@ def _joined(begun: _State, pieces: list[_Piece], samples: int, length: int) -> _
         norms=numbers(lambda state: state.norms),
         norms2=numbers(lambda state: state.norms2),
         steps=numbers(lambda state: state.steps),
+        real=real,
         windows=tuple(window(i) for i in range(len(first.windows))),
         eta=None if eta is None else tuple(rows_of(e, begun.where.shape[0])[where] for e in eta),
         level=first.level + 1,

@@ -15,6 +15,7 @@ from .adaptive import AdaptiveProximalGradient
 from .base import Noisy, Scalar, Sparse, Tensors, check_count, check_scalar, per_input_setting
 from .certificate import Certificate, absolute, certify
 from .curvature import METHODS, RHO_SAMPLES, Method, convex_rho
+from .graphs import Graphs, Mode, check_mode
 from .groups import Groups, Pixels, flat_rows
 from .implicit import map_vjp
 from .path import solve_path
@@ -72,6 +73,11 @@ class MoreauGrad(Noisy):
         solver: "auto", an :class:`AdaptiveProximalGradient` with its defaults, which adapts to each input and stops at
             a bound of the residual; or one with settings, or a :class:`ProximalGradient` (fixed steps and samples, for
             a ρ that is given).
+        cuda_graphs: on a GPU, "auto" captures the steps of an nn.Module without hooks as CUDA graphs and replays them:
+            the same numbers, without the processor's time for a launch of every operation. They are kept for later
+            calls, and their memory goes with the explainer. True also captures other callables, whose parameters must
+            then stay where they are; False captures nothing. A model that cannot be captured runs step by step, with
+            one warning.
         max_batch: most noisy inputs in one forward pass; lower it when memory runs out. Results agree to rounding.
             "auto" is what a prepared model was measured with, otherwise 1,024; None is no limit.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
@@ -94,9 +100,13 @@ class MoreauGrad(Noisy):
     radius: Scalar | None = field(default=None, kw_only=True)
     radius_ratio: Scalar | None = field(default=None, kw_only=True)
     solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
+    cuda_graphs: Mode = field(default="auto", kw_only=True)
+    _graphs: Graphs = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_mode(self.cuda_graphs)
+        object.__setattr__(self, "_graphs", Graphs(self.cuda_graphs))
         if sum(setting is not None for setting in (self.rho, self.radius, self.radius_ratio)) > 1:
             raise ValueError(
                 "give one of rho, radius (the length of the displacement) and radius_ratio (the same as a fraction of "
@@ -157,7 +167,7 @@ class MoreauGrad(Noisy):
     def _solve(self, problem: Problem) -> Solution:
         problem = self._with_rho(problem)
         solver: Any = self.solver
-        solution: Solution = solver.solve(problem, max_batch=self._max_rows)
+        solution: Solution = solver.solve(problem, max_batch=self._max_rows, graphs=self._graphs)
         return self._with_cost(solution)
 
     def _with_rho(self, problem: Problem) -> Problem:
@@ -429,7 +439,9 @@ class SparseMoreau(Sparse, MoreauGrad):
             problem = replace(self._with_rho(problem), tuning=None)
             if problem.penalty is None:
                 raise ValueError("eta_path: there is no penalty")
-            found = solve_path(problem, problem.penalty, steps, self.solver, self._max_rows)
+            found = solve_path(
+                problem, problem.penalty, steps, self.solver, max_batch=self._max_rows, graphs=self._graphs
+            )
             first = steps.index(max(steps))
             found[first] = self._with_cost(found[first])
             return found

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Protocol
 
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 Mode = Literal["auto"] | bool
 
 # What a body does with the tensors of a field: field(metadata=READ). Without it they are state, copied in and out.
-SCRATCH, READ, _STATE = {"role": 0}, {"role": 1}, 2
-# A pass of more elements keeps a GPU busy for longer than its launches take to issue, and a graph's own copy of its rows
-# would cost memory: 2^25 floats are 128 MiB, 10,900 rows of 3x32x32 or 220 of 3x224x224.
+_SCRATCH, _READ, _STATE = 0, 1, 2
+SCRATCH, READ = {"role": _SCRATCH}, {"role": _READ}
+# A pass of more elements keeps a GPU busy for longer than its launches take to issue, and a graph's own copy of its
+# rows would cost memory: 2^25 floats are 128 MiB, 10,900 rows of 3x32x32 or 220 of 3x224x224.
 _MOST_ELEMENTS = 1 << 25
 # A capture costs about two steps.
 _WORTH = 8
@@ -35,6 +36,12 @@ _WORTH = 8
 _KEPT = 16
 # One capture at a time in a process, says torch.
 _capturing = threading.Lock()
+
+
+def check_mode(mode: Any) -> None:
+    """Raises ValueError for what is no :data:`Mode`."""
+    if mode != "auto" and not isinstance(mode, bool):
+        raise ValueError(f"cuda_graphs: expected 'auto', True or False, got {mode!r}")
 
 
 class Device(Protocol):
@@ -53,7 +60,7 @@ class _Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # Shared: nothing in it outlives a replay, and replays of one stream do not overlap.
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -79,10 +86,8 @@ class _Cuda:
             try:
                 body()
             except BaseException:
-                try:
+                with suppress(RuntimeError):  # the capture is invalid already; what made it so is on its way
                     graph.capture_end()
-                except RuntimeError:
-                    pass  # the capture is invalid already; what made it so is on its way
                 raise
             graph.capture_end()
         finally:
@@ -147,7 +152,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _role(of: Any, inherited: int) -> int:
-    return min(inherited, of.metadata.get("role", _STATE))
+    return min(inherited, int(of.metadata.get("role", _STATE)))
 
 
 def _copy_all(to: list[Tensor], values: list[Tensor]) -> None:
@@ -172,8 +177,7 @@ class _Weights:
         """Whether a graph that was captured with them still reads what the model has; values may have changed."""
         now = _weights(model)
         return len(now) == len(self._tensors) and all(
-            t is known and t.is_set_to(alias)
-            for t, known, alias in zip(now, self._tensors, self._aliases, strict=True)
+            t is known and t.is_set_to(alias) for t, known, alias in zip(now, self._tensors, self._aliases, strict=True)
         )
 
 
@@ -210,8 +214,8 @@ class _Captured:
         self._replay = device.capture(lambda: body(mine))
 
     def run(self, parts: _Parts, times: int) -> None:
-        read = [t for t, role in zip(self._tensors, self._roles, strict=True) if role >= READ["role"]]
-        _copy_all(read, parts.of_role(READ["role"]))
+        read = [t for t, role in zip(self._tensors, self._roles, strict=True) if role >= _READ]
+        _copy_all(read, parts.of_role(_READ))
         for _ in range(times):
             self._replay()
         changed = [t for t, role in zip(self._tensors, self._roles, strict=True) if role == _STATE]
@@ -264,14 +268,16 @@ class _Replayed(_Sized):
     ) -> None:
         graphs = self._graphs
         if times == 0 or elements > _MOST_ELEMENTS or graphs._broken:
-            return super().run(body, record, times)
+            super().run(body, record, times)
+            return
         parts = _Parts(record)
         entry = (key, parts.signature, self._settings)
         known = graphs._captured.get(entry)
         if known is None:
             graphs._uses[entry] += times
             if graphs._uses[entry] < _WORTH:
-                return super().run(body, record, times)
+                super().run(body, record, times)
+                return
         where = graphs._device(self._device)
         with where.scope():
             if known is None:
@@ -280,9 +286,10 @@ class _Replayed(_Sized):
                 times -= 1
                 known = self._capture(entry, parts, record, body, where)
             if known is None:
-                return super().run(body, record, times)
-            graphs._captured.move_to_end(entry)
-            known.run(parts, times)
+                super().run(body, record, times)
+            else:
+                graphs._captured.move_to_end(entry)
+                known.run(parts, times)
 
     def _capture(
         self, entry: Hashable, parts: _Parts, record: Any, body: Callable[[Any], None], where: Device

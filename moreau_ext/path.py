@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .graphs import Graphs
 from .penalties import Penalty
 from .solvers import NoisyCopies, Problem, Solution, Start, like_layout, squared_norm, states_like
 
@@ -16,7 +17,13 @@ _AT_ZERO = 64
 
 
 def solve_path(
-    problem: Problem, penalty: Penalty, ratios: list[float], solver: Any, max_batch: int | None
+    problem: Problem,
+    penalty: Penalty,
+    ratios: list[float],
+    solver: Any,
+    *,
+    max_batch: int | None = None,
+    graphs: Graphs | None = None,
 ) -> list[Solution]:
     """The solutions for η = ratio·η_max, in the order of ``ratios``; the largest ratio is solved first, from δ = 0,
     every other one from the solution before it.
@@ -25,8 +32,9 @@ def solve_path(
         problem: the batch; its own penalty does not count.
         penalty: of any strength.
         ratios: ≥ 0.
-        solver: with ``solve(problem, max_batch=...)``.
+        solver: with ``solve(problem, max_batch=..., graphs=...)``.
         max_batch: most rows in one pass of the model.
+        graphs: captured steps to replay, and to keep.
     """
     batch = problem.keys.shape[0]
     chunk = _AT_ZERO if max_batch is None else min(_AT_ZERO, max(1, max_batch // batch))
@@ -42,7 +50,7 @@ def solve_path(
         strength = tuple(eta.to(g.dtype) for g in p)
         start = Start(displacement, square)
         one = replace(problem, penalty=replace(penalty, eta=strength, relative=False), start=start)
-        solution = solver.solve(one, max_batch=max_batch)
+        solution = solver.solve(one, max_batch=max_batch, graphs=graphs)
         if ratios[i] >= 1:
             solution = replace(solution, eta=tuple((ratios[i] * limit).to(g.dtype) for g in p))
         if not found:

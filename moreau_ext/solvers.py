@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, Literal
@@ -568,10 +569,10 @@ class ProximalGradient:
             if first == 0:
                 self._first(state, averaging, last)
             elif last:
-                self._step(state.step, averaging, last)
+                self._step(state.step, averaging=averaging, last=last)
             else:
                 steps.run(
-                    lambda step, averaging=averaging: self._step(step, averaging),
+                    partial(self._step, averaging=averaging),
                     state.step,
                     end - first,
                     key=(self, averaging),
@@ -590,7 +591,7 @@ class ProximalGradient:
         at_zero = step.statistics[:, 3] if problem.start is None else problem.start.gradient2
         state.floor = residual_floor(step.problem, at_zero)
 
-    def _step(self, step: _Step, averaging: bool, last: bool = False) -> None:
+    def _step(self, step: _Step, *, averaging: bool, last: bool = False) -> None:
         self._move(step, self._gradients(step), averaging, last)
 
     def _gradients(self, step: _Step, whole: bool = False) -> Tensors | None:

@@ -21,6 +21,7 @@ FLOORS = {
     "penalties": 2,
     "scores": 2,
     "prepare": 2,
+    "graphs": 2,
     "zoo": 2,
     "solvers": 3,
     "curvature": 3,
