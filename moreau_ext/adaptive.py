@@ -642,7 +642,7 @@ def _step(walk: _Walk, *, samples: int, burning: bool, settled: bool, first: boo
         )
         for i in range(len(problem.inputs))
     ]
-    torch.sum(torch.stack(statistics), 0, out=walk.statistics)
+    walk.statistics.copy_(statistics[0] if len(statistics) == 1 else torch.stack(statistics).sum(0))
     change = None if first else _minus(walk.gradient, walk.last_gradient)
     if burning and change is not None:
         # On one bank the change of the gradient along the change of the point is curvature, without noise.

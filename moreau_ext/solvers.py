@@ -298,8 +298,10 @@ class _Step:
     before: Tensors  # the displacement at which the last step took its gradients
     gradient: Tensors
     total: Tensors | None
-    score: Tensor  # float64 [B], f_σ at `before`
+    score: Tensor  # float64 [B], sum of the samples' scores at `before`
     statistics: Tensor
+    step_size: Tensors = field(metadata=READ)  # [B]
+    arrivals: Tensor = field(metadata=SCRATCH)  # for the kernels; zero between launches
 
 
 @dataclass
@@ -556,6 +558,8 @@ class ProximalGradient:
             total=total,
             score=torch.zeros_like(numbers[:, 0]),
             statistics=numbers,
+            step_size=tuple(torch.full_like(r, self.step_size) for r in problem.rho),
+            arrivals=torch.zeros(batch, dtype=torch.int32, device=numbers.device),
         )
 
     def _advance(self, state: _State, start: int, stop: int, steps: Steps) -> None:
@@ -598,17 +602,18 @@ class ProximalGradient:
         """Sums gradients at the noisy copies into step.gradient; those of the last chunk are returned instead, for the
         fused step to add, unless the ``whole`` sum is asked for."""
         copies = step.copies
-        step.score.zero_()
         gradients: Tensors | None = None
         for c in range(len(copies.chunks)):
             if c:
                 copies.write(c, step.displacement)
             scores, gradients = copies.gradient(c)
-            step.score += scores.sum(1, dtype=torch.float64)
+            if c:
+                step.score += scores.sum(1, dtype=torch.float64)
+            else:
+                torch.sum(scores, 1, dtype=torch.float64, out=step.score)
             if c + 1 < len(copies.chunks) or whole:
                 for g, total in zip(gradients, step.gradient, strict=True):
                     ops.accumulate(g, total, carry=c > 0)
-        step.score /= self.num_samples
         return None if whole else gradients
 
     def _move(self, step: _Step, gradients: Tensors | None, averaging: bool, last: bool) -> None:
@@ -618,7 +623,6 @@ class ProximalGradient:
             copies.step += 1
         statistics = []
         for i, x in enumerate(problem.inputs):
-            rho = problem.rho[i]
             step.before[i].copy_(step.displacement[i])
             statistics.append(
                 ops.prox_step(
@@ -627,8 +631,8 @@ class ProximalGradient:
                     step.displacement[i],
                     count=self.num_samples,
                     carry=gradients is None or len(copies.chunks) > 1,
-                    rho=rho,
-                    step_size=torch.full_like(rho, self.step_size),
+                    rho=problem.rho[i],
+                    step_size=step.step_size[i],
                     eta=None if problem.penalty is None else problem.penalty.eta[i],
                     groups=None if problem.penalty is None else problem.penalty.partition(i),
                     total=step.total[i] if averaging and step.total is not None else None,
@@ -636,9 +640,10 @@ class ProximalGradient:
                     x=None if last else x,
                     noise=None if last else copies.noise(i, 0),
                     out=None if last else step.rows[i],
+                    arrivals=step.arrivals,
                 )
             )
-        torch.sum(torch.stack(statistics), 0, out=step.statistics)
+        step.statistics.copy_(statistics[0] if len(statistics) == 1 else torch.stack(statistics).sum(0))
 
     def _result(self, state: _State, steps: int) -> Solution:
         """What the inputs in the loop would return now."""
@@ -666,7 +671,7 @@ class ProximalGradient:
             maps=maps,
             displacement=displacement,
             gradient=p,
-            envelope=objective(problem, before, step.score),
+            envelope=objective(problem, before, step.score / self.num_samples),
             residual=residual2.sqrt(),
             relative_residual=relative_residual(residual2.sqrt(), (displacement2, image2), state.floor),
             steps=steps,

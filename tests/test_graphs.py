@@ -11,6 +11,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -28,7 +29,7 @@ from moreau_ext import (
     Tiles,
     zoo,
 )
-from moreau_ext.graphs import READ, SCRATCH, Graphs, Steps, _Parts
+from moreau_ext.graphs import READ, SCRATCH, Graphs, Steps, _Parts, _Sized
 
 SOLVERS = {
     "auto": AdaptiveProximalGradient(),
@@ -52,18 +53,15 @@ def on_tape(explainer: Any, mode: Any = "auto") -> list[Tape]:
     return tapes
 
 
-class Refuses(Tape):
-    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
-        raise RuntimeError("not today")
+class OneByOne:
+    """The sizes of replays, and nothing captured."""
+
+    def steps(self, model: Any, device: torch.device) -> AbstractContextManager[Steps]:
+        return nullcontext(_Sized())
 
 
 def one_by_one(explainer: Any) -> None:
-    """The same sizes, and nothing captured."""
-    graphs = Graphs(True, Refuses)
-    graphs._broken = True
-    graphs._forget = lambda: setattr(graphs, "_broken", True)  # type: ignore[method-assign]
-    object.__setattr__(explainer, "_graphs", graphs)
-    graphs._captured, graphs._uses, graphs._devices = type(graphs._captured)(), type(graphs._uses)(), {}
+    object.__setattr__(explainer, "_graphs", OneByOne())
 
 
 def flat(value: Any) -> list[Tensor]:

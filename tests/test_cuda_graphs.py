@@ -1,0 +1,181 @@
+"""Captured steps on a real GPU. Skipped where there is no CUDA device; test_graphs.py has what a tape can show."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_cuda import DEVICE, REASON
+from test_graphs import SOLVERS, explainers, one_by_one, same
+from torch import Tensor, nn
+
+from moreau_ext import MoreauGrad, ProximalGradient, SparseMoreauGrad, zoo
+from moreau_ext.graphs import Steps
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def net() -> nn.Module:
+    return zoo.trained("digits_cnn").to(DEVICE)
+
+
+def digits(count: int) -> Tensor:
+    return zoo.digits("test").inputs[:count].to(DEVICE)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", explainers(None))
+def test_replays_give_the_bits_of_steps_one_by_one(solver: str, name: str) -> None:
+    model, x = net(), digits(22)
+    replayed, stepped = (explainers(SOLVERS[solver])[name](model) for _ in range(2))
+    one_by_one(stepped)
+    for rows, target, ids in ((slice(0, 11), None, None), (slice(11, 22), 3, torch.arange(11) + 500)):
+        a = replayed.attribute(x[rows], target, ids=ids, return_solution=True)
+        b = stepped.attribute(x[rows], target, ids=ids, return_solution=True)
+        same(a, b)
+    assert replayed._graphs._captured
+
+
+@pytest.mark.parametrize("name", ["sparse", "group"])
+def test_maps_are_those_of_the_cpu_to_rounding(name: str) -> None:
+    x = digits(6)
+    make = explainers(ProximalGradient(4, 40))[name]
+    here, there = make(zoo.trained("digits_cnn_softplus")), make(zoo.trained("digits_cnn_softplus").to(DEVICE))
+    torch.testing.assert_close(there.attribute(x).cpu(), here.attribute(x.cpu()), rtol=1e-3, atol=1e-4)
+
+
+def test_a_stream_of_the_callers_and_work_that_is_still_to_come() -> None:
+    """What the caller's stream has not yet written is read when it has, and what is given out is ready on it."""
+    explainer = SparseMoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 40))
+    x = digits(6)
+    expected = explainer.attribute(x)
+    stream = torch.cuda.Stream(DEVICE)
+    torch.cuda.synchronize(DEVICE)
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        maps = explainer.attribute(late)
+        doubled = maps * 2
+    stream.synchronize()
+    assert torch.equal(maps, expected)
+    assert torch.equal(doubled, expected * 2)
+
+
+def test_two_explainers_on_two_streams_and_one_on_two_threads() -> None:
+    x = digits(12)
+    explainers = [SparseMoreauGrad(net(), rho=r, solver=ProximalGradient(4, 60)) for r in (0.1, 0.2)]
+    expected = [e.attribute(x) for e in explainers]
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        stream = torch.cuda.Stream(DEVICE)
+        with torch.cuda.stream(stream):
+            for _ in range(10):
+                if not torch.equal(explainers[which].attribute(x), expected[which]):
+                    wrong.append(which)
+
+    torch.cuda.synchronize(DEVICE)
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1, 0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_capture_disturbs_no_other_thread() -> None:
+    """Another thread allocates and waits all the while."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            stream = torch.cuda.Stream(DEVICE)
+            with torch.cuda.stream(stream):
+                while not stop.is_set():
+                    t = torch.randn(1 << 20, device=DEVICE)
+                    float(t.sum())
+                    torch.cuda.empty_cache()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        for batch in range(1, 6):
+            explainer = MoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 30))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                explainer.attribute(digits(batch))
+    finally:
+        stop.set()
+        thread.join()
+    assert errors == []
+
+
+def test_a_model_that_waits_for_a_value_runs_one_by_one() -> None:
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.square().sum(1) if float(x.detach().mean()) < 100 else x.sum(1)
+
+    x = torch.randn(3, 5, device=DEVICE)
+    explainer = MoreauGrad(Waits().eval(), solver=ProximalGradient(4, 40))
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph") as said:
+        maps = explainer.attribute(x)
+    assert len(said) == 1
+    plain = MoreauGrad(Waits().eval(), solver=ProximalGradient(4, 40), cuda_graphs=False)
+    assert torch.equal(maps, plain.attribute(x))
+    # The device is as good as before.
+    other = MoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 40))
+    other.attribute(digits(3))
+    assert other._graphs._captured
+
+
+def test_memory_is_returned_with_the_explainer() -> None:
+    model, x = net(), digits(32)
+    MoreauGrad(model, rho=0.1).attribute(x)  # what libraries keep
+    gc.collect()
+    torch.cuda.synchronize(DEVICE)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(DEVICE), torch.cuda.memory_reserved(DEVICE)
+    explainer = MoreauGrad(model, rho=0.1)
+    explainer.attribute(x)
+    assert torch.cuda.memory_allocated(DEVICE) > before[0]
+    del explainer
+    gc.collect()
+    torch.cuda.synchronize(DEVICE)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated(DEVICE) == before[0]
+    # A block or two may stay in the cache of another stream.
+    assert torch.cuda.memory_reserved(DEVICE) <= before[1] + (4 << 20)
+
+
+@pytest.mark.parametrize("solver", ["auto", "fixed"])
+def test_no_step_waits_for_the_device(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither replayed nor one by one."""
+    inner = Steps.run
+
+    def strict(self: Any, *args: Any, **kwargs: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            inner(self, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Steps, "run", strict)
+    explainer = SparseMoreauGrad(net(), rho=0.1, eta_ratio=0.2, solver=SOLVERS[solver], cuda_graphs=False)
+    explainer.attribute(digits(4))
