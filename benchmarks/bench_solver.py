@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from published import published
 from timing import machine, parser, report
 from torch import Tensor, nn
 
@@ -149,27 +150,11 @@ class Bench:
         return GroupL2((self.eta,), groups=(self.groups.partition(self.x, torch.float32),))
 
     def published(self, seed: int, rows: slice = slice(None), steps: int = 300) -> Iterator[tuple[Tensor, Tensor]]:
-        """The published loop in plain PyTorch, for some inputs at once: (δ_t, what it would return) per step."""
-        x, target, sigma = self.x[rows], self.target[rows], self.sigma[rows]
-        rho, rate, samples, batch = self.case.rho, 0.1 * self.case.rho, 32, len(self.x[rows])
+        """The published loop: (δ_t, what it would return) per step."""
         whole = self.penalty()
         penalty = None if whole is None else whole.take(torch.arange(len(self.x))[rows])
-        generator = torch.Generator().manual_seed(seed)
-        step = torch.full((batch,), rate)
-        one = [1] * (x.dim() - 1)
-        delta, last = torch.zeros_like(x), []
-        every = target.repeat_interleave(samples)[:, None]
-        for _ in range(steps):
-            noise = torch.randn(batch, samples, *x.shape[1:], generator=generator)
-            leaf = delta.detach().requires_grad_()
-            noisy = (x + leaf).unsqueeze(1) + sigma.view(-1, 1, *one) * noise
-            score = self.model(noisy.flatten(0, 1)).gather(1, every).sum() / samples
-            (gradient,) = torch.autograd.grad(score + 0.5 * leaf.square().sum() / rho, leaf)
-            delta = delta - rate * gradient
-            if penalty is not None:
-                (delta,) = penalty.prox((delta,), step)
-            last = [*last[-100:], delta]
-            yield delta, torch.stack(last).mean(0)
+        x, target, sigma = self.x[rows], self.target[rows], self.sigma[rows]
+        return published(self.model, x, target, sigma, rho=self.case.rho, penalty=penalty, steps=steps, seed=seed)
 
     def residual(self, displacement: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """‖y − ȳ‖/max(‖y‖, ‖ȳ‖), ȳ = −ρS_η(p(y)), on samples that nobody saw; and its standard error, from halves."""

@@ -22,6 +22,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import ops
+from .scores import has_hooks
+
 Mode = Literal["auto"] | bool
 
 # What a body does with the tensors of a field: field(metadata=READ). Without it they are state, copied in and out.
@@ -183,12 +186,6 @@ class _Weights:
 
 def _weights(model: Any) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-
-
-def _hooked(model: Any) -> bool:
-    """Whether Python of the user's runs beside the modules: a replay would leave it out."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return isinstance(model, nn.Module) and any(getattr(m, name, None) for m in model.modules() for name in names)
 
 
 def _settings(device: torch.device) -> Hashable:
@@ -358,7 +355,11 @@ class Graphs:
             return False
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return False  # the caller captures by themselves
-        return self._mode is True or (isinstance(model, nn.Module) and not _hooked(model))
+        if not ops.has_kernels(device):
+            return False  # the reference waits for the device
+        # A replay runs no Python: it would leave out what hooks do beside the modules.
+        plain = isinstance(model, nn.Module) and not any(has_hooks(m) for m in model.modules())
+        return self._mode is True or plain
 
     def _device(self, device: torch.device) -> Device:
         if device not in self._devices:

@@ -28,7 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .scores import Score, evaluating
+from .scores import Score, evaluating, has_hooks
 
 Tensors = tuple[Tensor, ...]
 Model = Callable[..., Any]
@@ -709,10 +709,7 @@ def _fold_pair(layer: Any, norm: Any) -> None:
 
 def _hooked(module: nn.Module) -> bool:
     """Whether calling the module may do more than its class says."""
-    return "forward" in vars(module) or any(
-        getattr(module, name, None)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+    return "forward" in vars(module) or has_hooks(module)
 
 
 def _calls(module: nn.Module, rows: _Rows) -> tuple[Counter[str], dict[str, int]]:

@@ -361,3 +361,9 @@ def check_score_settings(score: str, unused_inputs: str) -> None:
         raise ValueError(f"score: expected one of {', '.join(_SCORES)}, got {score!r}")
     if unused_inputs not in ("raise", "zero"):
         raise ValueError(f"unused_inputs: expected 'raise' or 'zero', got {unused_inputs!r}")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module, not counting those inside it, runs more than its forward."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in names)

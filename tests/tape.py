@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
-# Sizes of results, or values, that the host must know.
-_WAITING = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.equal, _aten._unique2}
+# Values, or sizes of results, that the host must know; and numbers that it would have to send.
+_WAITING = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.equal, _aten.lift_fresh}
 
 
 class _Recorder(TorchDispatchMode):

@@ -84,9 +84,8 @@ def test_two_explainers_on_two_streams_and_one_on_two_threads() -> None:
     def work(which: int) -> None:
         stream = torch.cuda.Stream(DEVICE)
         with torch.cuda.stream(stream):
-            for _ in range(10):
-                if not torch.equal(explainers[which].attribute(x), expected[which]):
-                    wrong.append(which)
+            maps = [explainers[which].attribute(x) for _ in range(10)]
+            wrong.extend(which for a in maps if not torch.equal(a, expected[which]))
 
     torch.cuda.synchronize(DEVICE)
     threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1, 0, 1)]

@@ -46,6 +46,7 @@ SAME_FLOOR = {
     "reference": {"noise", "groups"},
     "ops": {"_library", "noise", "groups", "reference"},
     "prepare": {"scores"},
+    "graphs": {"scores"},
     "curvature": {"solvers"},
     "certificate": {"curvature", "solvers"},
     "implicit": {"curvature", "solvers"},
