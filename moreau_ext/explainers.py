@@ -75,9 +75,9 @@ class MoreauGrad(Noisy):
             a ρ that is given).
         cuda_graphs: on a GPU, "auto" captures the steps of an nn.Module without hooks as CUDA graphs and replays them:
             the same numbers, without the processor's time for a launch of every operation. They are kept for later
-            calls, and their memory goes with the explainer. True also captures other callables, whose parameters must
-            then stay where they are; False captures nothing. A model that cannot be captured runs step by step, with
-            one warning.
+            calls, and their memory goes with the explainer. True also captures models with hooks, which a replay does
+            not run, and other callables, whose parameters must then stay where they are; False captures nothing. A
+            model that cannot be captured runs step by step, with one warning.
         max_batch: most noisy inputs in one forward pass; lower it when memory runs out. Results agree to rounding.
             "auto" is what a prepared model was measured with, otherwise 1,024; None is no limit.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
