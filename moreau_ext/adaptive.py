@@ -94,6 +94,16 @@ def _inner(a: Tensors, b: Tensors) -> Tensor:
     return _sums(tuple(u.double() * v.double() for u, v in zip(a, b, strict=True)))
 
 
+def _inners(*pairs: tuple[Tensors, Tensors]) -> tuple[Tensor, ...]:
+    """The inner products of several pairs in as many calls as one takes."""
+    total: Tensor | None = None
+    for i in range(len(pairs[0][0])):
+        left, right = (torch.stack([flat_rows(pair[side][i]) for pair in pairs]).double() for side in (0, 1))
+        part = (left * right).sum(2)
+        total = part if total is None else total + part
+    return () if total is None else total.unbind(0)
+
+
 def _minus(a: Tensors, b: Tensors) -> Tensors:
     return tuple(u - v for u, v in zip(a, b, strict=True))
 
@@ -653,35 +663,32 @@ def _step(walk: _Walk, *, samples: int, burning: bool, settled: bool, first: boo
         told = way > _SHORT**2 * walk.statistics[:, 1]
         walk.curvature.copy_(torch.maximum(walk.curvature, torch.where(told, met, 0.0)))
         _copy(_damped(problem, walk.curvature), walk.gamma)
+    # The point moves on along the last change of the displacement, unless the step just taken turned against it.
+    step = _minus(walk.point, walk.previous)
+    _copy(walk.point, walk.previous)
+    pairs = [(_minus(walk.before, walk.point), step)]
+    if change is not None:
+        pairs += [(step, walk.change), (walk.change, walk.change), (change, change)]
+    uphill, *products = _inners(*pairs)
+    for d, c in zip(walk.point, step, strict=True):
+        d.add_(over_features(torch.where(uphill > 0, 0.0, _MOMENTUM).to(d.dtype), d) * c)
     if not burning:
         walk.copies.step += 1
-        if settled and change is not None:
+        if walk.window is not None:
+            walk.window.add(walk.before, walk.gradient, walk.statistics[:, 1], samples)
+    if change is not None:
+        turned, length, square = products
+        walk.turned += turned
+        walk.length += length
+        if settled:
             for q, c in zip(walk.squares, change, strict=True):
                 q.addcmul_(c, c, value=samples / 2)
-            square = _inner(change, change) * (samples / 2)
+            square = square * (samples / 2)
             walk.norms += square
             walk.norms2 += square.square()
             walk.differences += 1
-        if walk.window is not None:
-            walk.window.add(walk.before, walk.gradient, walk.statistics[:, 1], samples)
     _copy(walk.gradient, walk.last_gradient)
-    step = _momentum(walk)
-    if not first:
-        walk.turned += _inner(step, walk.change)
-        walk.length += _inner(walk.change, walk.change)
     _copy(step, walk.change)
-
-
-def _momentum(walk: _Walk) -> Tensors:
-    """Moves the point on along the last change of the displacement, unless the step just taken turned against it;
-    returns the change."""
-    new = tuple(d.clone() for d in walk.point)
-    change = _minus(new, walk.previous)
-    uphill = _inner(_minus(walk.before, new), change) > 0
-    for d, c in zip(walk.point, change, strict=True):
-        d.add_(over_features(torch.where(uphill, 0.0, _MOMENTUM).to(d.dtype), d) * c)
-    _copy(new, walk.previous)
-    return change
 
 
 def _copy(values: Tensors, to: Tensors) -> None:

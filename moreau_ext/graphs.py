@@ -37,6 +37,8 @@ _MOST_ELEMENTS = 1 << 25
 _WORTH = 8
 # Graphs kept, the last ones used: a batch meets one or two sizes at every level of a solver.
 _KEPT = 16
+# Signatures whose uses are counted.
+_COUNTED = 1024
 # One capture at a time in a process, says torch.
 _capturing = threading.Lock()
 
@@ -271,6 +273,8 @@ class _Replayed(_Sized):
         entry = (key, parts.signature, self._settings)
         known = graphs._captured.get(entry)
         if known is None:
+            if len(graphs._uses) > _COUNTED:
+                graphs._uses.clear()  # arguments that differ in every call would fill it
             graphs._uses[entry] += times
             if graphs._uses[entry] < _WORTH:
                 super().run(body, record, times)
@@ -301,7 +305,7 @@ class _Replayed(_Sized):
         graphs._captured[entry] = made
         while len(graphs._captured) > _KEPT:
             oldest, _ = graphs._captured.popitem(last=False)
-            del graphs._uses[oldest]
+            graphs._uses.pop(oldest, None)
         return made
 
 
