@@ -16,6 +16,7 @@ from . import ops
 from .groups import flat_rows, memory_layout
 from .noise import noise_keys
 from .penalties import L1, Penalty
+from .precision import Precision, check_dtypes, check_precision
 from .prepare import Prepared
 from .scores import ScoreName, Target, UnusedInputs, bind_score, check_score_settings, evaluating
 from .solvers import Problem, Solution, Tuning
@@ -58,6 +59,7 @@ class Explainer(ABC):
     score: ScoreName = field(default="logit", kw_only=True)
     max_batch: int | Literal["auto"] | None = field(default="auto", kw_only=True)
     unused_inputs: UnusedInputs = field(default="raise", kw_only=True)
+    precision: Precision = field(default="float32", kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Prepared) and not callable(self.model):
@@ -68,6 +70,7 @@ class Explainer(ABC):
         if self.max_batch is not None:
             check_count("max_batch", self.max_batch)
         check_score_settings(self.score, self.unused_inputs)
+        check_precision(self.precision)
 
     @property
     def _module(self) -> Callable[..., Any]:
@@ -198,6 +201,7 @@ class Explainer(ABC):
             additional_forward_args=additional_forward_args,
             unused_inputs=self.unused_inputs,
             max_batch=self._max_rows,
+            precision=self.precision,
         )
         penalty = self._penalty(tensors)
         support, radius = self._support(tensors, penalty), self._radius(tensors)
@@ -248,6 +252,7 @@ class Explainer(ABC):
             devices = {p.device for p in model.parameters()}
             if len(devices) == 1 and tensors[0].device not in devices:
                 raise ValueError(f"inputs: are on {tensors[0].device}, but the model is on {devices.pop()}")
+        check_dtypes(self.precision, tensors)
         layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
         return tuple(_own(x, layout) for x in tensors)
 

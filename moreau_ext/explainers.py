@@ -75,9 +75,16 @@ class MoreauGrad(Noisy):
         max_batch: most noisy inputs in one forward pass; lower it when memory runs out. Results agree to rounding.
             "auto" is what a prepared model was measured with, otherwise 1,024; None is no limit.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
+        precision: how float32 models multiply in their passes; displacement, sums and the map are float32 in each.
+            "float32", the default, exactly, also on CUDA, where torch's own default lets cuDNN convolve in TF32; "tf32"
+            lets cuDNN and cuBLAS use it, 11 bits of each factor, and is "float32" where there is no CUDA; "bfloat16"
+            runs them under torch.autocast, 8 bits. The map, its bound and its certificate are then those of the model
+            as it is run. benchmarks/bench_precision.py measures how far the maps move. The flags are the process's: a
+            call that wants other ones waits for the passes under way, and they are restored after each pass.
 
     Raises:
-        ValueError, TypeError: a setting out of range, by name.
+        ValueError, TypeError: a setting out of range, by name; when called, "tf32" or "bfloat16" for inputs that are
+            not float32, whose dtype decides how their model multiplies.
 
     Example:
         >>> import torch
@@ -444,8 +451,8 @@ class SparseMoreauGrad(SparseMoreau):
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η‖δ‖₁,    A(x) = −δ*/ρ = S_η(∇F(x)).
 
     Args:
-        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs: see
-            :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs, precision:
+            see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute, in units of the gradient: a number, one per input [B], or one per feature [1, *features]
             or [B, *features].
         eta_ratio: η as a fraction of that input's η_max = ‖p(0)‖_∞, the least η with a zero map; default 0.1. It does
@@ -476,8 +483,8 @@ class GroupSparseMoreauGrad(SparseMoreau):
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η Σ_g w_g‖δ_g‖₂,    A(x) = −δ*/ρ.
 
     Args:
-        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs: see
-            :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs, precision:
+            see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute; a number or one per input [B].
         eta_ratio: η as a fraction of that input's η_max = max_g ‖p_g(0)‖/w_g; default 0.1.
         support: instead of η, how many groups are not to be zero; see :class:`SparseMoreauGrad`.

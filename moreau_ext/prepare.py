@@ -28,6 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .precision import Precision, check_dtypes, check_precision
 from .scores import Score, evaluating
 
 Tensors = tuple[Tensor, ...]
@@ -146,6 +147,7 @@ def prepare(
     max_batch: int | None = 1024,
     memory_budget: int | None = None,
     tolerance: float | None = None,
+    precision: Precision = "float32",
 ) -> Prepared:
     """A faster copy of ``model`` with the same outputs, and the number of rows it takes fastest in one pass.
 
@@ -170,8 +172,10 @@ def prepare(
             memory on a GPU by default. Scratch inside a library's kernels is not seen. One row is taken even where it
             does not fit.
         tolerance: largest output difference of a lever, relative to the largest output; by default 1e-10 (float64),
-            1e-4 (float32; 2e-2 on a GPU, because of TF32), 2e-2 (float16), 1e-1 (bfloat16). Gradients are held to 100
-            times that, or to 0.3 where that is less.
+            1e-4 (float32), 2e-2 (float16), 1e-1 (bfloat16). Gradients are held to 100 times that, or to 0.3 where that
+            is less.
+        precision: of the passes that are timed and whose memory is counted, as the explainer will have it; results are
+            compared in "float32". A prepared model works with any.
 
     Returns:
         The :class:`Prepared`: a value, which knows nothing of later changes to your model's weights. Give it to an
@@ -208,6 +212,8 @@ def prepare(
     for name, count in (("max_batch", max_batch), ("memory_budget", memory_budget)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name}: expected a positive integer or None, got {count!r}")
+    check_precision(precision)
+    check_dtypes(precision, inputs, "example")
     if tolerance is None:
         tolerance = _default_tolerance(model, inputs)
     elif isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < math.inf:
@@ -220,7 +226,7 @@ def prepare(
         report = [Lever("copy", clean is not None, why)]
         subject: Model = model if clean is None else _again(clean)
         with evaluating(subject):
-            rows = _Rows(tuple(x.clone() for x in inputs), args, per_row)
+            rows = _Rows(tuple(x.clone() for x in inputs), args, per_row, precision)
             row_bytes = _peak_bytes(subject, rows, 1)
             workshop = _Workshop(clean, subject, rows, tolerance, _fitting(row_bytes, budget))
             if fold_batchnorm:
@@ -298,11 +304,7 @@ def _same_random_numbers(device: torch.device) -> Iterator[None]:
 
 def _default_tolerance(model: Model, inputs: Tensors) -> float:
     weights = model.parameters() if isinstance(model, nn.Module) else ()
-    coarsest = max(_TOLERANCE.get(t.dtype, 0.0) for t in chain(inputs, weights)) or _TOLERANCE[torch.float32]
-    if inputs[0].is_cuda and coarsest == _TOLERANCE[torch.float32]:
-        # cuDNN convolves float32 in TF32 by default, whose fraction is as short as float16's.
-        return _TOLERANCE[torch.float16]
-    return coarsest
+    return max(_TOLERANCE.get(t.dtype, 0.0) for t in chain(inputs, weights)) or _TOLERANCE[torch.float32]
 
 
 def _default_budget(device: torch.device) -> int:
@@ -361,8 +363,8 @@ def _shared(one: nn.Module, other: nn.Module) -> bool:
 class _Rows:
     """What the passes run on: rows of the example, and noisy copies of them as the explainers make them."""
 
-    def __init__(self, inputs: Tensors, args: tuple[Any, ...], per_row: tuple[bool, ...]) -> None:
-        self.inputs, self.args, self.per_row = inputs, args, per_row
+    def __init__(self, inputs: Tensors, args: tuple[Any, ...], per_row: tuple[bool, ...], precision: Precision) -> None:
+        self.inputs, self.args, self.per_row, self.precision = inputs, args, per_row, precision
         self.batch = inputs[0].shape[0]
         self.device = inputs[0].device
         self._weights: dict[tuple[int, ...], Tensor] = {}
@@ -389,9 +391,11 @@ class _Rows:
     def in_format(self, layout: torch.memory_format) -> _Rows:
         """The same rows, 4-D ones in another layout."""
         inputs = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in self.inputs)
-        return _Rows(inputs, self.args, self.per_row)
+        return _Rows(inputs, self.args, self.per_row, self.precision)
 
-    def run(self, model: Model, inputs: Tensors, args: tuple[Any, ...]) -> tuple[Tensor, Tensors]:
+    def run(
+        self, model: Model, inputs: Tensors, args: tuple[Any, ...], precision: Precision | None = None
+    ) -> tuple[Tensor, Tensors]:
         """The output, and the gradient of one combination of its numbers: a sum would be flat for a softmax."""
         seen: list[Tensor] = []
 
@@ -406,7 +410,7 @@ class _Rows:
                 self._weights[key] = drawn.to(device=flat.device, dtype=flat.dtype)
             return flat @ self._weights[key]
 
-        score = Score(model, "logit", combine, args, self.per_row, "zero")
+        score = Score(model, "logit", combine, args, self.per_row, "zero", precision or self.precision)
         gradients = score.gradient(inputs)[1]
         return seen[0], gradients
 
@@ -440,7 +444,8 @@ def _results(model: Model, rows: _Rows, chunk: int) -> tuple[Tensor, Tensors]:
     """Outputs and gradients of the rows that levers are checked on, as float64."""
     count = min(max(rows.batch, _LEAST_ROWS), _MOST_ROWS)
     with _same_random_numbers(rows.device):
-        found = [rows.run(model, *rows.take(min(chunk, count - start), start)) for start in range(0, count, chunk)]
+        pieces = (rows.take(min(chunk, count - start), start) for start in range(0, count, chunk))
+        found = [rows.run(model, *piece, "float32") for piece in pieces]
     outputs = torch.cat([output for output, _ in found]).double().flatten(1)
     gradients = zip(*(gradient for _, gradient in found), strict=True)
     return outputs, tuple(torch.cat(each).double().flatten(1) for each in gradients)

@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .precision import Precision, autocast, flags
 
 Tensors = tuple[Tensor, ...]
 ScoreName = Literal["logit", "log_prob", "prob", "margin"]
@@ -73,14 +75,6 @@ class _Evaluation:
 
 
 evaluating = _Evaluation()
-
-
-def _without_cudnn_rnn(model: Callable[..., Any], inputs: Tensors) -> AbstractContextManager[Any]:
-    """cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not."""
-    on_cuda = any(x.is_cuda for x in inputs)
-    if on_cuda and isinstance(model, nn.Module) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-        return torch.backends.cudnn.flags(enabled=False)
-    return nullcontext()
 
 
 def _without_inference_tensors(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +139,7 @@ class Score:
         args: additional arguments, expanded to the rows where they are per input.
         per_row: which of ``args`` are.
         unused_inputs: what to do when the score does not depend on an input.
+        precision: of the model's passes; scores and gradients come back in the dtype of the inputs.
     """
 
     model: Callable[..., Any]
@@ -153,6 +148,7 @@ class Score:
     args: tuple[Any, ...]
     per_row: tuple[bool, ...]
     unused_inputs: UnusedInputs
+    precision: Precision = "float32"
 
     def take(self, index: Tensor) -> Score:
         """The score for rows index[0], index[1], ...; an index may occur many times."""
@@ -160,9 +156,16 @@ class Score:
         args = tuple(a[index] if per else a for a, per in zip(self.args, self.per_row, strict=True))
         return replace(self, target=target, args=args)
 
+    def passing(self, device: torch.device) -> AbstractContextManager[None]:
+        """What a pass with its gradients runs under."""
+        # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
+        modules = self.model.modules() if device.type == "cuda" and isinstance(self.model, nn.Module) else ()
+        return flags(self.precision, device, without_cudnn=any(isinstance(m, nn.RNNBase) for m in modules))
+
     def output(self, inputs: Tensors) -> Tensor:
         """The model's output tensor, checked to have one row per input."""
-        output = self.model(*inputs, *self.args)
+        with autocast(self.precision, inputs[0].device):
+            output = self.model(*inputs, *self.args)
         if not isinstance(output, Tensor):
             output = getattr(output, "logits", output)
         if not isinstance(output, Tensor):
@@ -175,7 +178,7 @@ class Score:
             raise ValueError(
                 f"model: expected an output with one row per input, [{rows}, ...], got {tuple(output.shape)}"
             )
-        return output
+        return output.float() if self.precision == "bfloat16" and output.dtype == torch.bfloat16 else output
 
     def of_output(self, output: Tensor) -> Tensor:
         """The scores [n] of an output."""
@@ -205,12 +208,12 @@ class Score:
 
     def value(self, inputs: Tensors) -> Tensor:
         """f of every row, [n], without a gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), self.passing(inputs[0].device):
             return self.of_output(self.output(inputs))
 
     def gradient(self, inputs: Tensors) -> tuple[Tensor, Tensors]:
         """f and ∇f of every row: ([n], one tensor per input). Parameters get no gradient."""
-        with torch.enable_grad(), _without_cudnn_rnn(self.model, inputs):
+        with torch.enable_grad(), self.passing(inputs[0].device):
             leaves = [x.detach().requires_grad_() for x in inputs]
             scores = self.of_output(self.output(tuple(leaves)))
             found: tuple[Tensor | None, ...]
@@ -248,7 +251,7 @@ class Score:
             tensor([[ 6., 12.]])
         """
         # The fused attention kernels have no second derivative; torch's plain one does.
-        with torch.enable_grad(), _without_cudnn_rnn(self.model, inputs), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), self.passing(inputs[0].device), sdpa_kernel(SDPBackend.MATH):
             leaves = [x.detach().requires_grad_() for x in inputs]
             scores = self.of_output(self.output(tuple(leaves)))
             slopes: list[tuple[Tensor, Tensor]] = []
@@ -275,6 +278,7 @@ def bind_score(
     additional_forward_args: Any = None,
     unused_inputs: UnusedInputs = "raise",
     max_batch: int | None = None,
+    precision: Precision = "float32",
 ) -> tuple[Score, Tensor]:
     """Runs the model once on the inputs as they are, resolves and checks the target.
 
@@ -287,6 +291,7 @@ def bind_score(
         additional_forward_args: passed on after the inputs; tensors whose first axis is B are repeated with the inputs.
         unused_inputs: "raise", or "zero" for a zero gradient.
         max_batch: rows per forward pass.
+        precision: of the model's passes.
 
     Returns:
         The score bound to the inputs, and f(x), [B].
@@ -303,9 +308,9 @@ def bind_score(
     per_row = tuple(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch for a in args)
     index: Tensor | Callable[[Tensor], Tensor] | None
     index = target if target is None or callable(target) else _index(target, batch).to(device)
-    bound = Score(_without_inference_tensors(model), score, index, args, per_row, unused_inputs)
+    bound = Score(_without_inference_tensors(model), score, index, args, per_row, unused_inputs, precision)
 
-    with torch.no_grad():
+    with torch.no_grad(), bound.passing(device):
         # On copies (indexing makes them), for a model that changes its input in place.
         outputs = [
             bound.take(rows).output(tuple(x[rows] for x in inputs)) for rows in row_chunks(batch, max_batch, device)

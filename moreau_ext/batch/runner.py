@@ -201,7 +201,13 @@ class Engine:
         rows = self.explainer.max_batch
         with torch.inference_mode(False), torch.no_grad(), evaluating(self._module):
             try:
-                bound, _ = bind_score(self._module, (x,), None, max_batch=None if rows is None else int(rows))
+                bound, _ = bind_score(
+                    self._module,
+                    (x,),
+                    None,
+                    max_batch=None if rows is None else int(rows),
+                    precision=self.explainer.precision,
+                )
             except ValueError:
                 if needed:
                     raise

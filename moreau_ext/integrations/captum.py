@@ -22,7 +22,7 @@ class IntegratedGradients(Explainer):
     A_i(x) = (x_i − b_i) ∫₀¹ ∂_i f(b + t(x − b)) dt. Unlike the other maps it is multiplied by the input.
 
     Args:
-        model, score, max_batch, unused_inputs: see :class:`moreau_ext.MoreauGrad`.
+        model, score, max_batch, unused_inputs, precision: see :class:`moreau_ext.MoreauGrad`.
         baselines: as captum takes them; None for 0.
         n_steps: points of the quadrature.
 
@@ -53,7 +53,7 @@ class IntegratedGradients(Explainer):
             score = problem.score.take(which)
             return score.of_output(score.output(tuple(rows)))
 
-        with torch.enable_grad():
+        with torch.enable_grad(), problem.score.passing(problem.keys.device):
             maps = Captum(forward).attribute(
                 problem.inputs,
                 baselines=self.baselines,
