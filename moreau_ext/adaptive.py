@@ -31,7 +31,6 @@ from torch import Tensor
 from . import ops
 from .groups import flat_rows
 from .penalties import Penalty, over_features
-from .scores import row_chunks
 from .solvers import (
     NoisyCopies,
     Problem,
@@ -39,6 +38,7 @@ from .solvers import (
     Tensors,
     assemble,
     check_finite,
+    in_groups,
     in_order,
     join_rows,
     objective,
@@ -147,14 +147,9 @@ class AdaptiveProximalGradient:
         Raises:
             ValueError: the model gave a gradient that is not finite; names the id of the input.
         """
-        batch = problem.keys.shape[0]
-        size = batch if max_batch is None else max(1, max_batch // (2 * _FEWEST))
-        bar = progress_bar(batch, "input") if self.progress else None
+        bar = progress_bar(problem.keys.shape[0], "input") if self.progress else None
         try:
-            return Solution.concatenate(
-                self._solve(problem.take(index), max_batch, bar)
-                for index in row_chunks(batch, size, problem.keys.device)
-            )
+            return in_groups(problem, 2 * _FEWEST, max_batch, lambda some, rows: self._solve(some, rows, bar))
         finally:
             if bar is not None:
                 bar.close()

@@ -12,8 +12,7 @@ from . import ops
 from .base import Explainer, Noisy, Sparse, check_count
 from .groups import flat_rows
 from .penalties import Penalty
-from .scores import row_chunks
-from .solvers import NoisyCopies, Problem, ProximalGradient, Solution, assemble, check_finite
+from .solvers import NoisyCopies, Problem, ProximalGradient, Solution, assemble, check_finite, in_groups
 
 Tensors = tuple[Tensor, ...]
 
@@ -84,7 +83,7 @@ class Gradient(Explainer):
     """
 
     def _solve(self, problem: Problem) -> Solution:
-        return _one_step(problem, 1, False, self._max_rows)
+        return _one_step(problem, 1, False, self._max_rows(problem))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +115,7 @@ class SmoothGrad(Noisy):
         check_count("num_samples", self.num_samples)
 
     def _solve(self, problem: Problem) -> Solution:
-        return _one_step(problem, self.num_samples, self.antithetic, self._max_rows)
+        return _one_step(problem, self.num_samples, self.antithetic, self._max_rows(problem))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,16 +173,11 @@ class SparsifiedSmoothGrad(Noisy):
             raise ValueError(f"keep, clip: expected 0 < clip <= keep <= 1, got keep={self.keep!r}, clip={self.clip!r}")
 
     def _solve(self, problem: Problem) -> Solution:
-        # Whole inputs per pass where they fit, samples in chunks where they do not: as in the solver.
-        batch, limit = problem.keys.shape[0], self._max_rows
-        size = batch if limit is None else max(1, limit // self.num_samples)
-        return Solution.concatenate(
-            self._some(problem.take(rows)) for rows in row_chunks(batch, size, problem.keys.device)
-        )
+        return in_groups(problem, self.num_samples, self._max_rows(problem), self._some)
 
-    def _some(self, problem: Problem) -> Solution:
+    def _some(self, problem: Problem, rows: int | None) -> Solution:
         batch = problem.keys.shape[0]
-        chunk = min(self.num_samples, self._max_rows or self.num_samples)
+        chunk = min(self.num_samples, rows or self.num_samples)
         copies = NoisyCopies(problem, self.num_samples, False, chunk)
         shapes = [x.shape[1:] for x in problem.inputs]
         sizes = [math.prod(shape) for shape in shapes]

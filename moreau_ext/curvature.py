@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import ops
 from .groups import flat_rows
+from .memory import out_of_memory
 from .noise import Noise, noise_keys
 from .precision import resolution
 from .scores import row_chunks
@@ -205,9 +206,9 @@ def find_methods(problem: Problem, displacement: Tensors, *, max_batch: int | No
                 curved |= (h != 0).flatten(1).any(1)
                 if not bool(curved.any()):
                     break  # piecewise linear
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation of the model has no second derivative
+        except RuntimeError as error:  # an operation of the model has no second derivative
+            if out_of_memory(error):
+                raise
             curved = torch.zeros_like(noisy)
             explained.append(torch.zeros_like(jump[:, :, 0], dtype=torch.bool))
             break

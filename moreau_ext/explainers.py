@@ -164,14 +164,14 @@ class MoreauGrad(Noisy):
     def _solve(self, problem: Problem) -> Solution:
         problem = self._with_rho(problem)
         solver: Any = self.solver
-        solution: Solution = solver.solve(problem, max_batch=self._max_rows)
+        solution: Solution = solver.solve(problem, max_batch=self._max_rows(problem))
         return self._with_cost(solution)
 
     def _with_rho(self, problem: Problem) -> Problem:
         """The problem with its rho measured, where that was asked for."""
         if not isinstance(self.rho, str):
             return problem
-        rho = convex_rho(problem, max_batch=self._max_rows)
+        rho = convex_rho(problem, max_batch=self._max_rows(problem))
         return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho))
 
     def _with_cost(self, solution: Solution) -> Solution:
@@ -274,7 +274,7 @@ class MoreauGrad(Noisy):
                     confidence=confidence,
                     lipschitz=everywhere,
                     moduli=both,
-                    max_batch=self._max_rows,
+                    max_batch=self._max_rows(problem),
                 )
 
     def vjp(
@@ -374,7 +374,7 @@ class MoreauGrad(Noisy):
                         levels=levels,
                         tol=tol,
                         max_steps=max_steps,
-                        max_batch=self._max_rows,
+                        max_batch=self._max_rows(problem),
                     )
             result = tuple(r.to(x.dtype) for r, x in zip(result, tensors, strict=True))
         return result[0] if isinstance(inputs, Tensor) else result
@@ -436,7 +436,7 @@ class SparseMoreau(Sparse, MoreauGrad):
             problem = replace(self._with_rho(problem), tuning=None)
             if problem.penalty is None:
                 raise ValueError("eta_path: there is no penalty")
-            found = solve_path(problem, problem.penalty, steps, self.solver, self._max_rows)
+            found = solve_path(problem, problem.penalty, steps, self.solver, self._max_rows(problem))
             first = steps.index(max(steps))
             found[first] = self._with_cost(found[first])
             return found

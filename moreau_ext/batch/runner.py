@@ -198,16 +198,10 @@ class Engine:
 
     def _predicted(self, x: Tensor, needed: bool) -> Tensor | None:
         """The class of every input; None for one output, or for outputs of higher rank with a target of their own."""
-        rows = self.explainer.max_batch
+        rows = self.explainer.rows_per_pass(x)
         with torch.inference_mode(False), torch.no_grad(), evaluating(self._module):
             try:
-                bound, _ = bind_score(
-                    self._module,
-                    (x,),
-                    None,
-                    max_batch=None if rows is None else int(rows),
-                    precision=self.explainer.precision,
-                )
+                bound, _ = bind_score(self._module, (x,), None, max_batch=rows, precision=self.explainer.precision)
             except ValueError:
                 if needed:
                     raise
@@ -579,7 +573,7 @@ def describe_explainer(explainer: Explainer) -> dict[str, Any]:
     """An explainer's settings and its model's weights, as they are compared between runs."""
     model: Any = explainer.model
     prepared = isinstance(model, Prepared)
-    settings = {f.name: _plain(getattr(explainer, f.name)) for f in fields(explainer) if f.name != "model"}
+    settings = {f.name: _plain(getattr(explainer, f.name)) for f in fields(explainer) if f.init and f.name != "model"}
     described = {
         "explainer": type(explainer).__name__,
         **settings,

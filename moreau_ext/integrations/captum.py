@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..base import Explainer, check_count
 from ..baselines import unsolved
-from ..scores import row_chunks
-from ..solvers import Problem, Solution
+from ..solvers import Problem, Solution, in_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +41,15 @@ class IntegratedGradients(Explainer):
             raise ImportError("integrated_gradients is captum's: pip install captum")
 
     def _solve(self, problem: Problem) -> Solution:
-        rows = row_chunks(problem.keys.shape[0], self._max_rows, problem.keys.device)
-        return Solution.concatenate(self._some(problem.take(index)) for index in rows)
+        return in_groups(problem, 1, self._max_rows(problem), self._some)
 
-    def _some(self, problem: Problem) -> Solution:
+    def _some(self, problem: Problem, rows: int | None) -> Solution:
         from captum.attr import IntegratedGradients as Captum
 
         def forward(*arguments: Tensor) -> Tensor:
-            *rows, which = arguments
+            *inputs, which = arguments
             score = problem.score.take(which)
-            return score.of_output(score.output(tuple(rows)))
+            return score.of_output(score.output(tuple(inputs)))
 
         with torch.enable_grad(), problem.score.passing(problem.keys.device):
             maps = Captum(forward).attribute(
@@ -59,7 +57,7 @@ class IntegratedGradients(Explainer):
                 baselines=self.baselines,
                 additional_forward_args=(torch.arange(problem.keys.shape[0], device=problem.keys.device),),
                 n_steps=self.n_steps,
-                internal_batch_size=self._max_rows,
+                internal_batch_size=rows,
             )
         maps = tuple(a.detach().to(r.dtype) for a, r in zip(maps, problem.rho, strict=True))
         return unsolved(problem, maps, self.n_steps)
