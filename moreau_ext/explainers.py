@@ -72,8 +72,12 @@ class MoreauGrad(Noisy):
         solver: "auto", an :class:`AdaptiveProximalGradient` with its defaults, which adapts to each input and stops at
             a bound of the residual; or one with settings, or a :class:`ProximalGradient` (fixed steps and samples, for
             a ρ that is given).
-        max_batch: most noisy inputs in one forward pass; lower it when memory runs out. Results agree to rounding.
-            "auto" is what a prepared model was measured with, otherwise 1,024; None is no limit.
+        max_batch: most noisy inputs in one forward pass; results agree to rounding. None is no limit. "auto" is what a
+            prepared model was measured with; otherwise 1,024, or the largest power of two of rows that fits half of a
+            GPU's free memory, or a quarter of what the CPU has for the process. That is measured at the first call for
+            each shape and dtype of the inputs, by passes of one and of two rows (the model's hooks see them,
+            gradient_evaluations do not count them). A pass that runs out of memory is done again in halves, whatever
+            max_batch, with one warning per call; a single row that does not fit raises MemoryError.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
         precision: how float32 models multiply in their passes; displacement, sums and the map are float32 in each.
             "float32", the default, exactly, also on CUDA, where torch's own default lets cuDNN convolve in TF32; "tf32"

@@ -40,6 +40,22 @@ _BELONGS: dict[str, tuple[str, ...]] = {
 _STEP = 0.1
 
 
+def settled(explainer: Any, example: Tensor, chosen: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+    """(the explainer with max_batch="auto" as a number, that number): a run that goes on passes the rows of the first,
+    for the same bits, whatever memory is free then.
+
+    Args:
+        explainer: any.
+        example: inputs as the model takes them.
+        chosen: what the first run chose; None lets this one choose.
+    """
+    if explainer.max_batch != "auto":
+        return explainer, None
+    # What is wrong with an input is said where it is explained.
+    rows = explainer.rows_per_pass(example.nan_to_num()) if chosen is None else chosen["max_batch"]
+    return dataclasses.replace(explainer, max_batch=rows), {"max_batch": rows}
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a job's results but its inputs. None means the explainer's default.
@@ -151,7 +167,7 @@ class Config:
     def ready(
         self, model: nn.Module, example: Tensor, chosen: dict[str, Any] | None
     ) -> tuple[Any, dict[str, Any] | None]:
-        """(the explainer, what was chosen by the clock when the model was prepared).
+        """(the explainer, what was chosen by the clock or by what memory was free).
 
         Args:
             model: on its device.
@@ -161,10 +177,10 @@ class Config:
         Raises:
             ValueError: the model cannot be prepared as in the first run.
         """
-        if self.prepare == "none":
-            return self.explainer(model), None
         floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
         example = example.to(torch.device(self.device), floating)
+        if self.prepare == "none":
+            return settled(self.explainer(model), example, chosen)
         if chosen is None:
             ready = prepare(model, example, precision=self.precision)
             layout = "channels_last" if ready.memory_format == torch.channels_last else "preserve"

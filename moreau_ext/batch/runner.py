@@ -29,7 +29,7 @@ from ..base import Explainer, check_count
 from ..prepare import Prepared
 from ..scores import bind_score, evaluating
 from ..solvers import Solution
-from .config import Config
+from .config import Config, settled
 from .models import fingerprint
 from .preprocess import Preprocess
 from .sink import COLUMNS, Differs, Output, Rows, concerns, explain_os_error
@@ -650,7 +650,12 @@ def explain_dataset(
         settings = {**describe_explainer(explainer), "target": target}
         settings["preprocess"] = None if preprocess is None else preprocess.record()
         configuration = configuration_of(settings, source, batch, map_dtype, map_format)
-        work = agree(source, output, lambda _x, _c: (explainer, None), configuration, target, shard_rows)
+
+        def make(example: Tensor, chosen: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+            ready = Engine(explainer, target, tuple(example.shape[1:]), map_dtype).ready(example)
+            return settled(explainer, ready, chosen)
+
+        work = agree(source, output, make, configuration, target, shard_rows)
         return run_local(source, work, workers, progress)
 
 
