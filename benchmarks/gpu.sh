@@ -61,6 +61,7 @@ else
   status[sanitizer]="compute-sanitizer was not found"
 fi
 part ops "$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$work/ops.json"
+part precision "$python" "$root/benchmarks/bench_precision.py" --device cuda --json "$work/precision.json"
 part explainers "$python" "$root/benchmarks/bench_explainers.py" --device cuda --json "$work/explainers.json"
 
 for name in "${!status[@]}"; do printf '%s\t%s\t%s\n' "$name" "${status[$name]}" "${seconds[$name]:-}"; done >"$work/parts"
@@ -91,7 +92,7 @@ result = {
     "parts": {n: {"status": s, "seconds": t} for n, s, t in (l.split("\t") for l in (work / "parts").read_text().splitlines())},
     "tests": (work / "tests.log").read_text().strip().splitlines()[-1:] if (work / "tests.log").exists() else None,
 }
-for name in ("ops", "explainers"):
+for name in ("ops", "precision", "explainers"):
     path = work / f"{name}.json"
     result[name] = json.loads(path.read_text()) if path.exists() else None
 slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")

@@ -34,7 +34,6 @@ from . import ops
 from .graphs import READ, Graphs, Steps
 from .groups import flat_rows
 from .penalties import Penalty, over_features
-from .scores import row_chunks
 from .solvers import (
     NoisyCopies,
     Problem,
@@ -42,6 +41,7 @@ from .solvers import (
     Tensors,
     assemble,
     check_finite,
+    in_groups,
     in_order,
     join_rows,
     objective,
@@ -161,14 +161,11 @@ class AdaptiveProximalGradient:
         Raises:
             ValueError: the model gave a gradient that is not finite; names the id of the input.
         """
-        batch = problem.keys.shape[0]
-        size = batch if max_batch is None else max(1, max_batch // (2 * _FEWEST))
-        bar = progress_bar(batch, "input") if self.progress else None
+        bar = progress_bar(problem.keys.shape[0], "input") if self.progress else None
         try:
             with (graphs or Graphs(False)).steps(problem.score.model, problem.keys.device) as steps:
-                return Solution.concatenate(
-                    self._solve(problem.take(index), max_batch, steps, bar)
-                    for index in row_chunks(batch, size, problem.keys.device)
+                return in_groups(
+                    problem, 2 * _FEWEST, max_batch, lambda some, rows: self._solve(some, rows, steps, bar)
                 )
         finally:
             if bar is not None:

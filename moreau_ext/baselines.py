@@ -12,8 +12,7 @@ from . import ops
 from .base import Explainer, Noisy, Sparse, check_count
 from .groups import flat_rows
 from .penalties import Penalty
-from .scores import row_chunks
-from .solvers import NoisyCopies, Problem, ProximalGradient, Solution, assemble, check_finite
+from .solvers import NoisyCopies, Problem, ProximalGradient, Solution, assemble, check_finite, in_groups
 
 Tensors = tuple[Tensor, ...]
 
@@ -72,7 +71,7 @@ class Gradient(Explainer):
     """The plain gradient, A(x) = ∇f(x).
 
     Args:
-        model, score, max_batch, unused_inputs: see :class:`MoreauGrad`.
+        model, score, max_batch, unused_inputs, precision: see :class:`MoreauGrad`.
 
     Example:
         >>> import torch
@@ -84,7 +83,7 @@ class Gradient(Explainer):
     """
 
     def _solve(self, problem: Problem) -> Solution:
-        return _one_step(problem, 1, False, self._max_rows)
+        return _one_step(problem, 1, False, self._max_rows(problem))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ class SmoothGrad(Noisy):
     """The mean gradient over noisy copies, A(x) = (1/m) Σ_i ∇f(x + σz_i).
 
     Args:
-        model, noise_level, sigma, seed, score, max_batch, unused_inputs: see :class:`MoreauGrad`.
+        model, noise_level, sigma, seed, score, max_batch, unused_inputs, precision: see :class:`MoreauGrad`.
         num_samples: m; the default costs about as much as MoreauGrad does on small networks.
         antithetic: samples in pairs z, −z.
 
@@ -116,7 +115,7 @@ class SmoothGrad(Noisy):
         check_count("num_samples", self.num_samples)
 
     def _solve(self, problem: Problem) -> Solution:
-        return _one_step(problem, self.num_samples, self.antithetic, self._max_rows)
+        return _one_step(problem, self.num_samples, self.antithetic, self._max_rows(problem))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +123,7 @@ class SoftThresholdedSmoothGrad(Sparse, SmoothGrad):
     """SmoothGrad, soft-thresholded: A(x) = S_η(mean gradient), the cheapest sparse rival: one step of SparseMoreauGrad.
 
     Args:
-        model, noise_level, sigma, num_samples, antithetic, seed, score, max_batch, unused_inputs: see
+        model, noise_level, sigma, num_samples, antithetic, seed, score, max_batch, unused_inputs, precision: see
             :class:`SmoothGrad`.
         eta, eta_ratio, support: see :class:`SparseMoreauGrad`.
 
@@ -148,7 +147,7 @@ class SparsifiedSmoothGrad(Noisy):
     non-negative, in [0, 1], and says nothing about sign or size.
 
     Args:
-        model, noise_level, sigma, seed, score, max_batch, unused_inputs: see :class:`MoreauGrad`.
+        model, noise_level, sigma, seed, score, max_batch, unused_inputs, precision: see :class:`MoreauGrad`.
         num_samples: m; 256 in the paper's comparison.
         keep: fraction of features kept per sample.
         clip: fraction of features that are clipped.
@@ -174,16 +173,11 @@ class SparsifiedSmoothGrad(Noisy):
             raise ValueError(f"keep, clip: expected 0 < clip <= keep <= 1, got keep={self.keep!r}, clip={self.clip!r}")
 
     def _solve(self, problem: Problem) -> Solution:
-        # Whole inputs per pass where they fit, samples in chunks where they do not: as in the solver.
-        batch, limit = problem.keys.shape[0], self._max_rows
-        size = batch if limit is None else max(1, limit // self.num_samples)
-        return Solution.concatenate(
-            self._some(problem.take(rows)) for rows in row_chunks(batch, size, problem.keys.device)
-        )
+        return in_groups(problem, self.num_samples, self._max_rows(problem), self._some)
 
-    def _some(self, problem: Problem) -> Solution:
+    def _some(self, problem: Problem, rows: int | None) -> Solution:
         batch = problem.keys.shape[0]
-        chunk = min(self.num_samples, self._max_rows or self.num_samples)
+        chunk = min(self.num_samples, rows or self.num_samples)
         copies = NoisyCopies(problem, self.num_samples, False, chunk)
         shapes = [x.shape[1:] for x in problem.inputs]
         sizes = [math.prod(shape) for shape in shapes]

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from . import ops
 from .groups import flat_rows
+from .memory import out_of_memory
 from .noise import Noise, noise_keys
+from .precision import resolution
 from .scores import row_chunks
 from .solvers import Problem, like_layout, take_rows
 
@@ -188,7 +190,7 @@ def find_methods(problem: Problem, displacement: Tensors, *, max_batch: int | No
     noisy = (bank.sigma > 0).any(1)
     everywhere = (bank.sigma > 0).all(1)
     # A gradient carries a few roundings; a difference of two cannot be judged below them.
-    eps = 8 * max(torch.finfo(x.dtype).eps for x in problem.inputs)
+    eps = 8 * max(resolution(problem.score.precision, x) for x in problem.inputs)
     curved, explained = torch.zeros_like(noisy), []
     for first, count in bank.chunks(0, 2 * _PAIRS):
         z = bank.normals(first, count)[:, ::2]
@@ -204,9 +206,9 @@ def find_methods(problem: Problem, displacement: Tensors, *, max_batch: int | No
                 curved |= (h != 0).flatten(1).any(1)
                 if not bool(curved.any()):
                     break  # piecewise linear
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation of the model has no second derivative
+        except RuntimeError as error:  # an operation of the model has no second derivative
+            if out_of_memory(error):
+                raise
             curved = torch.zeros_like(noisy)
             explained.append(torch.zeros_like(jump[:, :, 0], dtype=torch.bool))
             break

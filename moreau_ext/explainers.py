@@ -78,12 +78,23 @@ class MoreauGrad(Noisy):
             calls, and their memory goes with the explainer. True also captures models with hooks, which a replay does
             not run, and other callables, whose parameters must then stay where they are; False captures nothing. A
             model that cannot be captured runs step by step, with one warning.
-        max_batch: most noisy inputs in one forward pass; lower it when memory runs out. Results agree to rounding.
-            "auto" is what a prepared model was measured with, otherwise 1,024; None is no limit.
+        max_batch: most noisy inputs in one forward pass; results agree to rounding. None is no limit. "auto" is what a
+            prepared model was measured with; otherwise 1,024, or the largest power of two of rows that fits half of a
+            GPU's free memory, or a quarter of what the CPU has for the process. That is measured at the first call for
+            each shape and dtype of the inputs, by passes of one and of two rows (the model's hooks see them,
+            gradient_evaluations do not count them). A pass that runs out of memory is done again in halves, whatever
+            max_batch, with one warning per call; a single row that does not fit raises MemoryError.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
+        precision: how float32 models multiply in their passes; displacement, sums and the map are float32 in each.
+            "float32", the default, exactly, also on CUDA, where torch's own default lets cuDNN convolve in TF32; "tf32"
+            lets cuDNN and cuBLAS use it, 11 bits of each factor, and is "float32" where there is no CUDA; "bfloat16"
+            runs them under torch.autocast, 8 bits. The map, its bound and its certificate are then those of the model
+            as it is run. benchmarks/bench_precision.py measures how far the maps move. The flags are the process's: a
+            call that wants other ones waits for the passes under way, and they are restored after each pass.
 
     Raises:
-        ValueError, TypeError: a setting out of range, by name.
+        ValueError, TypeError: a setting out of range, by name; when called, "tf32" or "bfloat16" for inputs that are
+            not float32, whose dtype decides how their model multiplies.
 
     Example:
         >>> import torch
@@ -102,6 +113,8 @@ class MoreauGrad(Noisy):
     solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
     cuda_graphs: Mode = field(default="auto", kw_only=True)
     _graphs: Graphs = field(init=False, repr=False)
+    # With one row per pass the adaptive solver holds 54, of its one input at a time.
+    _held = 40
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,14 +180,14 @@ class MoreauGrad(Noisy):
     def _solve(self, problem: Problem) -> Solution:
         problem = self._with_rho(problem)
         solver: Any = self.solver
-        solution: Solution = solver.solve(problem, max_batch=self._max_rows, graphs=self._graphs)
+        solution: Solution = solver.solve(problem, max_batch=self._max_rows(problem), graphs=self._graphs)
         return self._with_cost(solution)
 
     def _with_rho(self, problem: Problem) -> Problem:
         """The problem with its rho measured, where that was asked for."""
         if not isinstance(self.rho, str):
             return problem
-        rho = convex_rho(problem, max_batch=self._max_rows)
+        rho = convex_rho(problem, max_batch=self._max_rows(problem))
         return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho))
 
     def _with_cost(self, solution: Solution) -> Solution:
@@ -277,7 +290,7 @@ class MoreauGrad(Noisy):
                     confidence=confidence,
                     lipschitz=everywhere,
                     moduli=both,
-                    max_batch=self._max_rows,
+                    max_batch=self._max_rows(problem),
                 )
 
     def vjp(
@@ -377,7 +390,7 @@ class MoreauGrad(Noisy):
                         levels=levels,
                         tol=tol,
                         max_steps=max_steps,
-                        max_batch=self._max_rows,
+                        max_batch=self._max_rows(problem),
                     )
             result = tuple(r.to(x.dtype) for r, x in zip(result, tensors, strict=True))
         return result[0] if isinstance(inputs, Tensor) else result
@@ -440,7 +453,7 @@ class SparseMoreau(Sparse, MoreauGrad):
             if problem.penalty is None:
                 raise ValueError("eta_path: there is no penalty")
             found = solve_path(
-                problem, problem.penalty, steps, self.solver, max_batch=self._max_rows, graphs=self._graphs
+                problem, problem.penalty, steps, self.solver, max_batch=self._max_rows(problem), graphs=self._graphs
             )
             first = steps.index(max(steps))
             found[first] = self._with_cost(found[first])
@@ -456,8 +469,8 @@ class SparseMoreauGrad(SparseMoreau):
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η‖δ‖₁,    A(x) = −δ*/ρ = S_η(∇F(x)).
 
     Args:
-        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs: see
-            :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs, precision:
+            see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute, in units of the gradient: a number, one per input [B], or one per feature [1, *features]
             or [B, *features].
         eta_ratio: η as a fraction of that input's η_max = ‖p(0)‖_∞, the least η with a zero map; default 0.1. It does
@@ -488,8 +501,8 @@ class GroupSparseMoreauGrad(SparseMoreau):
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η Σ_g w_g‖δ_g‖₂,    A(x) = −δ*/ρ.
 
     Args:
-        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs: see
-            :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs, precision:
+            see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute; a number or one per input [B].
         eta_ratio: η as a fraction of that input's η_max = max_g ‖p_g(0)‖/w_g; default 0.1.
         support: instead of η, how many groups are not to be zero; see :class:`SparseMoreauGrad`.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .memory import Limit
 from .scores import has_hooks
 
 Mode = Literal["auto"] | bool
@@ -81,8 +82,12 @@ class _Cuda:
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph, which waits for the device and empties the cache of its memory each time. An object that
-        # dies during a capture may take CUDA calls with it that a capture forbids.
+        # Not torch.cuda.graph, which waits for the device and empties the cache of its memory each time. The cache of
+        # the warm-up is of no use to the graph's pool, which needs as much again.
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        if cached > torch.cuda.mem_get_info(self._device)[0]:
+            torch.cuda.empty_cache()
+        # An object that dies during a capture may take CUDA calls with it that a capture forbids.
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -127,6 +132,8 @@ class _Parts:
             return (type(value), *(self._visit(v, role) for v in value))
         if type(value) is dict:
             return (dict, *((key, self._visit(v, role)) for key, v in value.items()))
+        if isinstance(value, Limit):
+            return (Limit, value.rows)
         if _is_record(value):
             return (type(value), *(self._visit(getattr(value, f.name), _role(f, role)) for f in fields(value)))
         self.opaque.append(value)  # held, so that nothing else gets its address

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import statistics
 import threading
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -25,9 +23,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from .memory import BLIND_ROWS, BytesAlive, Footprint, attempt, footprint, out_of_memory, same_random_numbers
+from .memory import budget as default_budget
+from .precision import Precision, check_dtypes, check_precision
 from .scores import Score, evaluating, has_hooks
 
 Tensors = tuple[Tensor, ...]
@@ -50,9 +49,6 @@ _ROUNDS = 7
 _PASS_SECONDS = 0.02
 _LONGEST_PASS_SECONDS = 0.15
 _PROBE_SECONDS = 0.8
-_CPU_BUDGET = 1 << 30
-# Where memory cannot be measured: the published number of samples.
-_BLIND_CHUNK = 32
 
 _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,
@@ -113,7 +109,7 @@ class Prepared:
             faster; ``torch.preserve_format`` means as they are.
         report: one :class:`Lever` each, in the order in which they were tried.
         row_seconds: (rows per pass, seconds per row) of the chunks that were timed.
-        row_bytes: peak of the tensors alive in a pass of one row; None where it could not be measured.
+        row_bytes: peak of the tensors that a pass of one row makes; None where it could not be measured.
     """
 
     model: Model
@@ -146,6 +142,7 @@ def prepare(
     max_batch: int | None = 1024,
     memory_budget: int | None = None,
     tolerance: float | None = None,
+    precision: Precision = "float32",
 ) -> Prepared:
     """A faster copy of ``model`` with the same outputs, and the number of rows it takes fastest in one pass.
 
@@ -166,12 +163,14 @@ def prepare(
         compile: torch.compile the copy; a mapping is passed on as its arguments. Costs seconds to minutes.
         probe: time chunks of 1, 2, 4, ... rows; else as many as ``memory_budget`` and ``max_batch`` allow.
         max_batch: most rows in a pass; None for no limit but memory.
-        memory_budget: bytes for the tensors of one pass, weights not counted; 1 GiB on the CPU and half of the free
-            memory on a GPU by default. Scratch inside a library's kernels is not seen. One row is taken even where it
-            does not fit.
+        memory_budget: bytes for the tensors of one pass, weights and inputs not counted; by default a quarter of what
+            is free on the CPU, half on a GPU. Scratch inside a library's kernels is not seen. One row is taken even
+            where it does not fit.
         tolerance: largest output difference of a lever, relative to the largest output; by default 1e-10 (float64),
-            1e-4 (float32; 2e-2 on a GPU, because of TF32), 2e-2 (float16), 1e-1 (bfloat16). Gradients are held to 100
-            times that, or to 0.3 where that is less.
+            1e-4 (float32), 2e-2 (float16), 1e-1 (bfloat16). Gradients are held to 100 times that, or to 0.3 where that
+            is less.
+        precision: of the passes that are timed and whose memory is counted, as the explainer will have it; results are
+            compared in "float32". A prepared model works with any.
 
     Returns:
         The :class:`Prepared`: a value, which knows nothing of later changes to your model's weights. Give it to an
@@ -208,21 +207,23 @@ def prepare(
     for name, count in (("max_batch", max_batch), ("memory_budget", memory_budget)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ValueError(f"{name}: expected a positive integer or None, got {count!r}")
+    check_precision(precision)
+    check_dtypes(precision, inputs, "example")
     if tolerance is None:
         tolerance = _default_tolerance(model, inputs)
     elif isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance: expected a positive finite number or None, got {tolerance!r}")
 
     device = inputs[0].device
-    budget = _default_budget(device) if memory_budget is None else int(memory_budget)
-    with torch.inference_mode(False), torch.no_grad(), _same_random_numbers(device):
+    budget = default_budget(device) if memory_budget is None else int(memory_budget)
+    with torch.inference_mode(False), torch.no_grad(), same_random_numbers(device):
         clean, why = _copy(model)
         report = [Lever("copy", clean is not None, why)]
         subject: Model = model if clean is None else _again(clean)
         with evaluating(subject):
-            rows = _Rows(tuple(x.clone() for x in inputs), args, per_row)
-            row_bytes = _peak_bytes(subject, rows, 1)
-            workshop = _Workshop(clean, subject, rows, tolerance, _fitting(row_bytes, budget))
+            rows = _Rows(tuple(x.clone() for x in inputs), args, per_row, precision)
+            taken = _footprint(subject, rows)
+            workshop = _Workshop(clean, subject, rows, tolerance, _fitting(taken, budget))
             if fold_batchnorm:
                 report.append(workshop.try_lever("fold_batchnorm", lambda trial: _fold(trial, rows)))
             else:
@@ -236,14 +237,14 @@ def prepare(
             else:
                 report.append(Lever("freeze", False, "switched off"))
             if workshop.clean is not None:
-                row_bytes = _peak_bytes(workshop.runner, workshop.rows, 1)
+                taken = _footprint(workshop.runner, workshop.rows)
             if compile is not False:
                 options = dict(compile) if isinstance(compile, Mapping) else {}
                 report.append(workshop.try_compile(options))
             else:
                 report.append(Lever("compile", False, "switched off"))
             chunk, lever, timed = _probe(
-                workshop.runner, workshop.rows, row_bytes, budget, None if max_batch is None else int(max_batch), probe
+                workshop.runner, workshop.rows, taken, budget, None if max_batch is None else int(max_batch), probe
             )
             report.append(lever)
     return Prepared(
@@ -252,7 +253,7 @@ def prepare(
         memory_format=workshop.memory_format,
         report=tuple(report),
         row_seconds=timed,
-        row_bytes=row_bytes,
+        row_bytes=None if taken is None else taken.peak(1),
     )
 
 
@@ -284,36 +285,9 @@ def _check_example(model: Model, example: Any, additional: Any) -> tuple[Tensors
     return inputs, args, tuple(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch for a in args)
 
 
-@contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """A model that draws draws the same in every pass that starts one of these; the generators are restored."""
-    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed, which would reseed every accelerator too.
-        torch.default_generator.manual_seed(0)
-        for index in devices:
-            torch.cuda.default_generators[index].manual_seed(0)
-        yield
-
-
 def _default_tolerance(model: Model, inputs: Tensors) -> float:
     weights = model.parameters() if isinstance(model, nn.Module) else ()
-    coarsest = max(_TOLERANCE.get(t.dtype, 0.0) for t in chain(inputs, weights)) or _TOLERANCE[torch.float32]
-    if inputs[0].is_cuda and coarsest == _TOLERANCE[torch.float32]:
-        # cuDNN convolves float32 in TF32 by default, whose fraction is as short as float16's.
-        return _TOLERANCE[torch.float16]
-    return coarsest
-
-
-def _default_budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        return max(1, torch.cuda.mem_get_info(device)[0] // 2)
-    try:
-        # A quarter of what is free now: several processes may prepare at once.
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (AttributeError, OSError, ValueError):
-        return _CPU_BUDGET
-    return max(1, min(_CPU_BUDGET, free))
+    return max(_TOLERANCE.get(t.dtype, 0.0) for t in chain(inputs, weights)) or _TOLERANCE[torch.float32]
 
 
 def _short(error: BaseException) -> str:
@@ -361,8 +335,8 @@ def _shared(one: nn.Module, other: nn.Module) -> bool:
 class _Rows:
     """What the passes run on: rows of the example, and noisy copies of them as the explainers make them."""
 
-    def __init__(self, inputs: Tensors, args: tuple[Any, ...], per_row: tuple[bool, ...]) -> None:
-        self.inputs, self.args, self.per_row = inputs, args, per_row
+    def __init__(self, inputs: Tensors, args: tuple[Any, ...], per_row: tuple[bool, ...], precision: Precision) -> None:
+        self.inputs, self.args, self.per_row, self.precision = inputs, args, per_row, precision
         self.batch = inputs[0].shape[0]
         self.device = inputs[0].device
         self._weights: dict[tuple[int, ...], Tensor] = {}
@@ -389,9 +363,11 @@ class _Rows:
     def in_format(self, layout: torch.memory_format) -> _Rows:
         """The same rows, 4-D ones in another layout."""
         inputs = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in self.inputs)
-        return _Rows(inputs, self.args, self.per_row)
+        return _Rows(inputs, self.args, self.per_row, self.precision)
 
-    def run(self, model: Model, inputs: Tensors, args: tuple[Any, ...]) -> tuple[Tensor, Tensors]:
+    def run(
+        self, model: Model, inputs: Tensors, args: tuple[Any, ...], precision: Precision | None = None
+    ) -> tuple[Tensor, Tensors]:
         """The output, and the gradient of one combination of its numbers: a sum would be flat for a softmax."""
         seen: list[Tensor] = []
 
@@ -406,8 +382,8 @@ class _Rows:
                 self._weights[key] = drawn.to(device=flat.device, dtype=flat.dtype)
             return flat @ self._weights[key]
 
-        score = Score(model, "logit", combine, args, self.per_row, "zero")
-        gradients = score.gradient(inputs)[1]
+        score = Score(model, "logit", combine, args, self.per_row, "zero", precision or self.precision)
+        gradients = score.gradient_pass(inputs)[1:]
         return seen[0], gradients
 
     def timed(self, model: Model, count: int) -> Callable[[], float]:
@@ -439,8 +415,9 @@ def _wait(device: torch.device) -> None:
 def _results(model: Model, rows: _Rows, chunk: int) -> tuple[Tensor, Tensors]:
     """Outputs and gradients of the rows that levers are checked on, as float64."""
     count = min(max(rows.batch, _LEAST_ROWS), _MOST_ROWS)
-    with _same_random_numbers(rows.device):
-        found = [rows.run(model, *rows.take(min(chunk, count - start), start)) for start in range(0, count, chunk)]
+    with same_random_numbers(rows.device):
+        pieces = (rows.take(min(chunk, count - start), start) for start in range(0, count, chunk))
+        found = [rows.run(model, *piece, "float32") for piece in pieces]
     outputs = torch.cat([output for output, _ in found]).double().flatten(1)
     gradients = zip(*(gradient for _, gradient in found), strict=True)
     return outputs, tuple(torch.cat(each).double().flatten(1) for each in gradients)
@@ -472,45 +449,15 @@ def _compare(before: tuple[Tensor, Tensors], after: tuple[Tensor, Tensors]) -> t
     return output, worst, median
 
 
-class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes of tensors made inside that were alive at once; this thread's alone, and no one's statistics."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._now = 0
-        self._alive: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                self._count(tensor.untyped_storage())
-        self.peak = max(self.peak, self._now)
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._alive:
-            return
-        size = storage.nbytes()
-
-        def gone(_: Any) -> None:
-            del self._alive[key]
-            self._now -= size
-
-        self._alive[key] = weakref.ref(storage, gone)
-        self._now += size
-
-
 def _peak_bytes(model: Model, rows: _Rows, count: int) -> int | None:
     """Peak of the tensors in one pass of ``count`` rows, or None for a model that does not run under the counter."""
     inputs, args = rows.take(count)
-    counter = _Peak()
+    counter = BytesAlive()
     try:
-        with _same_random_numbers(rows.device), counter:
+        with same_random_numbers(rows.device), counter:
             rows.run(model, inputs, args)
     except Exception as error:
-        if _out_of_memory(error):
+        if out_of_memory(error):
             raise
         # If it is the model that fails and not the counter, this says so.
         rows.run(model, inputs, args)
@@ -518,14 +465,18 @@ def _peak_bytes(model: Model, rows: _Rows, count: int) -> int | None:
     return max(1, counter.peak)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+def _footprint(model: Model, rows: _Rows) -> Footprint | None:
+    """What passes take, or None for a model that does not run under the counter."""
+    found = footprint(lambda count: rows.run(model, *rows.take(count)), rows.device)
+    if found is None:
+        # If it is the model that fails and not the counter, this says so.
+        rows.run(model, *rows.take(1))
+    return found
 
 
-def _fitting(row_bytes: int | None, budget: int) -> int:
-    """Rows per pass that the budget holds, one at least. One row's fixed costs count for each: it errs to the safe."""
-    return _BLIND_CHUNK if row_bytes is None else max(1, budget // row_bytes)
+def _fitting(taken: Footprint | None, budget: int) -> int:
+    """Rows per pass that the budget holds, one at least."""
+    return BLIND_ROWS if taken is None else max(1, (budget - taken.fixed) // taken.per_row)
 
 
 # Levers.
@@ -541,8 +492,12 @@ class _Workshop:
         self._chunk = min(_CHECK_CHUNK, fitting)
         self._timed_rows = 0
         if clean is not None:
-            self._given = _results(runner, rows, self._chunk)
-            self._timed_rows = _rows_for_timing(runner, rows, min(fitting, _BLIND_CHUNK))
+            while (
+                given := attempt(partial(_results, runner, rows, self._chunk), rows.device, self._chunk == 1)
+            ) is None:
+                self._chunk = self._chunk // 2
+            self._given = given
+            self._timed_rows = _rows_for_timing(runner, rows, min(fitting, BLIND_ROWS))
 
     def try_lever(self, name: str, pull: Callable[[nn.Module], tuple[bool, str]]) -> Lever:
         """Tries a lever that is kept whenever the results are equal."""
@@ -728,7 +683,7 @@ def _calls(module: nn.Module, rows: _Rows) -> tuple[Counter[str], dict[str, int]
     for name, part in watched.named_modules():
         part.register_forward_pre_hook(watch(name))
     inputs, args = rows.take(1)
-    with _same_random_numbers(rows.device):
+    with same_random_numbers(rows.device):
         rows.run(watched, inputs, args)
     return calls, ranks
 
@@ -786,12 +741,18 @@ def _rows_for_timing(model: Model, rows: _Rows, most: int) -> int:
     """Rows whose pass is long enough to time."""
     count = 1
     while count * 2 <= most:
-        run = rows.timed(model, count)
-        run()
-        if run() > _PASS_SECONDS:
+        seconds = attempt(partial(_least, rows.timed(model, count), 2), rows.device, last=count == 1)
+        if seconds is None:
+            return count // 2
+        if seconds > _PASS_SECONDS:
             break
         count *= 2
     return count
+
+
+def _least(run: Callable[[], float], times: int) -> float:
+    """The least of the seconds of some runs, the first left out."""
+    return min([run() for _ in range(times)][1:])
 
 
 def _alternating(one: Callable[[], float], other: Callable[[], float]) -> tuple[float, float]:
@@ -807,15 +768,15 @@ def _alternating(one: Callable[[], float], other: Callable[[], float]) -> tuple[
 
 
 def _probe(
-    model: Model, rows: _Rows, row_bytes: int | None, budget: int, limit: int | None, timing: bool
+    model: Model, rows: _Rows, taken: Footprint | None, budget: int, limit: int | None, timing: bool
 ) -> tuple[int, Lever, tuple[tuple[int, float], ...]]:
     """(rows per pass, the report, seconds per row by rows per pass)."""
-    fitting = _fitting(row_bytes, budget)
+    fitting = _fitting(taken, budget)
     most = fitting if limit is None else min(limit, fitting)
-    if row_bytes is None:
-        memory = f"memory could not be measured, {_BLIND_CHUNK} at most"
-    elif row_bytes > budget:
-        memory = f"one row takes {row_bytes:,} bytes, more than the budget of {budget:,}"
+    if taken is None:
+        memory = f"memory could not be measured, {BLIND_ROWS} at most"
+    elif taken.peak(1) > budget:
+        memory = f"one row takes {taken.peak(1):,} bytes, more than the budget of {budget:,}"
     else:
         memory = f"{budget:,} bytes hold {fitting:,}"
     if not timing:
@@ -824,13 +785,9 @@ def _probe(
     seconds: dict[int, list[float]] = {}
     best, count = math.inf, 1
     while count <= most:
-        try:
-            run = rows.timed(model, count)
-            run()
-            spent = min(run() for _ in range(3))
-        except Exception as error:
-            if count == 1 or not _out_of_memory(error):
-                raise
+        run = rows.timed(model, count)
+        spent = attempt(partial(_least, run, 4), rows.device, last=count == 1)
+        if spent is None:
             break
         runs[count], seconds[count] = run, [spent]
         best = min(best, spent / count)

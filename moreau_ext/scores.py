@@ -10,8 +10,9 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .memory import Footprint, Limit, attempt, footprint
+from .precision import Precision, autocast, flags
 
 Tensors = tuple[Tensor, ...]
 ScoreName = Literal["logit", "log_prob", "prob", "margin"]
@@ -73,14 +77,6 @@ class _Evaluation:
 
 
 evaluating = _Evaluation()
-
-
-def _without_cudnn_rnn(model: Callable[..., Any], inputs: Tensors) -> AbstractContextManager[Any]:
-    """cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not."""
-    on_cuda = any(x.is_cuda for x in inputs)
-    if on_cuda and isinstance(model, nn.Module) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-        return torch.backends.cudnn.flags(enabled=False)
-    return nullcontext()
 
 
 def _without_inference_tensors(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +141,9 @@ class Score:
         args: additional arguments, expanded to the rows where they are per input.
         per_row: which of ``args`` are.
         unused_inputs: what to do when the score does not depend on an input.
+        precision: of the model's passes; scores and gradients come back in the dtype of the inputs.
+        limit: rows that were found to fit in a pass, shared by all that :meth:`take` makes. A pass that runs out of
+            memory is done again in halves.
     """
 
     model: Callable[..., Any]
@@ -153,16 +152,67 @@ class Score:
     args: tuple[Any, ...]
     per_row: tuple[bool, ...]
     unused_inputs: UnusedInputs
+    precision: Precision = "float32"
+    limit: Limit = field(default_factory=Limit, compare=False, repr=False)
 
-    def take(self, index: Tensor) -> Score:
+    def take(self, index: Tensor | slice) -> Score:
         """The score for rows index[0], index[1], ...; an index may occur many times."""
         target = self.target[index] if isinstance(self.target, Tensor) else self.target
         args = tuple(a[index] if per else a for a, per in zip(self.args, self.per_row, strict=True))
         return replace(self, target=target, args=args)
 
+    def passing(self, device: torch.device) -> AbstractContextManager[None]:
+        """What a pass with its gradients runs under."""
+        # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
+        modules = self.model.modules() if device.type == "cuda" and isinstance(self.model, nn.Module) else ()
+        return flags(self.precision, device, without_cudnn=any(isinstance(m, nn.RNNBase) for m in modules))
+
+    def footprint(self, inputs: Tensors) -> Footprint | None:
+        """What a pass with a gradient takes, measured on the first input; the target need not be resolved.
+
+        Hooks of the model see two passes, of one and of two rows.
+        """
+        whole = replace(self, name="logit", target=_of_all, unused_inputs="zero")
+
+        def run(rows: int) -> None:
+            index = torch.zeros(rows, dtype=torch.int64, device=inputs[0].device)
+            whole.take(index).gradient_pass(tuple(x[index] for x in inputs))
+
+        return footprint(run, inputs[0].device)
+
+    def _in_passes(self, run: Callable[..., Tensors], *rows: Tensors) -> Tensors:
+        """run(score, *rows), in as many passes as memory asks for."""
+        count, device = rows[0][0].shape[0], rows[0][0].device
+        done: list[Tensors] = []
+        start = failed = 0
+        while start < count or not done:
+            size = min(self.limit.rows or count, count - start)
+            if size == count:
+                one = partial(run, self, *rows)
+            else:
+                piece = slice(start, start + size)
+                one = partial(run, self.take(piece), *(tuple(t[piece] for t in some) for some in rows))
+            part = attempt(one, device, last=False)
+            if part is not None:
+                done.append(part)
+                start += size
+                continue
+            if size <= 1:
+                shapes = ", ".join(str(tuple(t.shape[1:])) for t in rows[0])
+                raise MemoryError(
+                    f"model: a pass of one input, of shape {shapes}, does not fit into what is free of {device}'s "
+                    "memory; free some, give a smaller input or model, or precision='bfloat16'"
+                )
+            failed = failed or size
+            self.limit.lower(size - size // 2)
+        if failed:
+            self.limit.say(f"{failed} rows in a pass", f"{self.limit.rows}")
+        return done[0] if len(done) == 1 else tuple(torch.cat(parts) for parts in zip(*done, strict=True))
+
     def output(self, inputs: Tensors) -> Tensor:
         """The model's output tensor, checked to have one row per input."""
-        output = self.model(*inputs, *self.args)
+        with autocast(self.precision, inputs[0].device):
+            output = self.model(*inputs, *self.args)
         if not isinstance(output, Tensor):
             output = getattr(output, "logits", output)
         if not isinstance(output, Tensor):
@@ -175,7 +225,7 @@ class Score:
             raise ValueError(
                 f"model: expected an output with one row per input, [{rows}, ...], got {tuple(output.shape)}"
             )
-        return output
+        return output.float() if self.precision == "bfloat16" and output.dtype == torch.bfloat16 else output
 
     def of_output(self, output: Tensor) -> Tensor:
         """The scores [n] of an output."""
@@ -205,12 +255,21 @@ class Score:
 
     def value(self, inputs: Tensors) -> Tensor:
         """f of every row, [n], without a gradient."""
-        with torch.no_grad():
-            return self.of_output(self.output(inputs))
+        (scores,) = self._in_passes(Score._value, inputs)
+        return scores
+
+    def _value(self, inputs: Tensors) -> Tensors:
+        with torch.no_grad(), self.passing(inputs[0].device):
+            return (self.of_output(self.output(inputs)),)
 
     def gradient(self, inputs: Tensors) -> tuple[Tensor, Tensors]:
         """f and ∇f of every row: ([n], one tensor per input). Parameters get no gradient."""
-        with torch.enable_grad(), _without_cudnn_rnn(self.model, inputs):
+        scores, *gradients = self._in_passes(Score.gradient_pass, inputs)
+        return scores, tuple(gradients)
+
+    def gradient_pass(self, inputs: Tensors) -> Tensors:
+        """(f, *∇f) by one pass, whatever becomes of it."""
+        with torch.enable_grad(), self.passing(inputs[0].device):
             leaves = [x.detach().requires_grad_() for x in inputs]
             scores = self.of_output(self.output(tuple(leaves)))
             found: tuple[Tensor | None, ...]
@@ -228,7 +287,7 @@ class Score:
                 "into integers; unused_inputs='zero' gives a zero map instead"
             )
         gradients = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
-        return scores.detach(), gradients
+        return scores.detach(), *gradients
 
     def hvp(self, inputs: Tensors, vectors: Tensors) -> Tensors:
         """∇²f·v of every row, by two backward passes: one tensor per input, shaped as ``inputs``.
@@ -247,8 +306,11 @@ class Score:
             >>> bound.hvp(x, (torch.ones(1, 2),))[0]
             tensor([[ 6., 12.]])
         """
+        return self._in_passes(Score._hvp, inputs, vectors)
+
+    def _hvp(self, inputs: Tensors, vectors: Tensors) -> Tensors:
         # The fused attention kernels have no second derivative; torch's plain one does.
-        with torch.enable_grad(), _without_cudnn_rnn(self.model, inputs), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), self.passing(inputs[0].device), sdpa_kernel(SDPBackend.MATH):
             leaves = [x.detach().requires_grad_() for x in inputs]
             scores = self.of_output(self.output(tuple(leaves)))
             slopes: list[tuple[Tensor, Tensor]] = []
@@ -266,6 +328,11 @@ class Score:
         return tuple(torch.zeros_like(x) if h is None else h for x, h in zip(inputs, found, strict=True))
 
 
+def _of_all(output: Tensor) -> Tensor:
+    """A score that every number of an output counts in."""
+    return output.reshape(output.shape[0], -1).float().sum(1)
+
+
 def bind_score(
     model: Callable[..., Any],
     inputs: Tensors,
@@ -275,6 +342,7 @@ def bind_score(
     additional_forward_args: Any = None,
     unused_inputs: UnusedInputs = "raise",
     max_batch: int | None = None,
+    precision: Precision = "float32",
 ) -> tuple[Score, Tensor]:
     """Runs the model once on the inputs as they are, resolves and checks the target.
 
@@ -287,6 +355,7 @@ def bind_score(
         additional_forward_args: passed on after the inputs; tensors whose first axis is B are repeated with the inputs.
         unused_inputs: "raise", or "zero" for a zero gradient.
         max_batch: rows per forward pass.
+        precision: of the model's passes.
 
     Returns:
         The score bound to the inputs, and f(x), [B].
@@ -295,24 +364,46 @@ def bind_score(
         ValueError: target out of range, of the wrong length, or missing for an output of higher rank.
         TypeError: target not of integers, or an output that is no tensor.
     """
+    bound = unresolved(model, inputs, target, score, additional_forward_args, unused_inputs, precision)
+    return resolved(bound, inputs, max_batch)
+
+
+def unresolved(
+    model: Callable[..., Any],
+    inputs: Tensors,
+    target: Target,
+    score: ScoreName,
+    additional_forward_args: Any,
+    unused_inputs: UnusedInputs,
+    precision: Precision,
+) -> Score:
+    """The score of :func:`bind_score` before the model has run, which its target may have to wait for."""
     batch = inputs[0].shape[0]
-    device = inputs[0].device
     args = () if additional_forward_args is None else additional_forward_args
     args = args if isinstance(args, tuple) else (args,)
     args = tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)
     per_row = tuple(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch for a in args)
     index: Tensor | Callable[[Tensor], Tensor] | None
-    index = target if target is None or callable(target) else _index(target, batch).to(device)
-    bound = Score(_without_inference_tensors(model), score, index, args, per_row, unused_inputs)
+    index = target if target is None or callable(target) else _index(target, batch).to(inputs[0].device)
+    return Score(_without_inference_tensors(model), score, index, args, per_row, unused_inputs, precision)
 
-    with torch.no_grad():
+
+def resolved(score: Score, inputs: Tensors, max_batch: int | None) -> tuple[Score, Tensor]:
+    """The score with its target checked, and f(x); runs the model once on the inputs as they are."""
+
+    def output(score: Score, inputs: Tensors) -> Tensors:
+        return (score.output(inputs),)
+
+    device = inputs[0].device
+    with torch.no_grad(), score.passing(device):
         # On copies (indexing makes them), for a model that changes its input in place.
         outputs = [
-            bound.take(rows).output(tuple(x[rows] for x in inputs)) for rows in row_chunks(batch, max_batch, device)
+            score.take(rows)._in_passes(output, tuple(x[rows] for x in inputs))[0]
+            for rows in row_chunks(inputs[0].shape[0], max_batch, device)
         ]
-        output = torch.cat(outputs)
-        bound = replace(bound, target=_resolve(bound, output))
-        return bound, bound.of_output(output)
+        whole = torch.cat(outputs)
+        bound = replace(score, target=_resolve(score, whole))
+        return bound, bound.of_output(whole)
 
 
 def _resolve(score: Score, output: Tensor) -> Tensor | Callable[[Tensor], Tensor] | None:

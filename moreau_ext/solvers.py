@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import ops
 from .graphs import READ, SCRATCH, Graphs, Steps
 from .groups import flat_rows, memory_layout, rows_like
+from .memory import attempt
 from .noise import Noise
 from .penalties import Penalty, over_features
 from .scores import Score, row_chunks
@@ -381,6 +382,41 @@ def in_order(parts: list[tuple[Tensor, Solution]]) -> Solution:
     return whole.take(torch.cat([where for where, _ in parts]).argsort())
 
 
+def in_groups(
+    problem: Problem, rows: int, max_batch: int | None, solve: Callable[[Problem, int | None], Solution]
+) -> Solution:
+    """Solves a problem in groups of as many inputs as one pass takes.
+
+    Passes that run out of memory are halved by the score. What is held between them belongs to the solver: a group
+    that does not fit is solved again in two halves, or alone, with half the rows per pass.
+
+    Args:
+        problem: the batch.
+        rows: of each input in a pass.
+        max_batch: most rows in one pass of the model.
+        solve: the solution of a group with so many rows per pass.
+    """
+    batch, device, limit = problem.keys.shape[0], problem.keys.device, problem.score.limit
+    size = batch if max_batch is None else max(1, max_batch // rows)
+    todo = [(index, max_batch) for index in reversed(row_chunks(batch, size, device))]
+    done = []
+    failed = 0
+    while todo:
+        index, most = todo.pop()
+        count = len(index)
+        some = problem if count == batch else problem.take(index)
+        part = attempt(partial(solve, some, most), device, last=count == 1 and most == 1)
+        if part is not None:
+            done.append(part)
+            continue
+        failed = failed or count
+        half = max(1, (rows * count if most is None else most) // 2)
+        todo += [(piece, half) for piece in reversed(index.tensor_split(2)) if len(piece)]
+    if failed:
+        limit.say(f"{failed} inputs at once", "half of them, or half the rows in a pass, as often as it took")
+    return Solution.concatenate(done)
+
+
 @dataclass(frozen=True)
 class ProximalGradient:
     """The proximal gradient method with noisy gradients,
@@ -469,16 +505,17 @@ class ProximalGradient:
         Raises:
             ValueError: the model gave a gradient that is not finite; names the id of the input.
         """
-        batch = problem.keys.shape[0]
-        size = batch if max_batch is None else max(1, max_batch // self.num_samples)
-        chunk = self.num_samples if max_batch is None else min(self.num_samples, max_batch)
-        rows = row_chunks(batch, size, problem.keys.device)
-        bar = progress_bar(self.max_steps * len(rows)) if self.progress else None
+        groups = 1 if max_batch is None else -(-problem.keys.shape[0] // max(1, max_batch // self.num_samples))
+        bar = progress_bar(self.max_steps * groups) if self.progress else None
+
         try:
             with (graphs or Graphs(False)).steps(problem.score.model, problem.keys.device) as steps:
-                return Solution.concatenate(
-                    self._solve(problem if len(rows) == 1 else problem.take(index), chunk, steps, bar) for index in rows
-                )
+
+                def solve(some: Problem, rows: int | None) -> Solution:
+                    chunk = self.num_samples if rows is None else min(self.num_samples, rows)
+                    return self._solve(some, chunk, steps, bar)
+
+                return in_groups(problem, self.num_samples, max_batch, solve)
         finally:
             if bar is not None:
                 bar.close()

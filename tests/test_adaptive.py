@@ -102,9 +102,8 @@ def test_the_budget_is_kept_and_said() -> None:
         counted += rows.shape[0] if rows.requires_grad else 0
         return model(rows)
 
-    s = SparseMoreauGrad(counting, sigma=1.0, eta_ratio=0.2, solver=ratio.solver).attribute(
-        x, target=0, return_solution=True
-    )
+    e = SparseMoreauGrad(counting, sigma=1.0, eta_ratio=0.2, solver=ratio.solver, max_batch=1024)
+    s = e.attribute(x, target=0, return_solution=True)
     assert int(s.gradient_evaluations.sum()) == counted
 
 

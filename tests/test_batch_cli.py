@@ -45,6 +45,8 @@ def test_a_folder_in_a_data_set_out(digits: Path, capsys: pytest.CaptureFixture[
     assert set(table["target"].to_pylist()) == {0, 1, 2, None} or set(table["target"].to_pylist()) == {0, 1, 2}
     assert cli.main(given) == 0
     assert "0 explained now, 13 before" in capsys.readouterr().out
+    assert cli.main([*given, "--precision", "bfloat16"]) == 2
+    assert 'precision was "float32" and is "bfloat16"' in capsys.readouterr().err
     assert cli.main([*given, "--seed", "4"]) == 2
     assert "belongs to another configuration: seed was 0 and is 4" in capsys.readouterr().err
 

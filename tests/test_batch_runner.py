@@ -308,6 +308,45 @@ def test_what_the_clock_chose_is_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(maps(tmp_path / "out"), before)
 
 
+def test_rows_per_pass_are_those_of_the_first_run(
+    x: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the memory that is free when the run goes on."""
+    np.save(tmp_path / "x.npy", torch.rand(12, 3, 8, 8).numpy())
+    config = Config(model="moreau_ext.zoo:resnet20", method="sparse", samples=2, steps=2, prepare="none")
+    runs: list[tuple[str, Any]] = [
+        ("config", lambda out: explain_config(config, tmp_path / "x.npy", out, workers=0, **SETTINGS)),
+        ("dataset", lambda out: explain_dataset(sparse(), x, out, **SETTINGS)),
+    ]
+    for name, run in runs:
+        out = tmp_path / name
+        monkeypatch.setattr("moreau_ext.base.budget", lambda device: 6 << 20)
+        run(out)
+        chosen = manifest(out)["prepared"]
+        assert 1 <= chosen["max_batch"] <= 1024
+        before = maps(out)
+        (out / "shard-000000.parquet").unlink()
+        monkeypatch.setattr("moreau_ext.base.budget", lambda device: 1)
+        run(out)
+        np.testing.assert_array_equal(maps(out), before)
+    assert explain_dataset(sparse(max_batch=7), x, tmp_path / "number", **SETTINGS).explained == len(x)
+    assert manifest(tmp_path / "number")["prepared"] is None
+
+
+def test_precision_is_a_part_of_the_job(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", torch.rand(4, 3, 8, 8).numpy())
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        config = Config(model="moreau_ext.zoo:resnet20", samples=2, steps=2, precision=precision, prepare="none")  # type: ignore[arg-type]
+        explain_config(config, tmp_path / "x.npy", tmp_path / precision, workers=0)
+        found[precision] = maps(tmp_path / precision)
+        assert manifest(tmp_path / precision)["configuration"]["precision"] == precision
+    assert np.abs(found["float32"] - found["bfloat16"]).max() > 0
+    config = Config(model="moreau_ext.zoo:resnet20", samples=2, steps=2, prepare="none")
+    with pytest.raises(Differs, match='precision was "bfloat16" and is "float32"'):
+        explain_config(config, tmp_path / "x.npy", tmp_path / "bfloat16", workers=0)
+
+
 # --- the disk, signals, death --------------------------------------------------------------------------------------
 
 
@@ -373,7 +412,7 @@ def test_the_first_interruption_finishes_the_shard(x: torch.Tensor, tmp_path: Pa
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            explain_dataset(sparse(Slow()), x, tmp_path, **SETTINGS)
+            explain_dataset(sparse(Slow(), max_batch=64), x, tmp_path, **SETTINGS)
     finally:
         thread.join()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

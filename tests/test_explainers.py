@@ -200,7 +200,9 @@ def test_a_tuple_shares_eta_max_and_draws_its_own_noise() -> None:
         seen.append((a.detach().clone(), b.detach().clone()))
         return (3 * a + b).flatten(1).sum(1)
 
-    s = SparseMoreauGrad(model, eta_ratio=0.5, sigma=0.1, solver=SHORT).attribute((x, x), return_solution=True)
+    s = SparseMoreauGrad(model, eta_ratio=0.5, sigma=0.1, solver=SHORT, max_batch=64).attribute(
+        (x, x), return_solution=True
+    )
     assert torch.equal(s.eta, torch.full((3,), 1.5, dtype=torch.float64))
     assert s.attribution[0].unique().tolist() == [1.5]
     assert s.attribution[1].unique().tolist() == [0.0]
@@ -460,7 +462,7 @@ def test_noise_level_is_a_fraction_of_each_inputs_range() -> None:
     x[1] = 0.7  # constant: no range, no noise
     x[2] *= 10
     model = Recorder(smooth())
-    s = MoreauGrad(model, noise_level=0.2, solver=SHORT).attribute(x, 1, return_solution=True)
+    s = MoreauGrad(model, noise_level=0.2, solver=SHORT, max_batch=64).attribute(x, 1, return_solution=True)
     flat = x.flatten(1)
     close(s.sigma, 0.2 * (flat.amax(1) - flat.amin(1)))
     copies = model.seen[1].view(3, 4, 2, 5, 4)
@@ -472,8 +474,8 @@ def test_noise_level_is_a_fraction_of_each_inputs_range() -> None:
 
 def test_noise_is_scaled_by_sigma() -> None:
     x, model = images(), Recorder(smooth())
-    MoreauGrad(model, sigma=0.25, solver=SHORT).attribute(x, 1)
-    MoreauGrad(model, sigma=torch.tensor([0.5, 1.0, 0.0]), solver=SHORT).attribute(x, 1)
+    MoreauGrad(model, sigma=0.25, solver=SHORT, max_batch=64).attribute(x, 1)
+    MoreauGrad(model, sigma=torch.tensor([0.5, 1.0, 0.0]), solver=SHORT, max_batch=64).attribute(x, 1)
     per_call = 1 + SHORT.max_steps
     one, two = (model.seen[1 + k * per_call].view(3, 4, 2, 5, 4) - x[:, None] for k in (0, 1))
     close(two[0], 2 * one[0])
@@ -600,7 +602,7 @@ def test_inputs_stop_by_themselves(method: str) -> None:
     x, a = images(), images(1)
     model = Recorder(lambda x: (x * a).flatten(1).sum(1))
     eta: dict[str, Any] = {} if method == "moreau" else {"eta_ratio": 0.5}
-    s = MOREAU[method](model, rho=STAGES, solver=STOPPING, **eta).attribute(x, return_solution=True)
+    s = MOREAU[method](model, rho=STAGES, solver=STOPPING, max_batch=64, **eta).attribute(x, return_solution=True)
     assert s.steps[0] == 10
     assert 80 <= s.steps[2] <= 110
     assert s.steps[1] == 200

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moreau_ext import ProximalGradient, SparseMoreauGrad, zoo
+from moreau_ext import ProximalGradient, SparseMoreauGrad, memory, zoo
 from moreau_ext.prepare import Lever, Prepared, prepare
 
 module = importlib.import_module("moreau_ext.prepare")
@@ -177,7 +177,7 @@ def test_the_map_is_the_same() -> None:
     # What was measured is used, unless the caller says otherwise; 2-D inputs have no such layout.
     assert explainer.max_batch == ready.max_batch
     assert SparseMoreauGrad(ready, max_batch=3).max_batch == 3
-    assert SparseMoreauGrad(model).max_batch == 1024
+    assert SparseMoreauGrad(model).max_batch == "auto"
     if ready.memory_format == torch.channels_last:
         assert other.displacement.is_contiguous(memory_format=torch.channels_last)
     table = prepare(zoo.tabular_mlp(), torch.rand(3, 30))
@@ -614,7 +614,7 @@ def test_a_model_that_does_not_run_under_the_counter(monkeypatch: pytest.MonkeyP
     def refuse(*_: Any) -> None:
         raise RuntimeError("no dispatch modes here")
 
-    monkeypatch.setattr(module._Peak, "__torch_dispatch__", refuse)
+    monkeypatch.setattr(memory.BytesAlive, "__torch_dispatch__", refuse)
     prepared = prepare(zoo.tabular_mlp(), torch.rand(2, 30))
     assert prepared.row_bytes is None
     assert prepared.max_batch <= 32

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adaptive import AdaptiveProximalGradient
 from ..base import check_count
 from ..groups import Pixels, Tiles
+from ..precision import Precision, check_precision
 from ..prepare import prepare
 from ..registry import make_explainer
 from ..solvers import ProximalGradient
@@ -39,6 +40,22 @@ _BELONGS: dict[str, tuple[str, ...]] = {
 _STEP = 0.1
 
 
+def settled(explainer: Any, example: Tensor, chosen: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+    """(the explainer with max_batch="auto" as a number, that number): a run that goes on passes the rows of the first,
+    for the same bits, whatever memory is free then.
+
+    Args:
+        explainer: any.
+        example: inputs as the model takes them.
+        chosen: what the first run chose; None lets this one choose.
+    """
+    if explainer.max_batch != "auto":
+        return explainer, None
+    # What is wrong with an input is said where it is explained.
+    rows = explainer.rows_per_pass(example.nan_to_num()) if chosen is None else chosen["max_batch"]
+    return dataclasses.replace(explainer, max_batch=rows), {"max_batch": rows}
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a job's results but its inputs. None means the explainer's default.
@@ -47,7 +64,7 @@ class Config:
         model, weights: see :func:`load_model`.
         preprocess: a TOML or JSON file, or torchvision's weights by name; by default what the model says.
         method: gradient, smoothgrad, moreau, sparse or group.
-        rho, radius, eta, eta_ratio, support, sigma, noise_level, score: settings of the explainer.
+        rho, radius, eta, eta_ratio, support, sigma, noise_level, score, precision: settings of the explainer.
         seed: of the noise bank.
         steps, samples: fixed steps of size ρ/10 with so many noisy copies (60 and 8 where only one is given), instead
             of the solver that adapts; for smoothgrad, the number of copies.
@@ -81,6 +98,7 @@ class Config:
     max_gradients: int | None = None
     tile: int | None = None
     target: str | int = "predicted"
+    precision: Precision = "float32"
     device: str = "cpu"
     prepare: Literal["auto", "none"] = "auto"
 
@@ -99,6 +117,7 @@ class Config:
             raise ValueError("max_gradients: steps and samples fix how many there are; leave it out, or them")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected 64 bits, got {self.seed}")
+        check_precision(self.precision)
         if self.prepare not in ("auto", "none"):
             raise ValueError(f"prepare: expected 'auto' or 'none', got {self.prepare!r}")
 
@@ -125,7 +144,7 @@ class Config:
         """The explainer of a model, or of the prepared copy of one."""
         given = ("rho", "radius", "eta", "eta_ratio", "support", "sigma", "noise_level")
         settings: dict[str, Any] = {n: getattr(self, n) for n in given if getattr(self, n) is not None}
-        settings["score"] = self.score
+        settings |= {"score": self.score, "precision": self.precision}
         if self.method != "gradient":
             settings["seed"] = self.seed
         if self.method == "smoothgrad" and self.samples:
@@ -148,7 +167,7 @@ class Config:
     def ready(
         self, model: nn.Module, example: Tensor, chosen: dict[str, Any] | None
     ) -> tuple[Any, dict[str, Any] | None]:
-        """(the explainer, what was chosen by the clock when the model was prepared).
+        """(the explainer, what was chosen by the clock or by what memory was free).
 
         Args:
             model: on its device.
@@ -158,12 +177,12 @@ class Config:
         Raises:
             ValueError: the model cannot be prepared as in the first run.
         """
-        if self.prepare == "none":
-            return self.explainer(model), None
         floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
         example = example.to(torch.device(self.device), floating)
+        if self.prepare == "none":
+            return settled(self.explainer(model), example, chosen)
         if chosen is None:
-            ready = prepare(model, example)
+            ready = prepare(model, example, precision=self.precision)
             layout = "channels_last" if ready.memory_format == torch.channels_last else "preserve"
             return self.explainer(ready), {
                 "levers": [lever.name for lever in ready.report if lever.applied],
@@ -178,6 +197,7 @@ class Config:
             max_batch=chosen["max_batch"],
             memory_budget=1 << 62,
             probe=False,
+            precision=self.precision,
         )
         levers = [lever.name for lever in again.report if lever.applied]
         if levers != chosen["levers"]:

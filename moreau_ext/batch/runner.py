@@ -29,7 +29,7 @@ from ..base import Explainer, check_count
 from ..prepare import Prepared
 from ..scores import bind_score, evaluating
 from ..solvers import Solution
-from .config import Config
+from .config import Config, settled
 from .models import fingerprint
 from .preprocess import Preprocess
 from .sink import COLUMNS, Differs, Output, Rows, concerns, explain_os_error
@@ -198,10 +198,10 @@ class Engine:
 
     def _predicted(self, x: Tensor, needed: bool) -> Tensor | None:
         """The class of every input; None for one output, or for outputs of higher rank with a target of their own."""
-        rows = self.explainer.max_batch
+        rows = self.explainer.rows_per_pass(x)
         with torch.inference_mode(False), torch.no_grad(), evaluating(self._module):
             try:
-                bound, _ = bind_score(self._module, (x,), None, max_batch=None if rows is None else int(rows))
+                bound, _ = bind_score(self._module, (x,), None, max_batch=rows, precision=self.explainer.precision)
             except ValueError:
                 if needed:
                     raise
@@ -573,7 +573,7 @@ def describe_explainer(explainer: Explainer) -> dict[str, Any]:
     """An explainer's settings and its model's weights, as they are compared between runs."""
     model: Any = explainer.model
     prepared = isinstance(model, Prepared)
-    settings = {f.name: _plain(getattr(explainer, f.name)) for f in fields(explainer) if f.name != "model"}
+    settings = {f.name: _plain(getattr(explainer, f.name)) for f in fields(explainer) if f.init and f.name != "model"}
     described = {
         "explainer": type(explainer).__name__,
         **settings,
@@ -650,7 +650,12 @@ def explain_dataset(
         settings = {**describe_explainer(explainer), "target": target}
         settings["preprocess"] = None if preprocess is None else preprocess.record()
         configuration = configuration_of(settings, source, batch, map_dtype, map_format)
-        work = agree(source, output, lambda _x, _c: (explainer, None), configuration, target, shard_rows)
+
+        def make(example: Tensor, chosen: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+            ready = Engine(explainer, target, tuple(example.shape[1:]), map_dtype).ready(example)
+            return settled(explainer, ready, chosen)
+
+        work = agree(source, output, make, configuration, target, shard_rows)
         return run_local(source, work, workers, progress)
 
 

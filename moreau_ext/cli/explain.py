@@ -82,6 +82,12 @@ def add_parser(commands: Any) -> None:
         help="the class to explain; 'class' for the folder of an image. default: %(default)s",
     )
     parser.add_argument("--column", metavar="NAME", help="which column of a .npz or Parquet file is explained")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "tf32", "bfloat16"),
+        help="how a float32 model multiplies: exactly, in TF32 on CUDA, or in bfloat16. default: %(default)s",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N. default: %(default)s")
     add_prepare(parser)
     parser.add_argument(
@@ -132,6 +138,7 @@ def _explain(arguments: argparse.Namespace) -> None:
             max_gradients=arguments.max_gradients,
             tile=arguments.tile,
             target=_target(arguments.target),
+            precision=arguments.precision,
             device=arguments.device,
             prepare=arguments.prepare,
         )

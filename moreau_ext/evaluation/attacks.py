@@ -222,6 +222,7 @@ class _Search:
                 score=explainer.score,
                 max_batch=explainer.max_batch,
                 unused_inputs=explainer.unused_inputs,
+                precision=explainer.precision,
             )
 
     def kept(self, x: Tensor) -> Tensor:

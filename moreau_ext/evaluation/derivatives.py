@@ -55,6 +55,7 @@ def _limit(explainer: Explainer, **settings: Any) -> dict[str, Any]:
         "score": explainer.score,
         "max_batch": explainer.max_batch,
         "unused_inputs": explainer.unused_inputs,
+        "precision": explainer.precision,
         **settings,
     }
 
@@ -200,6 +201,7 @@ def _sparsified(
         score=explainer.score,
         max_batch=explainer.max_batch,
         unused_inputs=explainer.unused_inputs,
+        precision=explainer.precision,
     )
     maps = single.attribute(rows, _repeat(target, count)).view_as(z)
     slope = (maps * vectors.unsqueeze(1)).flatten(2).sum(2)
@@ -225,7 +227,11 @@ def _integrated(
     slopes = (view * (u * vectors).unsqueeze(1)).flatten(0, 1)
     classes, wide = _repeat(target, _PATH), (inputs.shape[0], _PATH, *inputs.shape[1:])
     plain = Gradient(
-        explainer.model, score=explainer.score, max_batch=explainer.max_batch, unused_inputs=explainer.unused_inputs
+        explainer.model,
+        score=explainer.score,
+        max_batch=explainer.max_batch,
+        unused_inputs=explainer.unused_inputs,
+        precision=explainer.precision,
     )
     gradient = plain.attribute(rows, classes).view(wide).mean(1)
     # The points' own ids, so that their noise is independent.

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..base import Explainer, check_count
 from ..baselines import unsolved
-from ..scores import row_chunks
-from ..solvers import Problem, Solution
+from ..solvers import Problem, Solution, in_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +21,7 @@ class IntegratedGradients(Explainer):
     A_i(x) = (x_i − b_i) ∫₀¹ ∂_i f(b + t(x − b)) dt. Unlike the other maps it is multiplied by the input.
 
     Args:
-        model, score, max_batch, unused_inputs: see :class:`moreau_ext.MoreauGrad`.
+        model, score, max_batch, unused_inputs, precision: see :class:`moreau_ext.MoreauGrad`.
         baselines: as captum takes them; None for 0.
         n_steps: points of the quadrature.
 
@@ -42,24 +41,23 @@ class IntegratedGradients(Explainer):
             raise ImportError("integrated_gradients is captum's: pip install captum")
 
     def _solve(self, problem: Problem) -> Solution:
-        rows = row_chunks(problem.keys.shape[0], self._max_rows, problem.keys.device)
-        return Solution.concatenate(self._some(problem.take(index)) for index in rows)
+        return in_groups(problem, 1, self._max_rows(problem), self._some)
 
-    def _some(self, problem: Problem) -> Solution:
+    def _some(self, problem: Problem, rows: int | None) -> Solution:
         from captum.attr import IntegratedGradients as Captum
 
         def forward(*arguments: Tensor) -> Tensor:
-            *rows, which = arguments
+            *inputs, which = arguments
             score = problem.score.take(which)
-            return score.of_output(score.output(tuple(rows)))
+            return score.of_output(score.output(tuple(inputs)))
 
-        with torch.enable_grad():
+        with torch.enable_grad(), problem.score.passing(problem.keys.device):
             maps = Captum(forward).attribute(
                 problem.inputs,
                 baselines=self.baselines,
                 additional_forward_args=(torch.arange(problem.keys.shape[0], device=problem.keys.device),),
                 n_steps=self.n_steps,
-                internal_batch_size=self._max_rows,
+                internal_batch_size=rows,
             )
         maps = tuple(a.detach().to(r.dtype) for a, r in zip(maps, problem.rho, strict=True))
         return unsolved(problem, maps, self.n_steps)

@@ -1,0 +1,268 @@
+"""Memory: what a pass of the model takes, what there is, and what to do when it was not enough."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Result = TypeVar("Result")
+
+# Rows per pass where memory cannot be measured: the published number of samples.
+BLIND_ROWS = 32
+# What may be planned for of what is free. On CUDA a captured step has its passes in a pool of its own, beside what its
+# warm-up left in the cache; hence half. On the CPU too much is answered by the kernel, with a kill, and second
+# derivatives, which a certificate takes, need up to three times what is measured here; a GPU says no, and a pass is
+# halved then.
+_CUDA_SHARE, _CPU_SHARE = 1 / 2, 1 / 4
+# Where the system does not say what is free.
+_CPU_BLIND = 4 << 30
+_REFUSED = ("allocate memory", "STATUS_ALLOC_FAILED")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+# What there is.
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that one caller may plan for: half of a GPU's free memory, a quarter of what the CPU's processes can have.
+
+    Free is on CUDA also what the caching allocator holds and does not use; on the CPU at most what the limits of the
+    cgroups (of containers) leave.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(1, int(_CUDA_SHARE * (torch.cuda.mem_get_info(device)[0] + held)))
+    return max(1, int(_CPU_SHARE * min([_available(), *_left_by_cgroups()])))
+
+
+def _available() -> int:
+    """Bytes that could be had without swapping, as the system estimates it."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return _CPU_BLIND
+
+
+def _left_by_cgroups() -> Iterator[int]:
+    """Limit less usage of this process's memory cgroups, both versions, with all that they are part of."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            root, names = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = _CGROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # A container may see its own group at the root, and a path that is the host's.
+        place = Path(path.lstrip("/"))
+        for folder in (root / place, *((root / parent) for parent in place.parents)):
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names[:2])
+                if limit == "max":
+                    continue
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                # Files' pages that nobody asked for lately are given up first.
+                yield max(0, int(limit) - int(used) + int(counts.get(names[2], 0)))
+            except (OSError, ValueError):
+                continue
+
+
+# What a pass takes.
+
+
+class BytesAlive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors made inside that are alive, after every operation; this thread's alone, and no one's
+    statistics. What was there before, weights and inputs, is not counted, nor are views of it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.after: list[int] = []
+        self._now = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def peak(self) -> int:
+        """The most that was alive at once."""
+        return max(self.after, default=0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(s) for s in _storages((args, kwargs))}
+        made = function(*args, **(kwargs or {}))
+        for storage in _storages(made):
+            if id(storage) not in before:
+                self._count(storage)
+        self.after.append(self._now)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self._now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self._now += size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, Tensor) and t.layout == torch.strided]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of the tensors alive at once, at most: fixed + per_row·rows + per_input·inputs.
+
+    Args:
+        fixed: whatever the rows: copies of weights in another dtype, say.
+        per_row: what each row of a pass adds.
+        per_input: what each input of the call adds, in a pass or not.
+    """
+
+    fixed: int
+    per_row: int
+    per_input: int = 0
+
+    def peak(self, rows: int, inputs: int = 0) -> int:
+        """Bytes of a call with so many inputs and rows per pass; of one pass alone for no inputs."""
+        return self.fixed + self.per_row * rows + self.per_input * inputs
+
+    def rows(self, budget: int) -> int:
+        """The largest power of two of rows that the budget holds, one at least: a budget that changes a little, as
+        free memory does, leads to the same."""
+        fitting = max(1, (budget - self.fixed) // max(1, self.per_row))
+        return 1 << fitting.bit_length() - 1
+
+
+def footprint(run: Callable[[int], Any], device: torch.device) -> Footprint | None:
+    """Measures passes of one and of two rows, operation by operation.
+
+    With a_t + b_t·rows bytes alive after operation t, both passes give a_t and b_t, and the peak for any number of rows
+    is max_t(a_t + b_t·rows) ≤ max_t a_t + max_t b_t·rows. The slope between two peaks alone would be too small where
+    another operation's share grows: bfloat16 copies of the weights are most of what one row takes, and nothing of what
+    1,000 do. Scratch inside a library's kernels is not seen.
+
+    Args:
+        run: makes a pass of so many rows. Random generators are as before afterwards.
+        device: of the pass.
+
+    Returns:
+        None where a pass fails under the counter. Where two rows do not fit, what no budget holds two of.
+    """
+    counters = []
+    for rows in (1, 2):
+        counter = BytesAlive()
+        try:
+            with same_random_numbers(device), counter:
+                run(rows)
+        except Exception as error:  # a model, or what it is made of, may fail in any way under a dispatch mode
+            return Footprint(0, sys.maxsize) if out_of_memory(error) else None
+        counters.append(counter.after)
+    one, two = counters
+    if len(one) != len(two):
+        # Not the same operations: every row is charged all that one takes.
+        return Footprint(0, max(1, *one, max(two) // 2))
+    fixed = max((2 * a - b for a, b in zip(one, two, strict=True)), default=0)
+    per_row = max((b - a for a, b in zip(one, two, strict=True)), default=0)
+    return Footprint(max(0, fixed), max(1, per_row))
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """A model that draws draws the same in every pass that starts one of these; the generators are restored."""
+    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # Not torch.manual_seed, which would reseed every accelerator too.
+        torch.default_generator.manual_seed(0)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(0)
+        yield
+
+
+# When it was not enough.
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is memory that failed."""
+    # The CPU's allocator and cuDNN's and cuBLAS's handles have no exception of their own.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSED)
+    )
+
+
+class Limit:
+    """Rows per pass that were found to fit, shared by all scores of one explanation and by its threads.
+
+    Args:
+        rows: what is known from before.
+        lowered: told when it is less.
+    """
+
+    def __init__(self, rows: int | None = None, lowered: Callable[[int], Any] | None = None) -> None:
+        self.rows = rows
+        self._lowered = lowered
+        self._lock = threading.Lock()
+        self._said = False
+
+    def lower(self, rows: int) -> None:
+        """At most so many from now on."""
+        with self._lock:
+            self.rows = rows if self.rows is None else min(self.rows, rows)
+            if self._lowered is not None:
+                self._lowered(self.rows)
+
+    def say(self, before: str, after: str) -> None:
+        """Warns, once."""
+        with self._lock:
+            said, self._said = self._said, True
+        if not said:
+            warnings.warn(
+                f"out of memory with {before}; went on with {after}. Results agree to rounding; max_batch= (or 'auto') "
+                "with less avoids the failed pass",
+                stacklevel=2,
+            )
+
+
+def attempt(run: Callable[[], Result], device: torch.device, last: bool) -> Result | None:
+    """What ``run`` returns; or None where memory did not suffice, with what can be freed freed. The ``last`` attempt
+    fails as it fails."""
+    try:
+        return run()
+    except Exception as error:
+        # In a captured CUDA graph nothing can be done again with fewer rows, or be freed.
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if last or capturing or not out_of_memory(error):
+            raise
+    # Out of the except block: the error held the frames of the pass, and they its tensors.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
