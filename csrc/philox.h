@@ -133,11 +133,11 @@ MOREAU_HD void box_muller<double>(uint32_t a, uint32_t b, double& z0, double& z1
 }
 
 // --- Box-Muller for a GPU's float. With Philox and the copy a normal takes 33 to 39 instructions on sm_90, with
-// box_muller<float> 80 (benchmarks/sass_table.py); at 8.6 bytes a normal the memory of an H200 leaves time for about 60.
+// box_muller<float> 80 (benchmarks/sass_table.py); at 8.6 bytes a normal an H200's memory leaves time for about 60.
 //
-// |z - exact| <= kFastError * max(|z|, 1), of which kIntrinsicsError is for the two intrinsics: PTX states 2^-22 relative
-// for lg2.approx below 1/2, of which the root keeps half, and 2^-23 for sqrt.approx. The rest is rounding, as in
-// box_muller<float>: tests/cpp/normals.cpp finds 2.9e-7 of either over the corners and millions of words.
+// |z - exact| <= kFastError * max(|z|, 1), of which kIntrinsicsError is for the two intrinsics: PTX states 2^-22
+// relative for lg2.approx below 1/2, of which the root keeps half, and 2^-23 for sqrt.approx. The rest is rounding, as
+// in box_muller<float>: tests/cpp/normals.cpp finds 2.9e-7 of either over the corners and millions of words.
 constexpr double kFastError = 6e-7, kIntrinsicsError = 2.4e-7;
 
 MOREAU_HD float fast_log2(float x) {

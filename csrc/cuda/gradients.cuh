@@ -17,9 +17,9 @@ __device__ __forceinline__ void for_rows(int64_t samples, Add add, int64_t k = 0
   if constexpr (kRows > 1) for_rows<kRows / 2>(samples, add, k);
 }
 
-// Rows in flight before the first is added: with 8 a warp waits 4 times for memory at 32 samples, not 32 times, and the 16
-// warps of a multiprocessor have 64 KB in flight, as with 16 rows of half the size. Scalar loads of a quad make do with
-// fewer; double fits no more beside the state of a step.
+// Rows in flight before the first is added: with 8 a warp waits 4 times for memory at 32 samples, not 32 times, and the
+// 16 warps of a multiprocessor have 64 KB in flight, as with 16 rows of half the size. Scalar loads of a quad make do
+// with fewer; double fits no more beside the state of a step.
 template <class T, bool kVector>
 constexpr int kRows = sizeof(T) == 8 ? 2 : !kVector ? 4 : sizeof(T) == 2 ? 16 : 8;
 

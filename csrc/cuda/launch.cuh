@@ -54,8 +54,8 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// One block per item as far as a grid reaches (2^31 - 1 blocks); kernels stride over the rest. `shared` bytes of dynamic
-// shared memory, at most the 48 KB that need no leave.
+// One block per item as far as a grid reaches (2^31 - 1 blocks); kernels stride over the rest. `shared` is the dynamic
+// shared memory in bytes, at most the 48 KB that need no leave.
 template <class Kernel, class... Arguments>
 void launch(const char* operation, Kernel* kernel, int64_t items, int threads, size_t shared, void* stream,
             const Arguments&... a) {

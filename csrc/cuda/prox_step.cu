@@ -1,9 +1,9 @@
 // The fused step: mean of the gradients, pull to zero, shrinkage, statistics, next noisy copies, in one launch.
 //
-// Elementwise penalties: a block owns quads of one input. Groups: a block owns the groups that start in one chunk of the
-// sorted members, and works on the quads that hold them. Where quads are few, `slices` threads share each of them: all
-// load gradients and write noisy copies, the first one adds and steps. Statistics are summed in an order that follows
-// from the extents and the groups.
+// Elementwise penalties: a block owns quads of one input. Groups: a block owns the groups that start in one chunk of
+// the sorted members, and works on the quads that hold them. Where quads are few, `slices` threads share each of them:
+// all load gradients and write noisy copies, the first one adds and steps. Statistics are summed in an order that
+// follows from the extents and the groups.
 #include "../shrinkage.h"
 #include "gradients.cuh"
 #include "groups.cuh"
@@ -320,8 +320,8 @@ void run_group(const ProxStep& a, void* stream) {
   const Quads quads(a.extents, a.noise.element_offset);
   const int64_t each = chunks(a.extents);
   const auto kernel = whole_vectors<T>(a, quads) ? prox_step_group_kernel<T, true> : prox_step_group_kernel<T, false>;
-  launch("prox_step", kernel, a.extents.batch * each, kGroupThreads, kStaged<true> * kGroupThreads * sizeof(Held<T>), stream,
-         a, quads, Draws(a.noise), each);
+  const size_t stage = kStaged<true> * kGroupThreads * sizeof(Held<T>);
+  launch("prox_step", kernel, a.extents.batch * each, kGroupThreads, stage, stream, a, quads, Draws(a.noise), each);
 }
 
 }  // namespace
