@@ -2,7 +2,7 @@
 
     python benchmarks/sass_table.py [--architectures 90] [--sources prox_step,perturb] [--json FILE]
 
-nvdisasm is on PATH, beside nvcc, or in the package nvidia-cuda-nvdisasm (`pip install nvidia-cuda-nvdisasm`).
+nvdisasm is looked for on PATH, beside nvcc, in the package nvidia-cuda-nvdisasm, and in triton.
 
 The columns: registers; warps that a multiprocessor holds at large sizes, and their share of what it could hold; 16-byte
 loads and stores, and accesses to local memory, in the whole kernel; instructions for each noisy feature written, in the
@@ -66,8 +66,9 @@ class Row:
 
 def nvdisasm() -> str | None:
     beside = [Path(found).with_name("nvdisasm") for found in [nvcc()] if found]
-    packaged = [Path(p) / "nvidia" for p in sys.path]
-    candidates = beside + [p / d / "bin" / "nvdisasm" for p in packaged for d in ("cu13", "cuda_nvdisasm")]
+    # Of the package, and the copy that comes with CUDA builds of torch.
+    folders = ("nvidia/cu13/bin", "nvidia/cuda_nvdisasm/bin", "triton/backends/nvidia/bin")
+    candidates = beside + [Path(p) / folder / "nvdisasm" for p in sys.path for folder in folders]
     return shutil.which("nvdisasm") or next((str(p) for p in candidates if p.exists()), None)
 
 
