@@ -98,17 +98,17 @@ struct Team {
   }
 };
 
-// Rows that each thread of a team has in flight: 32 samples are there after one wait with 8 slices, two with 4. Half of
-// it for scalar loads, whose addresses take as many registers again.
-template <bool kVector>
-constexpr int kStaged = kVector ? 4 : 2;
+// Rows that each thread of a team has in flight: 32 samples are there after one wait with 8 slices, two with 4. Twice as
+// many of half the size; half of it for scalar loads, whose addresses take as many registers again.
+template <class T, bool kVector>
+constexpr int kStaged = !kVector ? 2 : sizeof(T) == 2 ? 8 : 4;
 
 // The same for a team: every thread loads, and the first one of a quad adds in the order of the rows. Every thread of
-// the block calls it; those that hold no quad are not `mine`. `stage` has kStaged quads for every thread.
+// the block calls it; those that hold no quad are not `mine`. `stage` has kStaged<T, true> quads for every thread.
 template <bool kVector, class T, class S>
 __device__ __forceinline__ void add_rows_together(S (&sum)[kLanes], const T* rows, int64_t samples, int64_t features,
                                                   const Quad& quad, bool mine, const Team& team, Held<T>* stage) {
-  constexpr int kEach = kStaged<kVector>;
+  constexpr int kEach = kStaged<T, kVector>;
   const int together = kEach * team.slices;
   for (int64_t first = 0; first < samples; first += together, rows += together * features) {
     const int now = int(samples - first < together ? samples - first : together);

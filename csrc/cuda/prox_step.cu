@@ -143,7 +143,7 @@ void run_elementwise(const ProxStep& a, void* stream) {
   const auto kernel = whole_vectors<T>(a, quads) ? prox_step_kernel<T, true> : prox_step_kernel<T, false>;
   const int64_t rows = std::max<int64_t>(a.samples, draws.count);
   const int slices = slices_for(a.extents.batch * quads.count(), rows, kMostSlices<T>), threads = kQuads * slices;
-  const size_t stage = slices > 1 ? kStaged<true> * threads * sizeof(Held<T>) : 0;  // at most 32 KB
+  const size_t stage = slices > 1 ? kStaged<T, true> * threads * sizeof(Held<T>) : 0;  // at most 32 KB
   launch("prox_step", kernel, a.extents.batch * blocks, threads, stage, stream, a, quads, draws, blocks);
 }
 
@@ -320,7 +320,7 @@ void run_group(const ProxStep& a, void* stream) {
   const Quads quads(a.extents, a.noise.element_offset);
   const int64_t each = chunks(a.extents);
   const auto kernel = whole_vectors<T>(a, quads) ? prox_step_group_kernel<T, true> : prox_step_group_kernel<T, false>;
-  const size_t stage = kStaged<true> * kGroupThreads * sizeof(Held<T>);
+  const size_t stage = kStaged<T, true> * kGroupThreads * sizeof(Held<T>);
   launch("prox_step", kernel, a.extents.batch * each, kGroupThreads, stage, stream, a, quads, Draws(a.noise), each);
 }
 
