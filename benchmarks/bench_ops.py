@@ -5,18 +5,27 @@
 Prints ratios of interleaved medians. "eager" is the same step from PyTorch's own in-place operations on reused buffers.
 Without noise the step is bound by memory: it and a copy go round a ring of buffers that no cache holds, and both rates
 are in bytes of gradients per second (a copy also writes as many; the last column counts all traffic of both).
+
+On a GPU (--device cuda) a roofline follows: each variant of the step at sizes from 64 MB of gradients on, with the
+bytes it must move, its share of the bandwidth of a copy measured beside it, the same update as eager PyTorch and as
+torch.compile (noise on the device in both), and what nvcc says of its kernel. Then small sizes, called and as replays
+of a CUDA graph.
 """
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import ptxas_table
+import sass_table
 import torch
 from timing import interleaved, parser, report
 from torch import Tensor
 
-from moreau_ext import Tiles, ops
+from moreau_ext import Pixels, Tiles, ops
 from moreau_ext.noise import Noise, noise_keys
 
 SHAPES = {
@@ -24,6 +33,13 @@ SHAPES = {
     "[16,32,3072]": (16, 32, (3, 32, 32)),
     "[1,32,150528]": (1, 32, (3, 224, 224)),
 }
+# On a GPU: 134 MB of float32 gradients (67 of bfloat16), 308 MB, and 1.2 GB; and sizes that leave it mostly idle.
+LARGE = {
+    "[342,32,3072]": (342, 32, (3, 32, 32)),
+    "[16,32,150528]": (16, 32, (3, 224, 224)),
+    "[64,32,150528]": (64, 32, (3, 224, 224)),
+}
+SMALL = {"[1,32,64]": (1, 32, (1, 8, 8)), "[1,32,3072]": (1, 32, (3, 32, 32)), "[1,8,150528]": (1, 8, (3, 224, 224))}
 RHO, GAMMA, ETA, SIGMA = 1.0, 0.1, 5e-3, 0.1
 # Bytes of gradients in the ring, well above any last-level cache.
 RING = 256 << 20
@@ -52,8 +68,8 @@ class Buffers:
         return Noise(self.keys, self.step, self.full(SIGMA), self.samples, antithetic)
 
 
-def fused(b: Buffers, *, noise: Noise | None, tiles: int | None = None) -> Any:
-    groups = None if tiles is None else Tiles(tiles).partition(b.x, b.state)
+def fused(b: Buffers, *, noise: Noise | None, structure: Tiles | Pixels | None = None) -> Any:
+    groups = None if structure is None else structure.partition(b.x, b.state)
     rho, gamma, eta = b.full(RHO), b.full(GAMMA), b.full(ETA)
 
     def run() -> None:
@@ -111,6 +127,133 @@ def eager(b: Buffers, antithetic: bool) -> Any:
     return run
 
 
+def compiled(b: Buffers, antithetic: bool | None) -> Any:
+    """The same update by torch.compile; None is without noise."""
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def update(gradients: Tensor, displacement: Tensor, gradient: Tensor, x: Tensor, noisy: Tensor) -> None:
+        p = gradients.view(b.batch, b.samples, *x.shape[1:]).to(b.state).mean(1)
+        v = (1 - GAMMA / RHO) * displacement - GAMMA * p
+        d = v - v.clamp(-GAMMA * ETA, GAMMA * ETA)
+        gradient.copy_(p)
+        displacement.copy_(d)
+        if antithetic is None:
+            return
+        base = (x + d).unsqueeze(1)
+        shape = (b.batch, b.samples // 2 if antithetic else b.samples, *x.shape[1:])
+        noise = SIGMA * torch.randn(shape, device=x.device, dtype=b.state)
+        if antithetic:
+            noise = torch.stack((noise, -noise), 2).flatten(1, 2)
+        noisy.copy_((base + noise).flatten(0, 1))
+
+    return lambda: update(b.gradients, b.displacement, b.gradient, b.x, b.noisy)
+
+
+def replayed(run: Any) -> Any:
+    """The launches of one call, captured in a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # what is loaded or compiled at the first call cannot be captured
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def machine_code() -> dict[str, sass_table.Row]:
+    """The static table of this GPU's kernels, where its tools are there."""
+    sm = "".join(map(str, torch.cuda.get_device_capability()))
+    if ptxas_table.nvcc() is None or sass_table.nvdisasm() is None or sm not in sass_table.LIMITS:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        return {r.kernel: r for r in sass_table.rows(ptxas_table.SOURCES / "prox_step.cu", sm, Path(folder))}
+
+
+def roofline(rounds: int) -> list[dict[str, Any]]:
+    """What each variant moves and how fast, at sizes where memory should be the limit."""
+    static = machine_code()
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for size, (batch, samples, features) in LARGE.items():
+            torch.compiler.reset()  # one function is compiled for at most eight sizes
+            b = Buffers(batch, samples, features, "cuda", dtype)
+            plain, pairs, tile = b.noise(False), b.noise(True), Tiles(14 if features[1] % 14 == 0 else 4)
+            runs = {
+                "no noise": fused(b, noise=None),
+                "noise": fused(b, noise=plain),
+                "antithetic": fused(b, noise=pairs),
+                f"{tile}": fused(b, noise=plain, structure=tile),
+                f"{tile} antithetic": fused(b, noise=pairs, structure=tile),
+                f"{tile} no noise": fused(b, noise=None, structure=tile),
+                "Pixels()": fused(b, noise=plain, structure=Pixels()),
+            }
+            others = {
+                "eager no noise": partial(eager_step, b),
+                "eager noise": eager(b, False),
+                "eager antithetic": eager(b, True),
+                "compile no noise": compiled(b, None),
+                "compile noise": compiled(b, False),
+                "compile antithetic": compiled(b, True),
+                "copy": partial(b.copy.copy_, b.gradients),
+            }
+            seconds = interleaved({**runs, **others}, "cuda", rounds)
+            stored, state = b.gradients.element_size(), b.displacement.element_size()
+            copy = 2 * stored * b.gradients.numel() / seconds["copy"]
+            for variant in runs:
+                kind = next(k for k in ("no noise", "antithetic", "noise") if k in variant or k == "noise")
+                grouped = "(" in variant
+                # Gradients, and copies with x; the mean is written, the displacement read and written.
+                moved = stored * b.gradients.numel() + 3 * state * b.x.numel()
+                if kind != "no noise":
+                    moved += stored * (b.gradients.numel() + b.x.numel())
+                code = static.get(f"prox_step_{'group_' if grouped else ''}kernel<{name}, 1>")
+                rows.append(
+                    {
+                        "[B,m,d]": size,
+                        "dtype": name,
+                        "variant": variant,
+                        "MB moved": moved / 1e6,
+                        "ms": seconds[variant] * 1e3,
+                        "GB/s": moved / seconds[variant] / 1e9,
+                        "share of copy": moved / seconds[variant] / copy,
+                        "L1's time / its": seconds[kind] / seconds[variant],
+                        # Neither knows groups: they are held against the L1 update.
+                        "eager / its": seconds[f"eager {kind}"] / seconds[variant],
+                        "compile / its": seconds[f"compile {kind}"] / seconds[variant],
+                        "registers": code and code.registers,
+                        "spilled": code and code.spilled,
+                        "occupancy": code and code.occupancy,
+                        "instructions": code and (code.antithetic if kind == "antithetic" else code.independent),
+                    }
+                )
+    return rows
+
+
+def small(rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of a step that cannot fill a GPU: called from Python, and as a replay of a CUDA graph."""
+    rows: list[dict[str, Any]] = []
+    for size, (batch, samples, features) in SMALL.items():
+        torch.compiler.reset()
+        b = Buffers(batch, samples, features, "cuda", torch.float32)
+        runs = {
+            "fused": fused(b, noise=b.noise(True)),
+            "tiles": fused(b, noise=b.noise(True), structure=Tiles(4)),
+            "eager": eager(b, True),
+            "compile": compiled(b, True),
+        }
+        called = interleaved(runs, "cuda", rounds)
+        graphs = interleaved({name: replayed(run) for name, run in runs.items()}, "cuda", rounds)
+        for how, seconds in (("called", called), ("replayed", graphs)):
+            micro = {f"{name} µs": s * 1e6 for name, s in seconds.items()}
+            fast = seconds["fused"]
+            ratios = {"eager / fused": seconds["eager"] / fast, "compile / fused": seconds["compile"] / fast}
+            rows.append({"[B,m,d]": size, "how": how, **micro, **ratios})
+    return rows
+
+
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
@@ -133,7 +276,7 @@ def main() -> None:
                     "eager": eager(b, False),
                     "fused antithetic": fused(b, noise=b.noise(True)),
                     "eager antithetic": eager(b, True),
-                    "fused tiles": fused(b, noise=b.noise(False), tiles=4),
+                    "fused tiles": fused(b, noise=b.noise(False), structure=Tiles(4)),
                     "fused, no noise": around([fused(each, noise=None) for each in ring]),
                     "copy": around([partial(each.copy.copy_, each.gradients) for each in ring]),
                 },
@@ -188,6 +331,8 @@ def main() -> None:
             "ratio": seconds["ours"] / seconds["torch"],
         }
     )
+    if device == "cuda":
+        rows += roofline(rounds) + small(rounds)
     report("ops", device, rows, arguments.json)
 
 

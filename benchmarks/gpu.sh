@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, without a network: builds, tests, sanitizes, measures, and writes one JSON
-# under benchmarks/results/. Needs a Python that has a CUDA build of torch, numpy, setuptools, pybind11, cmake, ninja and
-# pytest (and scipy, hypothesis, scikit-learn for the tests that use them), and nvcc on PATH.
+# under benchmarks/results/, named after the GPU. Needs a Python that has a CUDA build of torch (2.11 or newer), numpy,
+# setuptools, pybind11, cmake, ninja and pytest (and scipy, hypothesis, scikit-learn for the tests that use them), and nvcc.
+# compute-sanitizer and ncu are used where they are found.
 #
-#   PYTHON=python3 benchmarks/gpu.sh
+#   PYTHON=python3 benchmarks/gpu.sh [part...]
 #
-# A part that fails is recorded and the next one runs; the exit status is 1 if any failed.
+# Parts: tests memcheck racecheck initcheck synccheck ops precision ncu explainers; all of them where none is named. The build comes
+# first, always. On a machine that is lent for minutes at a time, name a few: what other runs of the same day and commit
+# found stays in the file. A part that fails is recorded and the next one runs; the exit status is 1 if any failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 root=$PWD
 python=${PYTHON:-python3}
 work=$(mktemp -d)
@@ -21,14 +24,18 @@ for module in torch pybind11 cmake ninja pytest; do
     { echo "gpu.sh: $python has no $module; install it there first" >&2; exit 2; }
 done
 # The build looks for cmake and ninja on PATH, where those of a virtual environment that is not activated are missing.
-export PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"
+scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+export PATH="$scripts:$PATH"
 command -v nvcc >/dev/null || export PATH="/usr/local/cuda/bin:$PATH"
 command -v nvcc >/dev/null || { echo "gpu.sh: nvcc was not found" >&2; exit 2; }
 "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
   { echo "gpu.sh: torch finds no CUDA device" >&2; exit 2; }
 
+parts=${*:-tests memcheck racecheck initcheck synccheck ops precision ncu explainers}
+
 part() {  # name, command...
   local name=$1 began=$SECONDS
+  [[ " build $parts " == *" $name "* ]] || return 0
   shift
   printf '\n--- %s\n' "$name"
   if "$@" >"$work/$name.log" 2>&1; then status[$name]=passed; else status[$name]=failed; failed=1; fi
@@ -42,13 +49,13 @@ part build env MOREAU_CUDA=ON CMAKE_CUDA_ARCHITECTURES="$architecture" CMAKE_ARG
   "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$work/site" .
 # The build alone is on the path; the tests and benchmarks come from this tree.
 export PYTHONPATH="$work/site"
-cd "$work"
+cd "$work" || exit 2
 tests=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root")
-part tests "${tests[@]}" "$root/tests/test_cuda.py" "$root/tests/test_ops.py"
+part tests "${tests[@]}" "$root"/tests/test_{cuda,ops,noise,cuda_graphs,precision,memory}.py
 
 # The sanitizer slows kernels a hundred times: tests that cover every kernel and type, of small sizes. torch's allocator
-# is told to hand out separate pieces, since memcheck cannot see a step from one tensor into the next within one. Only our
-# kernels are watched, except by initcheck, which must also see what torch's write.
+# is told to hand out separate pieces, since memcheck cannot see a step from one tensor into the next within one. Only
+# our kernels are watched, except by initcheck, which must also see what torch's write.
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
     options=(--tool "$tool" --error-exitcode 9 --target-processes all)
@@ -62,9 +69,28 @@ else
 fi
 part ops "$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$work/ops.json"
 part precision "$python" "$root/benchmarks/bench_precision.py" --device cuda --json "$work/precision.json"
+# The counters need a permission that containers often lack; then this part fails and says so.
+if command -v ncu >/dev/null; then
+  metrics=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
+  metrics+=,sm__inst_issued.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active
+  part ncu env PYTHONPATH="$PYTHONPATH:$root/benchmarks" \
+    ncu --csv --kernel-name regex:prox_step --metrics "$metrics" "$python" -c "
+import torch
+from bench_ops import Buffers, Tiles, fused
+for dtype in (torch.float32, torch.bfloat16):
+    b = Buffers(16, 32, (3, 224, 224), 'cuda', dtype)
+    for noise in (None, b.noise(False), b.noise(True)):
+        for structure in (None, Tiles(14)):
+            fused(b, noise=noise, structure=structure)()
+"
+else
+  status[ncu]="ncu was not found"
+fi
 part explainers "$python" "$root/benchmarks/bench_explainers.py" --device cuda --json "$work/explainers.json"
 
-for name in "${!status[@]}"; do printf '%s\t%s\t%s\n' "$name" "${status[$name]}" "${seconds[$name]:-}"; done >"$work/parts"
+for name in "${!status[@]}"; do
+  printf '%s\t%s\t%s\n' "$name" "${status[$name]}" "${seconds[$name]:-}"
+done >"$work/parts"
 "$python" - "$work" "$root" <<'PYTHON'
 import json, re, subprocess, sys
 from datetime import date
@@ -89,14 +115,25 @@ result = {
     "torch": torch.__version__,
     "nvcc": (re.findall(r"release ([\d.]+)", said("nvcc", "--version") or "") or [None])[0],
     "commit": said("git", "-C", str(root), "rev-parse", "HEAD"),
-    "parts": {n: {"status": s, "seconds": t} for n, s, t in (l.split("\t") for l in (work / "parts").read_text().splitlines())},
-    "tests": (work / "tests.log").read_text().strip().splitlines()[-1:] if (work / "tests.log").exists() else None,
+    "parts": {},
 }
-for name in ("ops", "precision", "explainers"):
-    path = work / f"{name}.json"
-    result[name] = json.loads(path.read_text()) if path.exists() else None
 slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
 target = root / "benchmarks" / "results" / f"{slug}-{result['date']}.json"
+if target.exists():
+    earlier = json.loads(target.read_text())
+    if earlier["commit"] == result["commit"]:
+        result = {**earlier, **result, "parts": earlier["parts"]}
+for line in (work / "parts").read_text().splitlines():
+    name, status, seconds = line.split("\t")
+    result["parts"][name] = {"status": status, "seconds": seconds}
+for name in ("tests", "memcheck", "racecheck", "initcheck", "synccheck"):
+    if (log := work / f"{name}.log").exists():
+        result[name] = log.read_text().strip().splitlines()[-3:]
+for name in ("ops", "precision", "explainers"):
+    if (path := work / f"{name}.json").exists():
+        result[name] = json.loads(path.read_text())
+if (log := work / "ncu.log").exists():
+    result["ncu"] = [line for line in log.read_text().splitlines() if line.startswith('"') or "ERR" in line]
 target.parent.mkdir(parents=True, exist_ok=True)
 target.write_text(json.dumps(result, indent=2) + "\n")
 print(f"wrote {target}")

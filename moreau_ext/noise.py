@@ -3,7 +3,8 @@
 z is a pure function of (seed, id, step, sample, element). Philox4x32-10 turns a 64-bit key, made here from the seed and
 the id of an input, and the counter (element block low, element block high, sample, step) into four words, which
 Box-Muller turns into the normals of four consecutive elements. ``reference.normals`` is the specification. So an
-input's noise depends neither on the batch it came in nor on chunks, threads, workers or the device.
+input's noise depends neither on the batch it came in nor on chunks, threads or workers; between a CPU and a GPU only
+by the last digits, since the integers behind it are the same.
 """
 
 from __future__ import annotations

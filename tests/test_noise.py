@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +80,20 @@ def test_kernel_equals_the_specification(dtype: torch.dtype) -> None:
     expected = reference.normals(noise, 4097)
     # Box-Muller in float32: a few units in the last place of |z| <= 6.8.
     torch.testing.assert_close(z.double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=3e-7)
+
+
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+@pytest.mark.skipif(CXX is None, reason="needs the C++ compiler that built the package")
+def test_the_normals_of_a_gpu_keep_their_bound(tmp_path: Path) -> None:
+    """philox.h's formulas for a GPU on this machine; what the GPU's own log2 and root may add is set aside."""
+    source, program = Path(__file__).parent / "cpp/normals.cpp", tmp_path / "normals"
+    subprocess.run([str(CXX), "-std=c++17", "-O2", "-ffp-contract=off", str(source), "-o", str(program)], check=True)
+    fast, exact, bound, intrinsics = map(float, subprocess.check_output([program], text=True).split())
+    assert fast <= bound - intrinsics
+    # No worse than what a CPU draws: the normals of a GPU are faster, not coarser.
+    assert fast <= 1.05 * exact
 
 
 def test_moments_and_distribution() -> None:

@@ -31,7 +31,8 @@ void run(const Accumulate& a, void* stream) {
   const bool vector =
       quads.whole() && aligned(static_cast<const T*>(a.gradients)) && aligned(static_cast<const S*>(a.sum));
   const auto kernel = vector ? accumulate_kernel<T, true> : accumulate_kernel<T, false>;
-  launch("accumulate", kernel, (a.extents.batch * quads.count() + kThreads - 1) / kThreads, kThreads, stream, a, quads);
+  const int64_t blocks = (a.extents.batch * quads.count() + kThreads - 1) / kThreads;
+  launch("accumulate", kernel, blocks, kThreads, 0, stream, a, quads);
 }
 
 }  // namespace

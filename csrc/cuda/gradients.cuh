@@ -17,10 +17,43 @@ __device__ __forceinline__ void for_rows(int64_t samples, Add add, int64_t k = 0
   if constexpr (kRows > 1) for_rows<kRows / 2>(samples, add, k);
 }
 
-// Rows in flight before the first is added: with 8 a warp waits 4 times for memory at 32 samples, not 32 times. Scalar
-// loads of a quad make do with half of it; double fits no more beside the state of a step.
+// Rows in flight before the first is added: with 8 a warp waits 4 times for memory at 32 samples, not 32 times, and the
+// 16 warps of a multiprocessor have 64 KB in flight, as with 16 rows of half the size. Scalar loads of a quad make do
+// with fewer; double fits no more beside the state of a step.
 template <class T, bool kVector>
-constexpr int kRows = sizeof(T) == 8 ? 2 : kVector ? 8 : 4;
+constexpr int kRows = sizeof(T) == 8 ? 2 : !kVector ? 4 : sizeof(T) == 2 ? 16 : 8;
+
+// A quad as it is loaded, until it is added: on their own, 16-bit values would take a register each.
+template <class T>
+struct Held {
+  using Word = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  static constexpr int kWords = kLanes * sizeof(T) / sizeof(Word);
+  Word words[kWords];
+
+  template <class S>
+  __device__ __forceinline__ void add_to(S (&sum)[kLanes]) const {
+    Pack<T> row;
+    memcpy(&row, words, sizeof row);
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] += load(row.v[lane]);
+  }
+};
+
+// The quad of one row of gradients. Vectors are marked as the first to leave the caches: nobody reads a gradient twice,
+// while the model reads the noisy copies next. Scalar loads share their sectors with those of other lanes.
+template <bool kVector, class T>
+__device__ __forceinline__ Held<T> hold(const T* row, const Quad& quad) {
+  Held<T> held;
+  if constexpr (kVector) {
+    const auto* words = reinterpret_cast<const typename Held<T>::Word*>(row + quad.offset);
+#pragma unroll
+    for (int i = 0; i < Held<T>::kWords; ++i) held.words[i] = __ldcs(words + i);
+  } else {
+    const Pack<T> pack = load_quad<false>(row, quad);
+    memcpy(held.words, &pack, sizeof pack);
+  }
+  return held;
+}
 
 // sum += the rows at one quad; `rows` is the input's first row. Empty lanes hold nothing of meaning afterwards.
 template <bool kVector, class T, class S>
@@ -28,21 +61,12 @@ __device__ __forceinline__ void add_rows(S (&sum)[kLanes], const T* rows, int64_
                                          const Quad& quad) {
   if (quad.lanes == 0) return;
   if constexpr (kVector) {
-    // Kept as loaded until added: on their own, 16-bit values would take a register each.
-    using Held = std::conditional_t<sizeof(T) == 2, uint2, Pack<T>>;
-    rows += quad.offset;
     for_rows<kRows<T, true>>(samples, [&](auto count, int64_t k) {
-      Held held[decltype(count)::value];
+      Held<T> held[decltype(count)::value];
 #pragma unroll
-      for (int r = 0; r < decltype(count)::value; ++r)
-        held[r] = *reinterpret_cast<const Held*>(rows + (k + r) * features);
+      for (int r = 0; r < decltype(count)::value; ++r) held[r] = hold<true>(rows + (k + r) * features, quad);
 #pragma unroll
-      for (int r = 0; r < decltype(count)::value; ++r) {
-        Pack<T> row;
-        memcpy(&row, &held[r], sizeof row);
-#pragma unroll
-        for (int lane = 0; lane < kLanes; ++lane) sum[lane] += load(row.v[lane]);
-      }
+      for (int r = 0; r < decltype(count)::value; ++r) held[r].add_to(sum);
     });
   } else {
     // Empty lanes read what their nearest neighbour reads, which spares a test in front of every load.
@@ -65,18 +89,53 @@ __device__ __forceinline__ void add_rows(S (&sum)[kLanes], const T* rows, int64_
   }
 }
 
-// The same at one feature.
-template <class T, class S>
-__device__ __forceinline__ S add_rows(S sum, const T* rows, int64_t samples, int64_t features, int64_t offset) {
-  rows += offset;
-  for_rows<sizeof(T) == 8 ? 4 : 8>(samples, [&](auto count, int64_t k) {
-    T held[decltype(count)::value];
+// How the threads of a block share `width` quads: thread (slice, here) is one of `slices` that work on quad `here`.
+struct Team {
+  int width, slices, here, slice;
+
+  __device__ __forceinline__ explicit Team(int quads) : width(quads), slices(int(blockDim.x) / quads) {
+    here = int(threadIdx.x) % width, slice = int(threadIdx.x) / width;
+  }
+};
+
+// Rows that each thread of a team has in flight: 32 samples are there after one wait with 8 slices, two with 4. Twice as
+// many of half the size; half of it for scalar loads, whose addresses take as many registers again.
+template <class T, bool kVector>
+constexpr int kStaged = !kVector ? 2 : sizeof(T) == 2 ? 8 : 4;
+
+// The same for a team: every thread loads, and the first one of a quad adds in the order of the rows. Every thread of
+// the block calls it; those that hold no quad are not `mine`. `stage` has kStaged<T, true> quads for every thread.
+template <bool kVector, class T, class S>
+__device__ __forceinline__ void add_rows_together(S (&sum)[kLanes], const T* rows, int64_t samples, int64_t features,
+                                                  const Quad& quad, bool mine, const Team& team, Held<T>* stage) {
+  constexpr int kEach = kStaged<T, kVector>;
+  const int together = kEach * team.slices;
+  for (int64_t first = 0; first < samples; first += together, rows += together * features) {
+    const int now = int(samples - first < together ? samples - first : together);
+    if (mine) {
+      Held<T> held[kEach];
 #pragma unroll
-    for (int r = 0; r < decltype(count)::value; ++r) held[r] = rows[(k + r) * features];
+      for (int r = 0; r < kEach; ++r) {
+        const int row = r * team.slices + team.slice;
+        if (row < now) held[r] = hold<kVector>(rows + row * features, quad);
+      }
 #pragma unroll
-    for (int r = 0; r < decltype(count)::value; ++r) sum += load(held[r]);
-  });
-  return sum;
+      for (int r = 0; r < kEach; ++r) {
+        const int row = r * team.slices + team.slice;
+        if (row < now) stage[row * team.width + team.here] = held[r];
+      }
+    }
+    __syncthreads();
+    if (mine && team.slice == 0)
+      for_rows<kEach>(now, [&](auto count, int64_t k) {
+        Held<T> held[decltype(count)::value];
+#pragma unroll
+        for (int r = 0; r < decltype(count)::value; ++r) held[r] = stage[(k + r) * team.width + team.here];
+#pragma unroll
+        for (int r = 0; r < decltype(count)::value; ++r) held[r].add_to(sum);
+      });
+    __syncthreads();
+  }
 }
 
 }  // namespace moreau::cuda

@@ -19,11 +19,11 @@ __global__ void __launch_bounds__(kGroupThreads, 4) group_norms_kernel(GroupNorm
       if (chunk.offsets[g] == chunk.offsets[g + 1]) norms[g] = 0.0;
     group_sums<1>(
         chunk, shared,
-        [&](int64_t member, double(&sums)[1]) {
+        [&](int32_t member, double(&sums)[1]) {
           const double value = v[chunk.order[member]];
           sums[0] = fma(value, value, sums[0]);
         },
-        [&](int64_t g, int64_t, int64_t, const double(&sums)[1]) { norms[g] = sqrt(sums[0]); });
+        [&](int64_t g, int32_t, const double(&sums)[1]) { norms[g] = sqrt(sums[0]); });
     __syncthreads();  // before the next item takes `shared`
   }
 }
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4) group_norms_kernel(GroupNorm
 template <class S>
 void run(const GroupNorms& a, void* stream) {
   const int64_t each = chunks(a.extents);
-  launch("group_norms", group_norms_kernel<S>, a.extents.batch * each, kGroupThreads, stream, a, each);
+  launch("group_norms", group_norms_kernel<S>, a.extents.batch * each, kGroupThreads, 0, stream, a, each);
 }
 
 }  // namespace

@@ -54,11 +54,13 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// One block per item as far as a grid reaches (2^31 - 1 blocks); kernels stride over the rest.
+// One block per item as far as a grid reaches (2^31 - 1 blocks); kernels stride over the rest. `shared` is the dynamic
+// shared memory in bytes, at most the 48 KB that need no leave.
 template <class Kernel, class... Arguments>
-void launch(const char* operation, Kernel* kernel, int64_t items, int threads, void* stream, const Arguments&... a) {
+void launch(const char* operation, Kernel* kernel, int64_t items, int threads, size_t shared, void* stream,
+            const Arguments&... a) {
   const auto grid = unsigned(std::min<int64_t>(items, 0x7fffffff));
-  kernel<<<grid, unsigned(threads), 0, static_cast<cudaStream_t>(stream)>>>(a...);
+  kernel<<<grid, unsigned(threads), shared, static_cast<cudaStream_t>(stream)>>>(a...);
   check(cudaGetLastError(), operation, "launch the kernel");
 }
 

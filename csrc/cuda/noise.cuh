@@ -8,47 +8,78 @@ namespace moreau::cuda {
 // With antithetic pairs one draw serves the rows of samples 2k and 2k + 1. Where a chunk starts or ends inside a pair,
 // one of the two rows is not in it.
 struct Draws {
-  int64_t first, count, rows_each, sample_offset, samples;
+  int64_t samples, sample_offset;
+  uint32_t first, count, rows_each;
 
   explicit Draws(const Noise& noise)
-      : rows_each(noise.antithetic ? 2 : 1), sample_offset(noise.sample_offset), samples(noise.samples) {
-    first = sample_offset / rows_each;
-    count = samples == 0 ? 0 : noise.sigma ? (sample_offset + samples - 1) / rows_each - first + 1 : samples;
-  }
-
-  // The sample that is drawn; the other one of a pair is its negative.
-  __device__ __forceinline__ uint32_t sample(int64_t draw) const { return uint32_t((first + draw) * rows_each); }
-
-  // Calls write(row, sigma) for the rows of a draw.
-  template <class S, class Write>
-  __device__ __forceinline__ void rows(int64_t draw, S sigma, Write write) const {
-    const int64_t row = (first + draw) * rows_each - sample_offset;
-    if (row >= 0) write(row, sigma);
-    if (rows_each == 2 && row + 1 < samples) write(row + 1, -sigma);
+      : samples(noise.samples), sample_offset(noise.sample_offset), rows_each(noise.sigma && noise.antithetic ? 2 : 1) {
+    first = uint32_t(sample_offset / rows_each);
+    count = samples == 0 ? 0 : uint32_t((sample_offset + samples - 1) / rows_each) - first + 1;
   }
 };
 
-// noisy[k] = base + sigma z(k) at one quad, for every `slices`-th draw from `slice`. `noisy` is the input's first row.
-template <bool kVector, class T, class S>
-__device__ __forceinline__ void write_noisy(T* noisy, int64_t features, const Quad& quad, const S (&base)[kLanes],
-                                            const Noise& noise, const Draws& draws, int64_t input, int64_t slice,
-                                            int64_t slices) {
-  if (!noise.sigma) {
-    for (int64_t k = slice; k < draws.count; k += slices) store_quad<kVector>(noisy + k * features, quad, base);
-    return;
-  }
+// row[k] = base + sigma z(k) at one quad, for every `slices`-th draw from `slice`; store(row, copy) puts it there.
+template <bool kPairs, class T, class S, class Store>
+__device__ __forceinline__ void write_draws(T* noisy, int64_t features, uint64_t block, const S (&base)[kLanes],
+                                            const Noise& noise, const Draws& draws, int64_t input, uint32_t slice,
+                                            uint32_t slices, Store store) {
+  constexpr uint32_t kEach = kPairs ? 2 : 1;
   const S sigma = static_cast<const S*>(noise.sigma)[input];
   const uint64_t key = uint64_t(noise.keys[input]);
   const uint32_t step = uint32_t(*noise.step);
-  for (int64_t draw = slice; draw < draws.count; draw += slices) {
-    S z[kLanes];
-    normals<S>(philox(key, quad.block, draws.sample(draw), step), z);
-    draws.rows(draw, sigma, [&](int64_t row, S signed_sigma) {
-      S copy[kLanes];
+  // Of the first sample of the draw; -1 where the chunk starts with the second of a pair.
+  int64_t row = int64_t(draws.first + slice) * kEach - draws.sample_offset;
+  T* to = noisy + row * features;
+  for (uint32_t draw = slice; draw < draws.count; draw += slices) {
+    S z[kLanes], copy[kLanes];
+    normals<S>(philox(key, block, (draws.first + draw) * kEach, step), z);
+    if (!kPairs || row >= 0) {
 #pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) copy[lane] = base[lane] + signed_sigma * z[lane];
-      store_quad<kVector>(noisy + row * features, quad, copy);
-    });
+      for (int lane = 0; lane < kLanes; ++lane) copy[lane] = fma(sigma, z[lane], base[lane]);
+      store(to, copy);
+    }
+    if (kPairs && row + 1 < draws.samples) {
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) copy[lane] = fma(-sigma, z[lane], base[lane]);
+      store(to + features, copy);
+    }
+    to += int64_t(slices) * kEach * features;
+    if (kPairs) row += int64_t(slices) * kEach;
+  }
+}
+
+// What all copies of a tensor are made of; `displacement` is null for zero.
+template <class T>
+struct Copies {
+  const T* x;
+  const state_t<T>* displacement;
+  T* noisy;
+};
+
+// The noisy copies of one quad. kMembers: some of its lanes may not be written though it is whole.
+template <bool kVector, bool kMembers, class T>
+__device__ __forceinline__ void write_copies(const Copies<T>& a, int64_t features, const Quad& quad, const Noise& noise,
+                                             const Draws& draws, int64_t input, uint32_t slice, uint32_t slices) {
+  using S = state_t<T>;
+  const Pack<T> x = load_quad<kVector>(a.x + input * features, quad);
+  Pack<S> displacement{};
+  if (a.displacement) displacement = load_quad<kVector>(a.displacement + input * features, quad);
+  S base[kLanes];
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    base[lane] = load(x.v[lane]);
+    if (a.displacement) base[lane] += displacement.v[lane];  // not + 0, which would lose the sign of -0
+  }
+  T* noisy = a.noisy + input * noise.samples * features;
+  const auto store = [&](T* row, const S(&copy)[kLanes]) {
+    kMembers ? store_members<kVector>(row, quad, copy) : store_quad<kVector>(row, quad, copy);
+  };
+  if (!noise.sigma) {
+    for (uint32_t k = slice; k < draws.count; k += slices) store(noisy + int64_t(k) * features, base);
+  } else if (draws.rows_each == 2) {
+    write_draws<true>(noisy, features, quad.block, base, noise, draws, input, slice, slices, store);
+  } else {
+    write_draws<false>(noisy, features, quad.block, base, noise, draws, input, slice, slices, store);
   }
 }
 

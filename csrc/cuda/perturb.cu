@@ -8,25 +8,14 @@ constexpr int kThreads = 128;
 constexpr int kMostSlices = 64;
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads) perturb_kernel(Perturb a, Quads quads, Draws draws, int64_t slices) {
+__global__ void __launch_bounds__(kThreads) perturb_kernel(Perturb a, Quads quads, Draws draws, int slices) {
   using S = state_t<T>;
+  const Copies<T> copies{static_cast<const T*>(a.x), static_cast<const S*>(a.displacement), static_cast<T*>(a.noisy)};
   const int64_t features = quads.features(), total = a.extents.batch * slices * quads.count();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
     const Division at = divide(i, quads.count()), row = divide(at.quotient, slices);
-    const int64_t input = row.quotient;
-    const Quad quad = quads[at.remainder];
-    const Pack<T> x = load_quad<kVector>(static_cast<const T*>(a.x) + input * features, quad);
-    Pack<S> displacement{};
-    if (a.displacement)
-      displacement = load_quad<kVector>(static_cast<const S*>(a.displacement) + input * features, quad);
-    S base[kLanes];
-#pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) {
-      base[lane] = load(x.v[lane]);
-      if (a.displacement) base[lane] += displacement.v[lane];  // not + 0, which would lose the sign of -0
-    }
-    write_noisy<kVector>(static_cast<T*>(a.noisy) + input * a.noise.samples * features, features, quad, base, a.noise,
-                         draws, input, row.remainder, slices);
+    write_copies<kVector, false>(copies, features, quads[at.remainder], a.noise, draws, row.quotient,
+                                 uint32_t(row.remainder), uint32_t(slices));
   }
 }
 
@@ -36,11 +25,11 @@ void run(const Perturb& a, void* stream) {
   const Quads quads(a.extents, a.noise.element_offset);
   const Draws draws(a.noise);
   const int64_t all = a.extents.batch * quads.count();
-  const int64_t slices = slices_for(all, draws.count, kMostSlices);
+  const int slices = slices_for(all, draws.count, kMostSlices);
   const bool vector = quads.whole() && aligned(static_cast<const T*>(a.x)) &&
                       aligned(static_cast<const S*>(a.displacement)) && aligned(static_cast<const T*>(a.noisy));
   const auto kernel = vector ? perturb_kernel<T, true> : perturb_kernel<T, false>;
-  launch("perturb", kernel, (all * slices + kThreads - 1) / kThreads, kThreads, stream, a, quads, draws, slices);
+  launch("perturb", kernel, (all * slices + kThreads - 1) / kThreads, kThreads, 0, stream, a, quads, draws, slices);
 }
 
 }  // namespace
