@@ -46,7 +46,6 @@ PYBIND11_MODULE(_core, m) {
   m.attr("cuda_version") = py::none();
 #endif
   m.attr("compiler") = MOREAU_COMPILER;
-  m.attr("statistics") = kStatistics;
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   m.attr("cpu_capability") = __builtin_cpu_supports("avx512f") ? "AVX-512"
@@ -109,4 +108,28 @@ PYBIND11_MODULE(_core, m) {
         a.factors = at(factors), a.arrivals = at<int32_t>(arrivals);
         MOREAU_RUN(prox_step, a);
       });
+  m.def("momentum_partials", [](int64_t features, bool cuda) {
+#ifdef MOREAU_CUDA
+    if (cuda) return cuda::momentum_partials(features);
+#endif
+    (void)cuda;
+    return cpu::momentum_partials(features);
+  });
+  // phases: 1 for momentum_products, 2 for momentum_update, 3 for both.
+  m.def("momentum", [](int phases, int dtype, int64_t batch, int64_t features, Address point, Address previous,
+                       Address here, Address before, Address gradient, Address last_gradient, Address change,
+                       Address squares, Address points, Address gradients, Address products, Address sums,
+                       Address statistics, double samples, double momentum, bool first, Address partials,
+                       Address arrivals, int device, Address stream) {
+    Momentum a{};
+    a.dtype = Dtype(dtype), a.batch = batch, a.features = features;
+    a.point = at(point), a.previous = at(previous), a.here = at(here), a.before = at(before);
+    a.gradient = at(gradient), a.last_gradient = at(last_gradient), a.change = at(change);
+    a.squares = at(squares), a.points = at(points), a.gradients = at(gradients);
+    a.products = at<double>(products), a.sums = at<double>(sums), a.statistics = at<double>(statistics);
+    a.samples = samples, a.momentum = momentum, a.first = first;
+    a.partials = at<double>(partials), a.arrivals = at<int32_t>(arrivals);
+    if (phases & 1) MOREAU_RUN(momentum_products, a);
+    if (phases & 2) MOREAU_RUN(momentum_update, a);
+  });
 }

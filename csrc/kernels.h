@@ -106,12 +106,51 @@ struct ProxStep {
   int32_t* arrivals;         // scratch [batch], zero on entry and on return; CUDA only
 };
 
+// What a momentum step multiplies and adds up per input, float64: see PRODUCTS and SUMS of moreau_ext/reference.py.
+namespace product {
+enum : int { uphill = 0, turned = 1, length = 2, way = 3, bend = 4, square = 5 };
+}
+constexpr int kProducts = 6;
+namespace summed {
+enum : int { turned = 0, length = 1, differences = 2, norms = 3, norms2 = 4, lengths = 5, weight = 6, steps = 7 };
+}
+constexpr int kSums = 8;
+
+// Momentum after a proximal step, and what is kept of the step, see momentum_step in moreau_ext/reference.py. All
+// tensors are state_t [batch, features] of one memory layout.
+struct Momentum {
+  Dtype dtype;  // f32 or f64
+  int64_t batch;
+  int64_t features;
+  void* point;
+  void* previous;
+  void* here;
+  void* before;
+  const void* gradient;
+  void* last_gradient;
+  void* change;
+  void* squares;             // null: not summed
+  void* points;              // null: not summed, nor gradients
+  void* gradients;
+  double* products;          // [batch, kProducts]: momentum_products writes, momentum_update reads
+  double* sums;              // [batch, kSums]; null for all tensors of a tuple but one
+  const double* statistics;  // [batch, kStatistics]
+  double samples;
+  double momentum;
+  bool first;
+  double* partials;          // scratch [batch, momentum_partials(...), kProducts]
+  int32_t* arrivals;         // scratch [batch], zero on entry and on return; CUDA only
+};
+
 namespace cpu {
 void perturb(const Perturb&);
 void accumulate(const Accumulate&);
 void group_norms(const GroupNorms&);
 void prox_step(const ProxStep&);
 int64_t prox_step_partials(const Extents&);
+void momentum_products(const Momentum&);
+void momentum_update(const Momentum&);
+int64_t momentum_partials(int64_t features);
 }  // namespace cpu
 
 namespace cuda {
@@ -121,6 +160,9 @@ void accumulate(const Accumulate&, int device, void* stream);
 void group_norms(const GroupNorms&, int device, void* stream);
 void prox_step(const ProxStep&, int device, void* stream);
 int64_t prox_step_partials(const Extents&, bool grouped);
+void momentum_products(const Momentum&, int device, void* stream);
+void momentum_update(const Momentum&, int device, void* stream);
+int64_t momentum_partials(int64_t features);
 }  // namespace cuda
 
 }  // namespace moreau

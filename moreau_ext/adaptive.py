@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .graphs import READ, Graphs, Steps
+from .graphs import READ, SCRATCH, Graphs, Steps
 from .groups import flat_rows
 from .penalties import Penalty, over_features
 from .solvers import (
@@ -81,6 +81,9 @@ _ALLOWANCE = 0.5
 # Successive changes of the displacement that turn back by half mean that the step is too long; noise alone turns back
 # by a third at most.
 _TURNING = -0.5
+# Where in ops.SUMS begin those of all squared differences, and those of a window.
+_DIFFERENCES, _LENGTHS = ops.SUMS.index("differences"), ops.SUMS.index("lengths")
+_WAY, _BEND = ops.PRODUCTS.index("way"), ops.PRODUCTS.index("bend")
 # One-sided 95 % of a normal.
 _QUANTILE = 1.645
 
@@ -92,16 +95,6 @@ def _sums(tensors: Tensors) -> Tensor:
 
 def _inner(a: Tensors, b: Tensors) -> Tensor:
     return _sums(tuple(u.double() * v.double() for u, v in zip(a, b, strict=True)))
-
-
-def _inners(*pairs: tuple[Tensors, Tensors]) -> tuple[Tensor, ...]:
-    """The inner products of several pairs in as many calls as one takes."""
-    total: Tensor | None = None
-    for i in range(len(pairs[0][0])):
-        left, right = (torch.stack([flat_rows(pair[side][i]) for pair in pairs]).double() for side in (0, 1))
-        part = (left * right).sum(2)
-        total = part if total is None else total + part
-    return () if total is None else total.unbind(0)
 
 
 def _minus(a: Tensors, b: Tensors) -> Tensors:
@@ -188,7 +181,7 @@ class AdaptiveProximalGradient:
                     continue
                 answer = _measured(state, _answer(state), max_batch, steps)
                 state.problem = answer.problem(state.problem)
-                solution = self._solution(state, answer, walk.score, walk.before)
+                solution = self._solution(state, answer, walk.score / state.samples, walk.before)
                 spend = _level_cost(state.evaluations, self.max_gradients)
                 samples = torch.where(solution.converged, 0, _next_samples(state, answer, spend))
                 samples = samples[: state.real]
@@ -228,22 +221,19 @@ class _Window:
 
     points: Tensors
     gradients: Tensors
-    lengths: Tensor  # float64 [B], of ‖point‖²
-    weight: Tensor  # float64 [B], of 1
-    steps: Tensor  # float64 [B], how many
+    counts: Tensor  # float64 [B, 3], the last of ops.SUMS: of ‖point‖², of 1, and how many steps
 
-    @classmethod
-    def empty(cls, problem: Problem) -> _Window:
-        none = torch.zeros_like(problem.value, dtype=torch.float64)
-        return cls(states_like(problem.inputs), states_like(problem.inputs), none, none.clone(), none.clone())
+    @property
+    def lengths(self) -> Tensor:
+        return self.counts[:, 0]
 
-    def add(self, point: Tensors, gradient: Tensors, length: Tensor, samples: int) -> None:
-        """One step, in place: its point, the mean of its samples' gradients, ‖point‖²."""
-        for total, value in zip((*self.points, *self.gradients), (*point, *gradient), strict=True):
-            total.add_(value, alpha=samples)
-        self.lengths += samples * length
-        self.weight += samples
-        self.steps += 1
+    @property
+    def weight(self) -> Tensor:
+        return self.counts[:, 1]
+
+    @property
+    def steps(self) -> Tensor:
+        return self.counts[:, 2]
 
     def __add__(self, other: _Window) -> _Window:
         """Over the steps of both."""
@@ -252,11 +242,7 @@ class _Window:
             return tuple(u + v for u, v in zip(a, b, strict=True))
 
         return _Window(
-            sums(self.points, other.points),
-            sums(self.gradients, other.gradients),
-            self.lengths + other.lengths,
-            self.weight + other.weight,
-            self.steps + other.steps,
+            sums(self.points, other.points), sums(self.gradients, other.gradients), self.counts + other.counts
         )
 
 
@@ -270,11 +256,9 @@ class _State:
     previous: Tensors  # the displacement before momentum
     gradient: Tensors
     squares: Tensors  # sum of squared successive differences of the gradient, times samples / 2
+    sums: Tensor  # float64 [B, 8], see ops.SUMS: of this level; of all in squares; of this window
     curvature: Tensor  # float64 [B], the largest met
     at_zero: Tensor  # float64 [B], ‖p(0)‖²
-    differences: Tensor  # float64 [B], how many are in squares
-    norms: Tensor  # float64 [B], sum of their squared norms
-    norms2: Tensor  # float64 [B], sum of the squares of these
     steps: Tensor  # int64 [B]
     real: int  # inputs; the rows behind them fill up to a size that has a graph
     windows: tuple[_Window, ...] = ()  # the steps with fresh noise, oldest first
@@ -350,7 +334,7 @@ def _judge(state: _State, window: _Window) -> _Answer:
     # Variance of rho * S(p̄) per feature.
     gain = tuple(torch.ones_like(a) for a in p) if problem.penalty is None else problem.penalty.gain(p, maps)
     variance = tuple(
-        (q * c).double() * over_features(r.double().square() / (state.differences * window.weight), q)
+        (q * c).double() * over_features(r.double().square() / (state.sums[:, _DIFFERENCES] * window.weight), q)
         for c, q, r in zip(gain, state.squares, problem.rho, strict=True)
     )
     noise = _sums(variance)
@@ -380,9 +364,9 @@ def _upper(state: _State, noise: Tensor, crossed: Tensor) -> Tensor:
     r = 2·mean²/variance of the squared norms of the differences, at most what independent features would give. The χ²
     by Wilson and Hilferty; that its scale is only known from the differences widens it as it does an F distribution.
     """
-    count = state.differences
-    mean = state.norms / count
-    variance = (state.norms2 - count * mean.square()) / (count - 1)
+    count, norms, norms2 = state.sums[:, _DIFFERENCES : _DIFFERENCES + 3].unbind(1)
+    mean = norms / count
+    variance = (norms2 - count * mean.square()) / (count - 1)
     tiny = torch.finfo(torch.float64).tiny
     independent = noise.square() / crossed.clamp_min(tiny)
     rank = torch.where(variance > 0, 2 * mean.square() / variance.clamp_min(tiny), independent)
@@ -401,15 +385,17 @@ class _Sum:
     copies: NoisyCopies
     place: Tensors | None = field(metadata=READ)
     into: Tensors
+    score: Tensor = field(metadata=SCRATCH)
 
     def form(self) -> None:
-        self.copies.total(self.place, self.into)
+        self.copies.total(self.place, self.into, self.score)
 
 
 def _mean_gradient(state: _State, copies: NoisyCopies, samples: int, place: Tensors | None, steps: Steps) -> Tensors:
     """The mean gradient at a place."""
     elements = samples * sum(x.numel() for x in state.problem.inputs)
-    steps.run(_Sum.form, _Sum(copies, place, state.gradient), 1, key=samples, elements=elements)
+    score = torch.empty_like(state.curvature)
+    steps.run(_Sum.form, _Sum(copies, place, state.gradient, score), 1, key=samples, elements=elements)
     return tuple(g / samples for g in state.gradient)
 
 
@@ -488,11 +474,9 @@ def _start(problem: Problem, max_batch: int | None, steps: Steps) -> _State:
         previous=first(),
         gradient=states_like(problem.inputs),
         squares=states_like(problem.inputs),
+        sums=nothing()[:, None].repeat(1, len(ops.SUMS)),
         curvature=nothing(),
         at_zero=nothing() if problem.start is None else problem.start.gradient2,
-        differences=nothing(),
-        norms=nothing(),
-        norms2=nothing(),
         steps=torch.zeros_like(problem.keys),
         real=problem.keys.shape[0],
         eta=None if problem.penalty is None else problem.penalty.eta,
@@ -531,24 +515,22 @@ class _Walk:
 
     problem: Problem = field(metadata=READ)
     copies: NoisyCopies
-    point: Tensors
-    before: Tensors  # the point at which the last step took its gradients, and the one before it
-    earlier: Tensors
+    point: Tensors  # and `here`: where the next gradients are taken
+    here: Tensors
+    before: Tensors  # the point at which the last step took its gradients
     gradient: Tensors
     last_gradient: Tensors
     previous: Tensors  # the displacement before momentum, and its last change
     change: Tensors
     gamma: Tensors  # step sizes, [B]
-    window: _Window | None
+    points: Tensors  # of the window; empty where there is none
+    gradients: Tensors
     squares: Tensors
-    differences: Tensor
-    norms: Tensor
-    norms2: Tensor
+    sums: Tensor
     curvature: Tensor
-    turned: Tensor  # float64 [B], sums over the level: successive changes multiplied; and squared
-    length: Tensor
-    score: Tensor  # float64 [B], f_σ at `before`
+    score: Tensor  # float64 [B], sum of the samples' scores at `before`
     statistics: Tensor
+    arrivals: Tensor = field(metadata=SCRATCH)  # for the kernels; zero between launches
 
 
 def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
@@ -556,32 +538,28 @@ def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
     problem, burning = state.problem, state.level == 0
     gamma = tuple(_FIRST_STEP * r for r in problem.rho) if burning else _damped(problem, state.curvature)
 
-    def like_point() -> Tensors:
-        return tuple(torch.empty_like(d) for d in state.point)
-
     batch = problem.keys.shape[0]
+    state.sums[:, :_DIFFERENCES] = 0
     nothing = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
     walk = _Walk(
         problem=problem,
         copies=NoisyCopies(problem, state.samples, True, chunk),
         point=state.point,
-        before=like_point(),
-        earlier=like_point(),
+        here=tuple(d.clone() for d in state.point),
+        before=states_like(state.point),
         gradient=state.gradient,
-        last_gradient=like_point(),
+        last_gradient=states_like(state.point),
         previous=state.previous,
-        change=like_point(),
+        change=states_like(state.point),
         gamma=gamma,
-        window=None,
+        points=(),
+        gradients=(),
         squares=state.squares,
-        differences=state.differences,
-        norms=state.norms,
-        norms2=state.norms2,
+        sums=state.sums,
         curvature=state.curvature,
-        turned=nothing[:, 0].clone(),
-        length=nothing[:, 0].clone(),
         score=nothing[:, 0].clone(),
         statistics=nothing,
+        arrivals=torch.zeros(batch, dtype=torch.int32, device=nothing.device),
     )
     walk.copies.step.fill_(_first_draw(state.level))
     windows = [*state.windows]
@@ -591,8 +569,8 @@ def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
         edges.add(state.length // 4 + 1)
     for start, stop in pairwise(sorted({0, state.length} | {t for t in edges if t < state.length})):
         if not burning and start in (0, state.length // 2):
-            walk.window = _Window.empty(problem)
-            windows.append(walk.window)
+            _close(windows, walk)
+            walk.points, walk.gradients = states_like(problem.inputs), states_like(problem.inputs)
         settled = not burning and (state.level > 1 or start > state.length // 4)
         step = partial(_step, samples=state.samples, burning=burning, settled=settled)
         if start == 0:
@@ -608,12 +586,14 @@ def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
             key=("adaptive", state.samples, burning, settled),
             elements=state.samples * sum(x.numel() for x in problem.inputs),
         )
+    _close(windows, walk)
     state.problem = walk.problem
     state.evaluations += state.samples * state.length
     state.steps = state.steps + state.length
     if not burning:
         steeper = 2 * state.curvature + 1 / torch.stack([r.double() for r in problem.rho]).amin(0)
-        state.curvature = torch.where(walk.turned < _TURNING * walk.length, steeper, state.curvature)
+        turned, length = walk.sums[:, :_DIFFERENCES].unbind(1)
+        state.curvature = torch.where(turned < _TURNING * length, steeper, state.curvature)
     if state.level == 2:
         # The first half of the level before was not settled; it stood in while there was nothing else.
         del windows[0]
@@ -623,69 +603,70 @@ def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
     return walk
 
 
+def _close(windows: list[_Window], walk: _Walk) -> None:
+    """Ends the window of a walk, if there is one."""
+    if walk.points:
+        windows.append(_Window(walk.points, walk.gradients, walk.sums[:, _LENGTHS:].clone()))
+        walk.points = walk.gradients = ()
+        walk.sums[:, _LENGTHS:] = 0
+
+
 def _step(walk: _Walk, *, samples: int, burning: bool, settled: bool, first: bool = False) -> None:
     """One step, in place. ``settled``: the change of the gradient is noise; ``first`` of a level: there is none yet."""
     problem = walk.problem
-    walk.score.copy_(walk.copies.total(walk.point, walk.gradient) / samples)
     if burning and problem.tuning is not None:
+        walk.copies.total(walk.point, walk.gradient, walk.score)
         problem = walk.problem = problem.tuned(tuple(g / samples for g in walk.gradient))
         gamma = tuple(_FIRST_STEP * r for r in problem.rho) if first else _damped(problem, walk.curvature)
         _copy(gamma, walk.gamma)
+        last: tuple[Tensor | None, ...] = (None,) * len(problem.inputs)
+    else:
+        last = walk.copies.chunked_gradients(walk.point, walk.gradient, walk.score)
     penalty = problem.penalty
-    if not first:
-        _copy(walk.before, walk.earlier)
-    _copy(walk.point, walk.before)
     statistics = [
         ops.prox_step(
-            None,
+            last[i],
             walk.gradient[i],
             walk.point[i],
             count=samples,
-            carry=True,
+            carry=last[i] is None or len(walk.copies.chunks) > 1,
             rho=problem.rho[i],
             step_size=walk.gamma[i],
             eta=None if penalty is None else penalty.eta[i],
             groups=None if penalty is None else penalty.partition(i),
+            arrivals=walk.arrivals,
         )
         for i in range(len(problem.inputs))
     ]
     walk.statistics.copy_(statistics[0] if len(statistics) == 1 else torch.stack(statistics).sum(0))
-    change = None if first else _minus(walk.gradient, walk.last_gradient)
-    if burning and change is not None:
+    products = ops.momentum_step(
+        walk.point,
+        walk.previous,
+        walk.here,
+        walk.before,
+        walk.gradient,
+        walk.last_gradient,
+        walk.change,
+        squares=walk.squares if settled and not first else (),
+        points=walk.points,
+        gradients=walk.gradients,
+        sums=walk.sums,
+        statistics=walk.statistics,
+        samples=samples,
+        momentum=_MOMENTUM,
+        first=first,
+        arrivals=walk.arrivals,
+    )
+    if not burning:
+        walk.copies.step += 1
+    elif not first:
         # On one bank the change of the gradient along the change of the point is curvature, without noise.
-        moved = _minus(walk.before, walk.earlier)
-        way = _inner(moved, moved)
-        met = _inner(moved, change).abs() / way.clamp_min(torch.finfo(torch.float64).tiny)
+        way, bend = products[:, _WAY], products[:, _BEND]
+        met = bend.abs() / way.clamp_min(torch.finfo(torch.float64).tiny)
         # Over a way of little more than rounding it is none.
         told = way > _SHORT**2 * walk.statistics[:, 1]
         walk.curvature.copy_(torch.maximum(walk.curvature, torch.where(told, met, 0.0)))
         _copy(_damped(problem, walk.curvature), walk.gamma)
-    # The point moves on along the last change of the displacement, unless the step just taken turned against it.
-    step = _minus(walk.point, walk.previous)
-    _copy(walk.point, walk.previous)
-    pairs = [(_minus(walk.before, walk.point), step)]
-    if change is not None:
-        pairs += [(step, walk.change), (walk.change, walk.change), (change, change)]
-    uphill, *products = _inners(*pairs)
-    for d, c in zip(walk.point, step, strict=True):
-        d.add_(over_features(torch.where(uphill > 0, 0.0, _MOMENTUM).to(d.dtype), d) * c)
-    if not burning:
-        walk.copies.step += 1
-        if walk.window is not None:
-            walk.window.add(walk.before, walk.gradient, walk.statistics[:, 1], samples)
-    if change is not None:
-        turned, length, square = products
-        walk.turned += turned
-        walk.length += length
-        if settled:
-            for q, c in zip(walk.squares, change, strict=True):
-                q.addcmul_(c, c, value=samples / 2)
-            square = square * (samples / 2)
-            walk.norms += square
-            walk.norms2 += square.square()
-            walk.differences += 1
-    _copy(walk.gradient, walk.last_gradient)
-    _copy(step, walk.change)
 
 
 def _copy(values: Tensors, to: Tensors) -> None:
@@ -713,9 +694,7 @@ def _joined(begun: _State, pieces: list[_Piece], samples: int, length: int, step
         return _Window(
             rows(lambda state: state.windows[i].points),
             rows(lambda state: state.windows[i].gradients),
-            numbers(lambda state: state.windows[i].lengths),
-            numbers(lambda state: state.windows[i].weight),
-            numbers(lambda state: state.windows[i].steps),
+            numbers(lambda state: state.windows[i].counts),
         )
 
     first = pieces[0][0]
@@ -735,9 +714,7 @@ def _joined(begun: _State, pieces: list[_Piece], samples: int, length: int, step
         squares=rows(lambda state: state.squares),
         curvature=numbers(lambda state: state.curvature),
         at_zero=numbers(lambda state: state.at_zero),
-        differences=numbers(lambda state: state.differences),
-        norms=numbers(lambda state: state.norms),
-        norms2=numbers(lambda state: state.norms2),
+        sums=numbers(lambda state: state.sums),
         steps=numbers(lambda state: state.steps),
         real=real,
         windows=tuple(window(i) for i in range(len(first.windows))),

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _library, reference
 from .groups import Partition, in_memory_order, memory_layout, rows_like
 from .noise import Noise
-from .reference import STATISTICS, per_input, soft_threshold, state_dtype
+from .reference import PRODUCTS, STATISTICS, SUMS, Tensors, per_input, soft_threshold, state_dtype
 
 try:
     from . import _core
@@ -32,12 +32,15 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "PRODUCTS",
     "STATISTICS",
+    "SUMS",
     "Noise",
     "accumulate",
     "build_info",
     "group_norms",
     "has_kernels",
+    "momentum_step",
     "perturb",
     "prox_step",
     "shrink",
@@ -575,6 +578,195 @@ def prox_step(
     return statistics
 
 
+# --- momentum_step ------------------------------------------------------------------------------------------------
+
+_library.define(
+    "momentum_step(Tensor(a!)[] point, Tensor(b!)[] previous, Tensor(c!)[] here, Tensor(d!)[] before, "
+    "Tensor[] gradient, Tensor(e!)[] last_gradient, Tensor(f!)[] change, "
+    "Tensor(g!)[] squares, Tensor(h!)[] points, Tensor(i!)[] gradients, "
+    "Tensor(j!) sums, Tensor statistics, int samples, float momentum, bool first, Tensor(k!)? arrivals) -> Tensor"
+)
+
+
+class _MomentumArgs(NamedTuple):
+    point: list[Tensor]
+    previous: list[Tensor]
+    here: list[Tensor]
+    before: list[Tensor]
+    gradient: list[Tensor]
+    last_gradient: list[Tensor]
+    change: list[Tensor]
+    squares: list[Tensor]
+    points: list[Tensor]
+    gradients: list[Tensor]
+    sums: Tensor
+    statistics: Tensor
+    samples: int
+    momentum: float
+    first: bool
+    arrivals: Tensor | None
+
+    def of_tensor(self, i: int) -> list[Tensor | None]:
+        """Everything over the features of the i-th tensor, in the order of _OVER_FEATURES."""
+        lists: Any = self[: len(_OVER_FEATURES)]
+        return [tensors[i] if tensors else None for tensors in lists]
+
+
+# Phases of the core's momentum, which tensors of a tuple need apart: what is multiplied is summed over all of them.
+_PRODUCTS, _UPDATE = 1, 2
+# Those before `squares` are needed.
+_OVER_FEATURES = _MomentumArgs._fields[:10]
+_NEEDED = _OVER_FEATURES.index("squares")
+
+
+def _momentum_check(*args: Any) -> _MomentumArgs:
+    a = _MomentumArgs(*args)
+    count = len(a.point)
+    if count == 0:
+        raise ValueError("point: expected at least one tensor")
+    for i, name in enumerate(_OVER_FEATURES):
+        if len(args[i]) != count and (i < _NEEDED or args[i]):
+            raise ValueError(f"{name}: expected {count} tensors, as in point, got {len(args[i])}")
+    if bool(a.points) != bool(a.gradients):
+        raise ValueError("points, gradients: give both or neither")
+    if a.first and a.squares:
+        raise ValueError("squares: a first step has no change of the gradient")
+    if a.samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {a.samples}")
+    device = a.sums.device
+    batch = a.sums.shape[0]
+    for i, point in enumerate(a.point):
+        if point.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"point: expected float32 or float64, got {point.dtype}")
+        if not point.dim():
+            raise ValueError("point: expected a batch axis, got a tensor without axes")
+        shape, layout = (batch, *point.shape[1:]), _layout("point", point)
+        for name, tensor in zip(_OVER_FEATURES, a.of_tensor(i), strict=True):
+            if tensor is not None:
+                _expect(name, tensor, shape, point.dtype, device)
+                _layout(name, tensor, layout)
+    _expect("sums", a.sums, (batch, len(SUMS)), torch.float64, device)
+    _expect("statistics", a.statistics, (batch, len(STATISTICS)), torch.float64, device)
+    if not a.sums.is_contiguous() or not a.statistics.is_contiguous():
+        raise ValueError("sums, statistics: expected contiguous tensors")
+    if a.arrivals is not None:
+        _expect("arrivals", a.arrivals, (batch,), torch.int32, device)
+    return a
+
+
+def _empty_products(a: _MomentumArgs) -> Tensor:
+    return a.sums.new_empty(a.sums.shape[0], len(PRODUCTS))
+
+
+def _momentum_fake(*args: Any) -> Tensor:
+    return _empty_products(_momentum_check(*args))
+
+
+def _momentum_kernel(*args: Any) -> Tensor:
+    a = _momentum_check(*args)
+    if not all(point.numel() for point in a.point):
+        return _momentum_reference(*args)  # an empty tensor's address is that of one which is not there
+    batch, count = a.sums.shape[0], len(a.point)
+    on_cuda = a.sums.device.type == "cuda"
+    arrivals = a.arrivals
+    if on_cuda and arrivals is None:
+        arrivals = torch.zeros(batch, dtype=torch.int32, device=a.sums.device)
+    target = _target(a.sums)
+
+    def run(i: int, phases: int, products: Tensor) -> None:
+        point = a.point[i]
+        features = math.prod(point.shape[1:])
+        partials = None
+        if phases & _PRODUCTS:
+            _check_disjoint(**dict(zip(_OVER_FEATURES, a.of_tensor(i), strict=True)))
+            partials = a.sums.new_empty(batch, _core.momentum_partials(features, on_cuda), len(PRODUCTS))
+        _core.momentum(
+            phases,
+            _DTYPES[point.dtype],
+            batch,
+            features,
+            *map(_address, a.of_tensor(i)),
+            products.data_ptr(),
+            a.sums.data_ptr() if i == 0 else 0,
+            a.statistics.data_ptr(),
+            a.samples,
+            a.momentum,
+            a.first,
+            _address(partials),
+            _address(arrivals),
+            *target,
+        )
+
+    if count == 1:
+        products = _empty_products(a)
+        run(0, _PRODUCTS | _UPDATE, products)
+        return products
+    parts = a.sums.new_empty(count, batch, len(PRODUCTS))
+    for i in range(count):
+        run(i, _PRODUCTS, parts[i])
+    products = parts.sum(0)
+    for i in range(count):
+        run(i, _UPDATE, products)
+    return products
+
+
+def _momentum_reference(*args: Any) -> Tensor:
+    a = _momentum_check(*args)
+    return reference.momentum_step(
+        *(tuple(t) for t in a[:7]),
+        squares=tuple(a.squares),
+        points=tuple(a.points),
+        gradients=tuple(a.gradients),
+        sums=a.sums,
+        statistics=a.statistics,
+        samples=a.samples,
+        momentum=a.momentum,
+        first=a.first,
+    )
+
+
+def momentum_step(
+    point: Tensors,
+    previous: Tensors,
+    here: Tensors,
+    before: Tensors,
+    gradient: Tensors,
+    last_gradient: Tensors,
+    change: Tensors,
+    *,
+    sums: Tensor,
+    statistics: Tensor,
+    samples: int,
+    momentum: float,
+    squares: Tensors = (),
+    points: Tensors = (),
+    gradients: Tensors = (),
+    first: bool = False,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """Momentum after a proximal step, in place, and what is kept of the step; two launches on CUDA. Formula, arguments
+    and result: :func:`reference.momentum_step`. Deterministic as :func:`prox_step` is."""
+    products: Tensor = _momentum_step(
+        point,
+        previous,
+        here,
+        before,
+        gradient,
+        last_gradient,
+        change,
+        squares,
+        points,
+        gradients,
+        sums,
+        statistics,
+        samples,
+        momentum,
+        first,
+        arrivals,
+    )
+    return products
+
+
 # --- registration --------------------------------------------------------------------------------------------------
 
 
@@ -595,7 +787,8 @@ def _said_once(function: Any) -> Any:
         nonlocal said
         if not said:
             said = True
-            device = next(a.device for a in args if isinstance(a, Tensor))
+            tensors = (t for a in args for t in (a if isinstance(a, list) else [a]))
+            device = next(t.device for t in tensors if isinstance(t, Tensor))
             warnings.warn(
                 f"moreau_ext has no compiled kernels for {device.type}; the much slower reference runs. For CUDA, "
                 "reinstall where nvcc is found (moreau-ext info shows what was built).",
@@ -611,6 +804,7 @@ for _name, _kernel, _reference, _fake in (
     ("accumulate", _accumulate_kernel, _accumulate_reference, _writes(_accumulate_check)),
     ("group_norms", _group_norms_kernel, _group_norms_reference, _group_norms_fake),
     ("prox_step", _prox_step_kernel, _prox_step_reference, _prox_step_fake),
+    ("momentum_step", _momentum_kernel, _momentum_reference, _momentum_fake),
 ):
     _library.implement(_name, "CPU", _kernel)
     if _core.cuda_version is not None:
@@ -622,3 +816,4 @@ _perturb = _library.operation("perturb")
 _accumulate = _library.operation("accumulate")
 _group_norms = _library.operation("group_norms")
 _prox_step = _library.operation("prox_step")
+_momentum_step = _library.operation("momentum_step")

@@ -11,10 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .groups import Partition, in_memory_order, memory_layout, rows_like
+from .groups import Partition, flat_rows, in_memory_order, memory_layout, rows_like
 from .noise import Noise
 
+Tensors = tuple[Tensor, ...]
+
 STATISTICS = ("residual2", "displacement2", "image2", "gradient2", "nonzero")
+PRODUCTS = ("uphill", "turned", "length", "way", "bend", "square")
+SUMS = ("turned", "length", "differences", "norms", "norms2", "lengths", "weight", "steps")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -267,3 +271,89 @@ def prox_step(
             raise ValueError("noise: writing noisy copies needs x and out")
         perturb(x, displacement, noise, out=out)
     return statistics
+
+
+def momentum_step(
+    point: Tensors,
+    previous: Tensors,
+    here: Tensors,
+    before: Tensors,
+    gradient: Tensors,
+    last_gradient: Tensors,
+    change: Tensors,
+    *,
+    sums: Tensor,
+    statistics: Tensor,
+    samples: int,
+    momentum: float,
+    squares: Tensors = (),
+    points: Tensors = (),
+    gradients: Tensors = (),
+    first: bool = False,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """Momentum after a proximal step, in place, with restart, and what is kept of the step.
+
+    s = δ⁺ − δ                  the step of the displacement, δ the one before
+    q = p − p⁻                  the change of the averaged gradient
+    δ⁺ + β·s                    the next point; β = 0 where ⟨x_t − δ⁺, s⟩ > 0, where the step turned against the last
+    squares += m/2·q²           what noise alone makes of the change of the gradient
+    points += m·x_t, gradients += m·p
+
+    Args:
+        point: δ⁺, which a proximal step from ``here`` made; becomes the next point. All of these are tuples of tensors
+            [B, *features] of float32 or float64, the i-th of each shaped and laid out alike.
+        previous: δ; becomes δ⁺.
+        here: x_t, where the gradients were taken; becomes the next point too.
+        before: x_{t−1}; becomes x_t.
+        gradient: p, the average of the gradients at x_t.
+        last_gradient: p⁻, that at x_{t−1}; becomes p.
+        change: the last s; becomes s.
+        sums: float64 [B, 8], added to: ⟨s, last s⟩ and ‖last s‖² unless ``first``; 1, (m/2)‖q‖² and its square with
+            ``squares``; m‖x_t‖², m and 1 with ``points``. Named by ``SUMS``.
+        statistics: float64 [B, 5] of the proximal step.
+        samples: m, how many gradients were averaged.
+        momentum: β.
+        squares: where the squared changes are summed, or ().
+        points, gradients: where points and gradients are summed, or ().
+        first: there is no last step yet; ``before``, ``last_gradient`` and ``change`` hold zeros.
+        arrivals: int32 zeros [B], scratch of the CUDA kernel kept between calls; None allocates it.
+
+    Returns:
+        float64 [B, 6], over all tensors: ⟨x_t − δ⁺, s⟩, ⟨s, last s⟩, ‖last s‖², ‖x_t − x_{t−1}‖², ⟨x_t − x_{t−1}, q⟩,
+        ‖q‖². Named by ``PRODUCTS``.
+
+    Source: O'Donoghue and Candès, "Adaptive restart for accelerated gradient schemes", 2015.
+    """
+
+    def differences(a: Tensors, b: Tensors) -> Tensors:
+        return tuple(u - v for u, v in zip(a, b, strict=True))
+
+    def inner(a: Tensors, b: Tensors) -> Tensor:
+        parts = [(flat_rows(u).double() * flat_rows(v).double()).sum(1) for u, v in zip(a, b, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    step, turn, way = differences(point, previous), differences(gradient, last_gradient), differences(here, before)
+    pairs = [(differences(here, point), step), (step, change), (change, change), (way, way), (way, turn), (turn, turn)]
+    products = torch.stack([inner(*pair) for pair in pairs], dim=1)
+    if not first:
+        sums[:, :2] += products[:, 1:3]
+    if squares:
+        square = products[:, 5] * (samples / 2)
+        sums[:, 2:5] += torch.stack([torch.ones_like(square), square, square.square()], dim=1)
+        for total, q in zip(squares, turn, strict=True):
+            total += samples / 2 * q * q
+    if points:
+        ones = torch.ones_like(statistics[:, 1])
+        sums[:, 5:] += torch.stack([samples * statistics[:, 1], samples * ones, ones], dim=1)
+        for total, value in zip((*points, *gradients), (*here, *gradient), strict=True):
+            total += samples * value
+    factor = momentum * (~(products[:, 0] > 0)).double()
+    for i, s in enumerate(step):
+        before[i].copy_(here[i])
+        previous[i].copy_(point[i])
+        last_gradient[i].copy_(gradient[i])
+        change[i].copy_(s)
+        here[i].copy_(point[i] + factor.to(s.dtype).view(-1, *[1] * (s.dim() - 1)) * s)
+        point[i].copy_(here[i])
+    return products

@@ -270,17 +270,28 @@ class NoisyCopies:
         scores, gradients = self._scores[size].gradient(rows)
         return scores.view(-1, size), tuple(like_layout(g, x) for g, x in zip(gradients, rows, strict=True))
 
-    def total(self, displacement: Tensors | None, into: Tensors) -> Tensor:
-        """Writes the sum of all samples' gradients at a displacement ``into`` tensors of the state dtype; returns the
-        sum of their scores, float64 [B]."""
-        total = torch.zeros(self.inputs[0].shape[0], dtype=torch.float64, device=self.step.device)
-        for c in range(len(self.chunks)):
+    def chunked_gradients(self, displacement: Tensors | None, into: Tensors, score: Tensor) -> Tensors:
+        """The gradients of the last chunk at a displacement; the sum of those of the chunks before it is written
+        ``into`` tensors of the state dtype, the sum of all scores into ``score``, float64 [B]."""
+        last = len(self.chunks) - 1
+        for c in range(last + 1):
             self.write(c, displacement)
             scores, gradients = self.gradient(c)
-            total += scores.sum(1, dtype=torch.float64)
+            if c == 0:
+                torch.sum(scores, 1, dtype=torch.float64, out=score)
+            else:
+                score += scores.sum(1, dtype=torch.float64)
+            if c == last:
+                break
             for g, sum_of in zip(gradients, into, strict=True):
                 ops.accumulate(g, sum_of, carry=c > 0)
-        return total
+        return gradients
+
+    def total(self, displacement: Tensors | None, into: Tensors, score: Tensor) -> None:
+        """The same with all gradients in the sum."""
+        gradients = self.chunked_gradients(displacement, into, score)
+        for g, sum_of in zip(gradients, into, strict=True):
+            ops.accumulate(g, sum_of, carry=len(self.chunks) > 1)
 
 
 def states_like(inputs: Tensors) -> Tensors:

@@ -12,7 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import CASES, DTYPES, LAYOUTS, call, close, close_statistics, laid_out, make_noise, step_case
+from test_ops import (
+    CASES,
+    DTYPES,
+    LAYOUTS,
+    MOMENTUM_SHAPES,
+    call,
+    check_momentum,
+    close,
+    close_statistics,
+    laid_out,
+    make_noise,
+    mapped,
+    momentum_arguments,
+    momentum_case,
+    step_case,
+)
 from torch import Tensor
 
 from moreau_ext import Labels, Pixels, Tiles, _core, ops, reference
@@ -212,6 +227,37 @@ def test_group_norms_and_shrink(dtype: torch.dtype, channels_last: bool) -> None
         close(shrunk, reference.shrink(v, eta, partition))
         assert torch.equal(shrunk[2], v[2])  # η = 0 is the identity, to the bit
         assert not shrunk[1].any()  # a zero group is zero, not 0/0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shapes", [*MOMENTUM_SHAPES, [(2, 150_528)], [(70_000, 3)]], ids=str)
+def test_a_momentum_step_gives_what_the_cpu_gives(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
+    for case in (
+        momentum_case(shapes, dtype),
+        momentum_case(shapes, dtype, channels_last=True),
+        {**momentum_case(shapes, dtype, kept=()), "first": True},
+    ):
+        device, arrivals = mapped(case, there), torch.zeros(shapes[0][0], dtype=torch.int32, device=DEVICE)
+        products = ops.momentum_step(**device, arrivals=arrivals)
+        wanted = ops.momentum_step(**case)
+        assert not arrivals.any()
+        check_momentum(mapped(device, Tensor.cpu), case, products.cpu(), wanted)
+
+
+def test_a_momentum_step_repeats_at_any_address_and_in_any_batch() -> None:
+    case = mapped(momentum_case([(40, 5000)], torch.float32), there)
+    one, two, moved = (mapped(case, Tensor.clone) for _ in range(3))
+    last = mapped(case, lambda t: t[39:].clone())
+    products = ops.momentum_step(**one)
+    shifted = torch.zeros(40 * 5000 + 1, device=DEVICE)[1:].view(40, 5000)
+    shifted.copy_(moved["here"][0])
+    moved["here"] = (shifted,)
+    for other in (two, moved):
+        assert torch.equal(ops.momentum_step(**other), products)
+        for name, tensors in one.items():
+            if isinstance(tensors, tuple):
+                assert torch.equal(tensors[0], other[name][0])
+    assert torch.equal(ops.momentum_step(**last), products[39:])
 
 
 def test_groups_without_members() -> None:
@@ -422,3 +468,9 @@ def test_opcheck_the_others() -> None:
     torch.library.opcheck(torch.ops.moreau_ext.accumulate.default, (x, there(torch.randn(6, 3, 8, 8)), True))
     p = there(Tiles(3).partition(torch.zeros(2, 3, 8, 8), torch.float32))
     torch.library.opcheck(torch.ops.moreau_ext.group_norms.default, (x, p.labels, p.order, p.offsets, p.weights))
+
+
+def test_opcheck_momentum_step() -> None:
+    for shapes in ([(2, 3)], [(2, 3), (2, 5)]):
+        case = mapped(momentum_case(shapes, torch.float32), there)
+        torch.library.opcheck(torch.ops.moreau_ext.momentum_step.default, momentum_arguments(case))

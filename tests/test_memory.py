@@ -555,6 +555,8 @@ with warnings.catch_warnings(record=True) as said:
 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 print([str(w.message).split(";")[0] for w in said])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "['out of memory with 512 rows in a pass']" in done.stdout

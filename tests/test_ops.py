@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,6 +170,111 @@ def test_accumulate_does_not_depend_on_the_chunks(dtype: torch.dtype, shape: tup
         chunk = gradients[:, start : start + 2].flatten(0, 1).contiguous()
         ops.accumulate(chunk, parts, carry=start > 0)
     assert torch.equal(parts, whole)
+
+
+OVER_FEATURES = ("point", "previous", "here", "before", "gradient", "last_gradient", "change")
+KEPT = ("squares", "points", "gradients")
+
+
+def momentum_case(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, channels_last: bool = False, kept: tuple[str, ...] = KEPT
+) -> dict[str, Any]:
+    """Arguments of a momentum step, of which all but the gradient are written."""
+    case: dict[str, Any] = {
+        name: tuple(laid_out(torch.randn(shape, dtype=dtype), channels_last) for shape in shapes)
+        for name in (*OVER_FEATURES, *kept)
+    }
+    batch = shapes[0][0]
+    case["sums"] = torch.randn(batch, len(ops.SUMS), dtype=torch.float64)
+    case["statistics"] = torch.rand(batch, len(ops.STATISTICS), dtype=torch.float64)
+    return {**case, "samples": 6, "momentum": 0.4}
+
+
+def mapped(case: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The arguments with every tensor changed."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(change(t) for t in value)
+        return change(value) if isinstance(value, Tensor) else value
+
+    return {name: of(value) for name, value in case.items()}
+
+
+def check_momentum(case: dict[str, Any], other: dict[str, Any], products: Tensor, wanted: Tensor) -> None:
+    """What is elementwise has the bits of the specification; sums agree to float64's rounding."""
+    torch.testing.assert_close(products, wanted, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(case["sums"], other["sums"], rtol=1e-12, atol=1e-10)
+    for name, tensors in case.items():
+        if isinstance(tensors, tuple):
+            for mine, theirs in zip(tensors, other[name], strict=True):
+                assert memory_layout(mine) == memory_layout(theirs)
+                assert torch.equal(mine, theirs), name
+
+
+MOMENTUM_SHAPES = [[(0, 4)], [(2, 0)], [(3,)], [(2, 33)], [(2, 5000)], [(2, 3, 7, 5)], [(3, 2, 9, 4), (3, 11)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shapes", MOMENTUM_SHAPES, ids=str)
+def test_momentum_step(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
+    for channels_last in (False, True):
+        for kept in ((), KEPT, KEPT[:1], KEPT[1:]):
+            for first in (False, True):
+                if first and "squares" in kept:
+                    continue
+                case = {**momentum_case(shapes, dtype, channels_last, kept), "first": first}
+                other = mapped(case, Tensor.clone)
+                check_momentum(case, other, ops.momentum_step(**case), reference.momentum_step(**other))
+
+
+def test_momentum_goes_on_or_restarts() -> None:
+    """By hand: the first input moves on along its step, the second has turned against it."""
+    tensors = {name: (torch.zeros(2, 1, dtype=torch.float64),) for name in OVER_FEATURES}
+    tensors["point"][0][:] = torch.tensor([[3.0], [1.0]])
+    tensors["previous"][0][:] = torch.tensor([[1.0], [2.0]])
+    tensors["here"][0][:] = torch.tensor([[2.0], [0.5]])
+    statistics, sums = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64)
+    products = ops.momentum_step(**tensors, sums=sums, statistics=statistics, samples=1, momentum=0.5)
+    assert products[:, 0].tolist() == [-2.0, 0.5]
+    assert tensors["point"][0].flatten().tolist() == [4.0, 1.0]
+    assert tensors["change"][0].flatten().tolist() == [2.0, -1.0]
+    assert tensors["before"][0].flatten().tolist() == [2.0, 0.5]
+
+
+def test_neither_threads_nor_the_batch_change_a_bit_of_momentum() -> None:
+    threads = torch.get_num_threads()
+    case = momentum_case([(3, 150_000)], torch.float32)
+    one, two, third = mapped(case, Tensor.clone), mapped(case, Tensor.clone), mapped(case, lambda t: t[2:].clone())
+    try:
+        torch.set_num_threads(1)
+        products = ops.momentum_step(**one)
+        torch.set_num_threads(2)
+        assert torch.equal(products, ops.momentum_step(**two))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(ops.momentum_step(**third), products[2:])
+    for name in (*OVER_FEATURES, *KEPT):
+        assert torch.equal(one[name][0], two[name][0])
+        assert torch.equal(one[name][0][2:], third[name][0])
+
+
+def test_momentum_refuses() -> None:
+    def refuse(match: str, error: type[Exception] = ValueError, **changes: Any) -> None:
+        with pytest.raises(error, match=match):
+            ops.momentum_step(**{**momentum_case([(2, 3)], torch.float32), **changes})
+
+    x = torch.zeros(2, 3)
+    refuse("point: expected at least one", **dict.fromkeys((*OVER_FEATURES, *KEPT), ()))
+    refuse("before: expected 1 tensors, as in point, got 2", before=(x, x.clone()))
+    refuse("here: expected shape", here=(torch.zeros(2, 4),))
+    refuse("change: expected torch.float32", TypeError, change=(x.double(),))
+    refuse("point: expected float32 or float64", TypeError, point=(x.half(),))
+    refuse("points, gradients: give both", points=())
+    refuse("squares: a first step", first=True)
+    refuse("samples: expected at least 1", samples=0)
+    refuse("sums: expected shape", sums=torch.zeros(2, 5, dtype=torch.float64))
+    refuse("share memory", point=(x,), here=(x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -418,6 +524,17 @@ def test_opcheck_the_others() -> None:
     torch.library.opcheck(torch.ops.moreau_ext.accumulate.default, (x, torch.randn(6, 3, 8, 8), True))
     p = Tiles(3).partition(x, torch.float32)
     torch.library.opcheck(torch.ops.moreau_ext.group_norms.default, (x, p.labels, p.order, p.offsets, p.weights))
+
+
+def momentum_arguments(case: dict[str, Any]) -> tuple[Any, ...]:
+    lists = [list(case.get(name, ())) for name in (*OVER_FEATURES, *KEPT)]
+    return (*lists, case["sums"], case["statistics"], case["samples"], case["momentum"], False, None)
+
+
+def test_opcheck_momentum_step() -> None:
+    for shapes in ([(2, 3)], [(2, 3), (2, 5)]):
+        arguments = momentum_arguments(momentum_case(shapes, torch.float32))
+        torch.library.opcheck(torch.ops.moreau_ext.momentum_step.default, arguments)
 
 
 @pytest.mark.parametrize("penalty", ["l1", "tiles"])

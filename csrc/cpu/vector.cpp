@@ -68,9 +68,19 @@ MOREAU_INLINE void copy_body(T* __restrict out, const S* __restrict base, int64_
 // Sums in eight lanes, folded in a fixed order, so that every clone gives the same bits.
 constexpr int64_t kLanes = 8;
 
-struct Sums {
-  double lanes[kStatistics][kLanes] = {};
+template <int kCount>
+struct Lanes {
+  double lanes[kCount][kLanes] = {};
 
+  MOREAU_INLINE void fold(double* to) const {
+    for (int k = 0; k < kCount; ++k) {
+      const double* l = lanes[k];
+      to[k] = ((l[0] + l[1]) + (l[2] + l[3])) + ((l[4] + l[5]) + (l[6] + l[7]));
+    }
+  }
+};
+
+struct Sums : Lanes<kStatistics> {
   template <class S>
   MOREAU_INLINE void add(int64_t lane, S displacement, S image, S p) {
     const double d = displacement, y = image, g = p, gap = d - y;
@@ -80,13 +90,49 @@ struct Sums {
     lanes[gradient2][lane] += g * g;
     lanes[nonzero][lane] += image != S(0) ? 1.0 : 0.0;
   }
-  MOREAU_INLINE void fold(double* to) const {
-    for (int k = 0; k < kStatistics; ++k) {
-      const double* l = lanes[k];
-      to[k] = ((l[0] + l[1]) + (l[2] + l[3])) + ((l[4] + l[5]) + (l[6] + l[7]));
-    }
+};
+
+struct Products : Lanes<kProducts> {
+  template <class S>
+  MOREAU_INLINE void add(int64_t lane, S back_s, S step_s, S way_s, S turn_s, S change_s) {
+    const double back = back_s, step = step_s, way = way_s, turn = turn_s, change = change_s;
+    lanes[product::uphill][lane] += back * step;
+    lanes[product::turned][lane] += step * change;
+    lanes[product::length][lane] += change * change;
+    lanes[product::way][lane] += way * way;
+    lanes[product::bend][lane] += way * turn;
+    lanes[product::square][lane] += turn * turn;
   }
 };
+
+template <class S>
+MOREAU_INLINE void products_body(const S* __restrict point, const S* __restrict previous, const S* __restrict here,
+                                 const S* __restrict before, const S* __restrict gradient, const S* __restrict last,
+                                 const S* __restrict change, int64_t n, double* products) {
+  Products sums;
+  const auto add = [&](int64_t lane, int64_t i) {
+    sums.add<S>(lane, here[i] - point[i], point[i] - previous[i], here[i] - before[i], gradient[i] - last[i], change[i]);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) add(lane, i + lane);
+  for (; i < n; ++i) add(i % kLanes, i);
+  sums.fold(products);
+}
+
+template <class S>
+MOREAU_INLINE void momentum_body(S* __restrict point, S* __restrict previous, S* __restrict here, S* __restrict before,
+                                 S* __restrict last, S* __restrict change, const S* __restrict gradient, S factor,
+                                 int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const S step = point[i] - previous[i], next = point[i] + factor * step;
+    before[i] = here[i];
+    previous[i] = point[i];
+    change[i] = step;
+    last[i] = gradient[i];
+    point[i] = here[i] = next;
+  }
+}
 
 // displacement <- shrink(keep * displacement - step_size * p), with the sums of the incoming displacement in float64;
 // `shrink_v`, `shrink_p` shrink v and p of feature i.
@@ -181,6 +227,24 @@ MOREAU_DEFINE(bfloat_bits, float)
   }                                                                                                               \
   MOREAU_CLONES void add_range(S* total, const S* v, int64_t n) {                                                 \
     for (int64_t i = 0; i < n; ++i) total[i] += v[i];                                                             \
+  }                                                                                                               \
+  MOREAU_CLONES void add_scaled_range(S* total, const S* v, S weight, int64_t n) {                                \
+    for (int64_t i = 0; i < n; ++i) total[i] += weight * v[i];                                                    \
+  }                                                                                                               \
+  MOREAU_CLONES void add_change_range(S* total, const S* gradient, const S* last, S weight, int64_t n) {          \
+    for (int64_t i = 0; i < n; ++i) {                                                                             \
+      const S turn = gradient[i] - last[i];                                                                       \
+      total[i] += weight * turn * turn;                                                                           \
+    }                                                                                                             \
+  }                                                                                                               \
+  MOREAU_CLONES void products_range(const S* point, const S* previous, const S* here, const S* before,            \
+                                    const S* gradient, const S* last_gradient, const S* change, int64_t n,        \
+                                    double* products) {                                                           \
+    products_body<S>(point, previous, here, before, gradient, last_gradient, change, n, products);                \
+  }                                                                                                               \
+  MOREAU_CLONES void momentum_range(S* point, S* previous, S* here, S* before, S* last_gradient, S* change,       \
+                                    const S* gradient, S factor, int64_t n) {                                     \
+    momentum_body<S>(point, previous, here, before, last_gradient, change, gradient, factor, n);                  \
   }
 MOREAU_DEFINE(float)
 MOREAU_DEFINE(double)

@@ -54,7 +54,17 @@ MOREAU_DECLARE(bfloat_bits, float)
   /* the step with the shrinkage factors of each feature's group: factors[2 g] for v, factors[2 g + 1] for p */   \
   void group_step_range(S* displacement, const S* p, const Scalars<S>& k, const int32_t* labels,                 \
                         const S* factors, int64_t n, double* statistics);                                        \
-  void add_range(S* total, const S* v, int64_t n);
+  void add_range(S* total, const S* v, int64_t n);                                                               \
+  /* total += weight v */                                                                                         \
+  void add_scaled_range(S* total, const S* v, S weight, int64_t n);                                               \
+  /* total += weight (gradient - last)^2 */                                                                       \
+  void add_change_range(S* total, const S* gradient, const S* last, S weight, int64_t n);                         \
+  /* the kProducts of a span */                                                                                   \
+  void products_range(const S* point, const S* previous, const S* here, const S* before, const S* gradient,       \
+                      const S* last_gradient, const S* change, int64_t n, double* products);                      \
+  /* point += factor (point - previous), and what was there moves on */                                           \
+  void momentum_range(S* point, S* previous, S* here, S* before, S* last_gradient, S* change, const S* gradient,  \
+                      S factor, int64_t n);
 MOREAU_DECLARE(float)
 MOREAU_DECLARE(double)
 #undef MOREAU_DECLARE

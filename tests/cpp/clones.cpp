@@ -46,6 +46,33 @@ void one(int64_t batch, int64_t channels, int64_t positions, int64_t samples, Pe
               (unsigned long long)hash(statistics.data(), statistics.size() * sizeof(double)));
 }
 
+template <class S>
+void momentum(Dtype dtype, int64_t batch, int64_t features) {
+  const int64_t n = batch * features;
+  uint32_t state = 54321;
+  std::vector<S> all[10];
+  for (auto& v : all) {
+    v.resize(n);
+    for (S& value : v) value = S(int32_t(state = state * 1664525u + 1013904223u)) * S(0x1p-31);
+  }
+  std::vector<double> products(batch * kProducts), sums(batch * kSums), statistics(batch * kStatistics, 0.3);
+  std::vector<double> partials(batch * cpu::momentum_partials(features) * kProducts);
+  Momentum a{};
+  a.dtype = dtype, a.batch = batch, a.features = features;
+  a.point = all[0].data(), a.previous = all[1].data(), a.here = all[2].data(), a.before = all[3].data();
+  a.gradient = all[4].data(), a.last_gradient = all[5].data(), a.change = all[6].data();
+  a.squares = all[7].data(), a.points = all[8].data(), a.gradients = all[9].data();
+  a.products = products.data(), a.sums = sums.data(), a.statistics = statistics.data();
+  a.samples = 6, a.momentum = 0.4, a.partials = partials.data();
+  cpu::momentum_products(a);
+  cpu::momentum_update(a);
+  uint64_t tensors = 0;
+  for (const auto& v : all) tensors = tensors * 31 + hash(v.data(), n * sizeof(S));
+  std::printf("%016llx %016llx %016llx\n", (unsigned long long)tensors,
+              (unsigned long long)hash(products.data(), products.size() * sizeof(double)),
+              (unsigned long long)hash(sums.data(), sums.size() * sizeof(double)));
+}
+
 }  // namespace
 
 int main() {
@@ -54,4 +81,8 @@ int main() {
       one(3, 1, positions, 5, penalty);
       one(2, 3, positions, 8, penalty);
     }
+  for (const int64_t features : {1, 33, 111, 1023, 4097}) {
+    momentum<float>(Dtype::f32, 3, features);
+    momentum<double>(Dtype::f64, 3, features);
+  }
 }
