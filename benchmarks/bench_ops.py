@@ -4,7 +4,8 @@
 
 Prints ratios of interleaved medians. "eager" is the same step from PyTorch's own in-place operations on reused buffers.
 Without noise the step is bound by memory: it and a copy go round a ring of buffers that no cache holds, and both rates
-are in bytes of gradients per second (a copy also writes as many; the last column counts all traffic of both).
+are in bytes of gradients per second (a copy also writes as many; the last column counts all traffic of both). The last
+table has the adaptive solver's momentum step, again beside PyTorch's own operations.
 
 On a GPU (--device cuda) a roofline follows: each variant of the step at sizes from 64 MB of gradients on, with the
 bytes it must move, its share of the bandwidth of a copy measured beside it, the same update as eager PyTorch and as
@@ -25,7 +26,7 @@ import torch
 from timing import interleaved, parser, report
 from torch import Tensor
 
-from moreau_ext import Pixels, Tiles, ops
+from moreau_ext import Pixels, Tiles, ops, reference
 from moreau_ext.noise import Noise, noise_keys
 
 SHAPES = {
@@ -160,6 +161,31 @@ def replayed(run: Any) -> Any:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def momentum(device: str, rounds: int) -> list[dict[str, Any]]:
+    """A momentum step of the adaptive solver against the same from PyTorch's own operations."""
+    rows: list[dict[str, Any]] = []
+    over_features = ("point", "previous", "here", "before", "gradient", "last_gradient", "change")
+    for size, (batch, _, features) in SHAPES.items():
+        names = (*over_features, "squares", "points", "gradients")
+        case: dict[str, Any] = {name: (torch.zeros(batch, *features, device=device),) for name in names}
+        case["sums"] = torch.zeros(batch, len(ops.SUMS), dtype=torch.float64, device=device)
+        case["statistics"] = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=device)
+        case |= {"samples": 8, "momentum": 0.5}
+        case["arrivals"] = torch.zeros(batch, dtype=torch.int32, device=device)
+        runs = {
+            "fused": partial(ops.momentum_step, **case),
+            "eager": partial(reference.momentum_step, **case),
+        }
+        called = interleaved(runs, device, rounds)
+        fast = called["fused"]
+        row: dict[str, Any] = {"momentum [B,m,d]": size, "fused µs": fast * 1e6, "/ eager": fast / called["eager"]}
+        if device == "cuda":
+            seconds = interleaved({name: replayed(run) for name, run in runs.items()}, device, rounds)
+            row |= {"replayed µs": seconds["fused"] * 1e6, "/ eager replayed": seconds["fused"] / seconds["eager"]}
+        rows.append(row)
+    return rows
 
 
 def machine_code() -> dict[str, sass_table.Row]:
@@ -331,6 +357,7 @@ def main() -> None:
             "ratio": seconds["ours"] / seconds["torch"],
         }
     )
+    rows += momentum(device, rounds)
     if device == "cuda":
         rows += roofline(rounds) + small(rounds)
     report("ops", device, rows, arguments.json)
