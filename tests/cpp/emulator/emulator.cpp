@@ -1,0 +1,146 @@
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+int64_t busy = int64_t(1) << 17;
+
+namespace {
+
+constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr size_t kStack = 1 << 17, kMostShared = 48 << 10;
+
+enum class State { ready, at_barrier, in_warp, done };
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  State state;
+  unsigned exchanges;  // warp operations so far
+};
+
+std::vector<Fiber> fibers;
+ucontext_t scheduler;
+unsigned running;
+const std::function<void()>* body;
+std::mt19937 dice(7);
+std::vector<char> memory;
+// What lanes hand over: two boxes in turn, since some may be at their next operation while others still read.
+std::vector<uint64_t> boxes;
+
+void enter() {
+  (*body)();
+  fibers[running].state = State::done;
+  swapcontext(&fibers[running].context, &scheduler);
+}
+
+void wait(State state) {
+  const unsigned me = running;
+  fibers[me].state = state;
+  swapcontext(&fibers[me].context, &scheduler);
+  running = me;
+  threadIdx = {me};
+}
+
+void start(unsigned thread) {
+  Fiber& fiber = fibers[thread];
+  fiber.stack.resize(kStack);
+  fiber.state = State::ready;
+  fiber.exchanges = 0;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, enter, 0);
+}
+
+bool all(unsigned first, unsigned count, State state) {
+  return std::all_of(&fibers[first], &fibers[first] + count, [=](const Fiber& f) { return f.state == state; });
+}
+
+void release(unsigned first, unsigned count) {
+  for (unsigned thread = first; thread < first + count; ++thread) fibers[thread].state = State::ready;
+}
+
+void run_block(unsigned threads) {
+  for (unsigned thread = 0; thread < threads; ++thread) start(thread);
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0u);
+  while (!all(0, threads, State::done)) {
+    bool moved = false;
+    if (dice() % 2)
+      std::shuffle(order.begin(), order.end(), dice);
+    else
+      std::reverse(order.begin(), order.end());
+    for (const unsigned thread : order)
+      if (fibers[thread].state == State::ready) {
+        running = thread;
+        threadIdx = {thread};
+        swapcontext(&scheduler, &fibers[thread].context);
+        moved = true;
+      }
+    for (unsigned first = 0; first < threads; first += kWarp)
+      if (all(first, kWarp, State::in_warp)) {
+        release(first, kWarp);
+        moved = true;
+      }
+    if (all(0, threads, State::at_barrier))
+      release(0, threads);
+    else if (!moved)
+      die("threads disagree about a barrier or a warp operation");
+  }
+}
+
+}  // namespace
+
+void die(const char* why) {
+  std::printf("emulator: %s, in block %u, thread %u\n", why, blockIdx.x, threadIdx.x);
+  std::fflush(stdout);
+  std::_Exit(3);
+}
+
+void launch(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& thread) {
+  if (threads == 0 || threads % kWarp || threads > kMostThreads || shared > kMostShared || blocks == 0)
+    die("a launch that no GPU takes");
+  if (fibers.size() < threads) fibers.resize(threads);
+  memory.resize(kMostShared + 16);
+  boxes.resize(threads * 2);
+  gridDim = {blocks};
+  blockDim = {threads};
+  body = &thread;
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), dice);
+  for (const unsigned block : order) {
+    blockIdx = {block};
+    std::fill(memory.begin(), memory.end(), char(0xff));
+    run_block(threads);
+  }
+}
+
+void barrier() { wait(State::at_barrier); }
+
+void gather(uint64_t mine, uint64_t (&all)[32]) {
+  const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  uint64_t* box = &boxes[(2 * warp + fibers[running].exchanges++ % 2) * kWarp];
+  box[lane] = mine;
+  wait(State::in_warp);
+  std::copy(box, box + kWarp, all);
+}
+
+void* dynamic_memory() {
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (16 - address % 16) % 16;
+}
+
+}  // namespace emulator

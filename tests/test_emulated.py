@@ -1,0 +1,90 @@
+"""The CUDA kernels on a GPU of fibers (tests/cpp/emulator) against the CPU kernels: their logic, where there is no GPU.
+
+Indexing, barriers, warp operations, sums of the last block to arrive, ragged sizes and addresses, an input's bits in
+and out of its batch. What it cannot see are races between barriers, and speed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EMULATOR = ROOT / "tests/cpp/emulator"
+CXX = os.environ.get("CXX") or shutil.which("g++")
+# What g++ cannot read, and what the emulator varies.
+SPELLINGS = {
+    "cuda/launch.cuh": [
+        (
+            "kernel<<<grid, unsigned(threads), shared, static_cast<cudaStream_t>(stream)>>>(a...);",
+            "(void)stream, emulator::run(kernel, grid, unsigned(threads), shared, a...);",
+        ),
+        ("constexpr int64_t kBusy = int64_t(1) << 17;", "inline int64_t& kBusy = emulator::busy;"),
+    ],
+    "cuda/prox_step.cu": [
+        ("extern __shared__ uint4 staged[];", "uint4* staged = static_cast<uint4*>(emulator::dynamic_memory());")
+    ],
+}
+
+
+def cuda_headers() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    found = (Path(home) / "include" for home in homes if home)
+    return next((folder for folder in found if (folder / "cuda_fp16.h").exists()), None)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    headers = cuda_headers()
+    if sys.platform != "linux" or CXX is None or headers is None:
+        pytest.skip("needs Linux, g++ and CUDA's headers")
+    folder = tmp_path_factory.mktemp("emulated")
+    source = shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "tests/cpp", folder / "tests/cpp")
+    for name, spellings in SPELLINGS.items():
+        text = (source / name).read_text()
+        for ours, theirs in spellings:
+            assert ours in text, f"{name} is written otherwise now: {ours}"
+            text = text.replace(ours, theirs)
+        (source / name).write_text(text)
+    # Contraction off on both sides, as in CMakeLists.txt; vectors at addresses that are none end the program.
+    options = ["-std=c++17", "-O1", "-mfma", "-ffp-contract=off", "-fno-math-errno", "-c"]
+    options += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+    emulated = ["-I", str(EMULATOR), "-include", "cuda_runtime.h", "-isystem", str(headers), "-Wno-attributes"]
+    files = {path: ["-fopenmp"] for path in (source / "cpu").glob("*.cpp")}
+    files |= {path: ["-x", "c++", *emulated] for path in (source / "cuda").glob("*.cu")}
+    files |= {folder / "tests/cpp/emulator/emulator.cpp": emulated, folder / "tests/cpp/emulated.cpp": []}
+
+    def compiled(path: Path) -> str:
+        target = folder / f"{path.parent.name}-{path.stem}.o"
+        command = [str(CXX), *options, *files[path], str(path), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        objects = list(workers.map(compiled, sorted(files, key=lambda path: -path.stat().st_size)))
+    subprocess.run([str(CXX), *objects, "-fopenmp", "-fsanitize=alignment", "-o", str(folder / "run")], check=True)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_cuda_kernels_give_what_the_cpu_kernels_give(program: Path, seed: int) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([program, "150", str(seed)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["prox_step", "perturb", "accumulate", "group_norms", "momentum"]
+
+
+def test_the_emulator_sees_a_divergent_barrier(program: Path) -> None:
+    done = subprocess.run([program, "diverge"], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "threads disagree about a barrier" in done.stdout
