@@ -275,6 +275,55 @@ def test_what_is_not_captured() -> None:
             MoreauGrad(model, cuda_graphs=wrong)  # type: ignore[arg-type]
 
 
+def test_in_bfloat16() -> None:
+    x = zoo.digits("test").inputs[:7]
+    for solver in (SOLVERS["auto"], SOLVERS["fixed"]):
+        replayed, stepped = (
+            SparseMoreauGrad(zoo.trained("digits_cnn"), rho=0.1, solver=solver, precision="bfloat16") for _ in range(2)
+        )
+        tapes = on_tape(replayed)
+        one_by_one(stepped)
+        same(replayed.attribute(x, return_solution=True), stepped.attribute(x, return_solution=True))
+        assert tapes[0].replays > 8
+
+
+def test_rows_that_were_found_to_fit_are_part_of_a_capture() -> None:
+    """Calls that know the same limit share graphs; a pass that had to be halved is captured in halves from then on."""
+    rows: list[int] = []
+
+    class Tight(nn.Module):
+        """Has memory for 12 rows, once it is tight."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = zoo.trained("digits_cnn")
+            self.most = 1000
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            rows.append(len(x))
+            found: Tensor = self.net(x)
+            return found
+
+    model, x = Tight().eval(), zoo.digits("test").inputs[:5]
+    explainer = MoreauGrad(model, rho=0.1, solver=ProximalGradient(4, 40))
+    tapes = on_tape(explainer)
+    expected = explainer.attribute(x)
+    once = tapes[0].captures
+    torch.testing.assert_close(explainer.attribute(x), expected, rtol=0, atol=0)
+    assert tapes[0].captures == once
+    model.most = 12
+    explainer._graphs._forget()
+    with pytest.warns(UserWarning, match="out of memory with 20 rows in a pass"):
+        torch.testing.assert_close(explainer.attribute(x), expected, rtol=1e-4, atol=1e-6)
+    replays = tapes[-1].replays
+    rows.clear()
+    torch.testing.assert_close(explainer.attribute(x), expected, rtol=1e-4, atol=1e-6)
+    assert max(rows) <= 10
+    assert tapes[-1].replays > replays
+
+
 def test_threads_share_an_explainer() -> None:
     """One replays, the others step meanwhile; all get the same bits."""
     x = zoo.digits("test").inputs[:6]
