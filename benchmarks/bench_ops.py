@@ -9,8 +9,8 @@ table has the adaptive solver's momentum step, again beside PyTorch's own operat
 
 On a GPU (--device cuda) a roofline follows: each variant of the step at sizes from 64 MB of gradients on, with the
 bytes it must move, its share of the bandwidth of a copy measured beside it, the same update as eager PyTorch and as
-torch.compile (noise on the device in both), and what nvcc says of its kernel. Then small sizes, called and as replays
-of a CUDA graph.
+torch.compile (noise on the device in both), and what nvcc says of its kernel; all as replays of CUDA graphs, so that no
+call from Python counts. Then small sizes, called and as replays.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def roofline(rounds: int) -> list[dict[str, Any]]:
                 "compile antithetic": compiled(b, True),
                 "copy": partial(b.copy.copy_, b.gradients),
             }
-            seconds = interleaved({**runs, **others}, "cuda", rounds)
+            seconds = interleaved({n: replayed(run) for n, run in {**runs, **others}.items()}, "cuda", rounds)
             stored, state = b.gradients.element_size(), b.displacement.element_size()
             copy = 2 * stored * b.gradients.numel() / seconds["copy"]
             for variant in runs:

@@ -4,11 +4,13 @@
 # setuptools, pybind11, cmake, ninja and pytest (and scipy, hypothesis, scikit-learn for the tests that use them), and nvcc.
 # compute-sanitizer and ncu are used where they are found.
 #
-#   PYTHON=python3 benchmarks/gpu.sh [part...]
+#   PYTHON=python3 OPTIONS=--quick benchmarks/gpu.sh [part...]
 #
-# Parts: tests memcheck racecheck initcheck synccheck ops precision ncu explainers; all of them where none is named. The build comes
-# first, always. On a machine that is lent for minutes at a time, name a few: what other runs of the same day and commit
-# found stays in the file. A part that fails is recorded and the next one runs; the exit status is 1 if any failed.
+# Parts: tests memcheck racecheck initcheck synccheck ops precision ncu explainers; all of them where none is named. The
+# build comes first, always. On a machine that is lent for minutes at a time, name a few: what other runs of the same day
+# and commit found stays in the file. OPTIONS go to the benchmarks; ONLY=TEXT leaves the explainers' models with TEXT in
+# their name; LIMIT=SECONDS ends a part; LOGS=FOLDER keeps what each part printed. A part that fails is recorded and the
+# next one runs; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 root=$PWD
@@ -31,6 +33,7 @@ command -v nvcc >/dev/null || { echo "gpu.sh: nvcc was not found" >&2; exit 2; }
 "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
   { echo "gpu.sh: torch finds no CUDA device" >&2; exit 2; }
 
+read -r -a options <<<"${OPTIONS:-}"
 parts=${*:-tests memcheck racecheck initcheck synccheck ops precision ncu explainers}
 
 part() {  # name, command...
@@ -38,8 +41,9 @@ part() {  # name, command...
   [[ " build $parts " == *" $name "* ]] || return 0
   shift
   printf '\n--- %s\n' "$name"
-  if "$@" >"$work/$name.log" 2>&1; then status[$name]=passed; else status[$name]=failed; failed=1; fi
+  if timeout "${LIMIT:-0}" "$@" >"$work/$name.log" 2>&1; then status[$name]=passed; else status[$name]=failed; failed=1; fi
   seconds[$name]=$((SECONDS - began))
+  [[ -z ${LOGS:-} ]] || cp "$work/$name.log" "$LOGS/"
   tail -n 25 "$work/$name.log"
   echo "$name: ${status[$name]} in ${seconds[$name]} s"
 }
@@ -50,25 +54,27 @@ part build env MOREAU_CUDA=ON CMAKE_CUDA_ARCHITECTURES="$architecture" CMAKE_ARG
 # The build alone is on the path; the tests and benchmarks come from this tree.
 export PYTHONPATH="$work/site"
 cd "$work" || exit 2
-tests=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root")
-part tests "${tests[@]}" "$root"/tests/test_{cuda,ops,noise,cuda_graphs,precision,memory}.py
+# Older versions of torch warn of themselves when something is compiled.
+tests=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root"
+  -W 'ignore:`torch.jit:DeprecationWarning')
+part tests "${tests[@]}" "$root"/tests/test_{cuda,cuda_graphs,ops}.py
 
 # The sanitizer slows kernels a hundred times: tests that cover every kernel and type, of small sizes. torch's allocator
 # is told to hand out separate pieces, since memcheck cannot see a step from one tensor into the next within one. Only
 # our kernels are watched, except by initcheck, which must also see what torch's write.
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
-    options=(--tool "$tool" --error-exitcode 9 --target-processes all)
-    [[ $tool == initcheck ]] || options+=(--kernel-regex kns=moreau)
-    [[ $tool == memcheck ]] && options+=(--report-api-errors no)
-    part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${options[@]}" \
+    watch=(--tool "$tool" --error-exitcode 9 --target-processes all)
+    [[ $tool == initcheck ]] || watch+=(--kernel-regex kns=moreau)
+    [[ $tool == memcheck ]] && watch+=(--report-api-errors no)
+    part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${watch[@]}" \
       "${tests[@]}" "$root/tests/test_cuda.py" -k "cpu_gives or chunks_do_not or repeat or vector or group_norms"
   done
 else
   status[sanitizer]="compute-sanitizer was not found"
 fi
-part ops "$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$work/ops.json"
-part precision "$python" "$root/benchmarks/bench_precision.py" --device cuda --json "$work/precision.json"
+part ops "$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$work/ops.json" "${options[@]}"
+part precision "$python" "$root/benchmarks/bench_precision.py" --device cuda --json "$work/precision.json" "${options[@]}"
 # The counters need a permission that containers often lack; then this part fails and says so.
 if command -v ncu >/dev/null; then
   metrics=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
@@ -86,7 +92,7 @@ for dtype in (torch.float32, torch.bfloat16):
 else
   status[ncu]="ncu was not found"
 fi
-part explainers "$python" "$root/benchmarks/bench_explainers.py" --device cuda --json "$work/explainers.json"
+part explainers "$python" "$root/benchmarks/bench_explainers.py" --device cuda --json "$work/explainers.json" --only "${ONLY:-}" "${options[@]}"
 
 for name in "${!status[@]}"; do
   printf '%s\t%s\t%s\n' "$name" "${status[$name]}" "${seconds[$name]:-}"

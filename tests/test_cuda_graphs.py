@@ -97,16 +97,17 @@ def test_two_explainers_on_two_streams_and_one_on_two_threads() -> None:
 
 
 def test_a_capture_disturbs_no_other_thread() -> None:
-    """Another thread allocates and waits all the while."""
+    """Another thread allocates and waits all the while. It must not draw from torch's generator of the device, which
+    any capture has to itself; a generator of its own may."""
     stop = threading.Event()
     errors: list[BaseException] = []
 
     def other() -> None:
         try:
-            stream = torch.cuda.Stream(DEVICE)
+            stream, generator = torch.cuda.Stream(DEVICE), torch.Generator(DEVICE)
             with torch.cuda.stream(stream):
                 while not stop.is_set():
-                    t = torch.randn(1 << 20, device=DEVICE)
+                    t = torch.randn(1 << 20, device=DEVICE, generator=generator)
                     float(t.sum())
                     torch.cuda.empty_cache()
         except BaseException as error:
@@ -168,12 +169,17 @@ def test_no_step_waits_for_the_device(solver: str, monkeypatch: pytest.MonkeyPat
     """Neither replayed nor one by one."""
     inner = Steps.run
 
+    def waiting(mode: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this is a prototype
+            torch.cuda.set_sync_debug_mode(mode)
+
     def strict(self: Any, *args: Any, **kwargs: Any) -> None:
-        torch.cuda.set_sync_debug_mode("error")
+        waiting("error")
         try:
             inner(self, *args, **kwargs)
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            waiting("default")
 
     monkeypatch.setattr(Steps, "run", strict)
     explainer = SparseMoreauGrad(net(), rho=0.1, eta_ratio=0.2, solver=SOLVERS[solver], cuda_graphs=False)
