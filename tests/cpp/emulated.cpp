@@ -1,13 +1,14 @@
 // Random cases of every operation: the CUDA kernels, run by the emulator, against the CPU kernels.
 //
-//   emulated COUNT SEED     prints how many cases of each operation passed; at the first failure the case, and exits with 1
-//   emulated diverge        a kernel whose threads disagree about a barrier, which must not pass unnoticed
+//   emulated COUNT SEED            prints how many cases of each operation passed; at the first failure the case, and
+//                                  exits with 1
+//   emulated OPERATION INDEX SEED  that case alone
+//   emulated fault NAME            a kernel with a fault that the emulator must not let pass
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <numeric>
 #include <random>
 #include <sstream>
@@ -15,14 +16,9 @@
 #include <vector>
 
 #include "../../csrc/kernels.h"
+#include "emulator/cuda_runtime.h"
 
 using namespace moreau;
-
-namespace emulator {
-extern int64_t busy;
-void barrier();
-void launch(unsigned, unsigned, size_t, const std::function<void()>&);
-}  // namespace emulator
 
 namespace {
 
@@ -151,13 +147,15 @@ void close_sums(const std::vector<double>& emulated, const std::vector<double>& 
   close(emulated, cpu, int64_t(cpu.size()), what, [=](double v) { return relative * std::fabs(v) + absolute; });
 }
 
-// Noisy copies for sigma up to `sigma`.
-void close_copies(const Buffer& emulated, const Buffer& cpu, Dtype dtype, double sigma) {
-  const double noise = sigma * (dtype == Dtype::f64 ? 1e-13 : kNoiseError);
+// Noisy copies for sigma up to `sigma`, of displacements that differ by up to `displaced`.
+void close_copies(const Buffer& emulated, const Buffer& cpu, Dtype dtype, double sigma, double displaced = 0) {
+  const double error = displaced + sigma * (dtype == Dtype::f64 ? 1e-13 : kNoiseError);
+  if (error == 0) return same_bits(emulated, cpu, "noisy");
   const Buffer state(state_of(dtype), 0);
   close(emulated, cpu, cpu.count(), "noisy", [&](double v) {
     // One rounding of the sum, and one to the dtype.
-    return noise + (noise > 0 ? 2 * state.spacing(v) + (cpu.spacing(v) > state.spacing(v) ? cpu.spacing(v) : 0) : 0);
+    const double sum = 2 * state.spacing(v), stored = cpu.spacing(v) > state.spacing(v) ? cpu.spacing(v) : 0;
+    return error + sum + stored;
   });
 }
 
@@ -179,10 +177,14 @@ struct Case {
     features = channels * positions, count = batch * features;
     off = random.one_in(4);
     extents = {batch, channels, positions};
-    emulator::busy = random.one_in(2) ? int64_t(1) << 17 : int64_t(1) << random.between(0, 10);
+    emulator::limits = {};
+    if (random.one_in(2)) emulator::limits.busy = int64_t(1) << random.between(0, 10);
+    if (random.one_in(3)) emulator::limits.blocks = random.between(1, 5);
+    if (random.one_in(3)) emulator::limits.grid = random.between(1, 5);
     std::ostringstream text;
     text << ", dtype " << int(dtype) << ", [" << batch << ", " << channels << ", " << positions << "], off " << off
-         << ", busy " << emulator::busy;
+         << ", busy " << emulator::limits.busy << ", blocks " << emulator::limits.blocks << ", grid "
+         << emulator::limits.grid;
     described += text.str();
   }
   Buffer tensor(Random& random, Dtype of, int64_t rows = 1) const {
@@ -251,7 +253,8 @@ struct Partition {
 
 void check_prox_step(Random& random) {
   const Case c(random);
-  const int64_t samples = random.one_in(10) ? 0 : random.between(1, 35), m = random.one_in(8) ? 0 : random.between(1, 12);
+  const int64_t samples = random.one_in(10) ? 0 : random.between(1, 35);
+  const int64_t m = random.one_in(8) ? 0 : random.between(1, 12);
   ProxStep a{};
   a.dtype = c.dtype, a.extents = c.extents, a.samples = samples, a.carry = samples == 0 || random.one_in(2);
   a.count = samples + (a.carry ? 3 : 0), a.penalty = Penalty(random.between(0, 2));
@@ -309,14 +312,15 @@ void check_prox_step(Random& random) {
     same_bits(gpu.total, cpu.total, "total");
   }
   close_sums(gpu.statistics, cpu.statistics, "statistics", grouped && c.state == Dtype::f32 ? 1e-5 : 1e-12);
-  if (!grouped || bank.noise.sigma) close_copies(gpu.noisy, cpu.noisy, c.dtype, bank.most() + 10 * factor_error);
+  close_copies(gpu.noisy, cpu.noisy, c.dtype, bank.most(), 10 * factor_error);
 
-  // An input's bits know neither its batch nor addresses nor how many threads share a quad.
+  // An input's bits know neither its batch nor addresses nor how many threads share a quad or blocks a launch.
   if (!random.one_in(4)) return;
   const Buffer moved = gradients.head(c.features * samples, !c.off);
   ProxStep one = a;
   one.extents.batch = 1, one.gradients = moved.data();
-  emulator::busy = int64_t(1) << random.between(0, 17);
+  emulator::limits.busy = int64_t(1) << random.between(0, 17);
+  emulator::limits.grid = random.between(1, 100);
   const Result alone = run(one, cuda::prox_step_partials(one.extents, grouped), emulated);
   if (!std::equal(alone.statistics.begin(), alone.statistics.end(), gpu.statistics.begin()))
     fail("statistics: other bits alone");
@@ -399,7 +403,9 @@ void check_momentum(Random& random) {
   };
   const auto run = [&](int64_t batch, int64_t partials, auto&& operation) {
     Result r{{}, std::vector<double>(size_t(batch * kProducts), NAN), sums};
-    for (const Buffer& tensor : tensors) r.tensors.push_back(tensor.copy());
+    // Alone, they all are at other addresses too.
+    for (const Buffer& tensor : tensors)
+      r.tensors.push_back(batch == c.batch ? tensor.copy() : tensor.head(batch * c.features, !c.off));
     std::vector<double> scratch(size_t(batch * partials * kProducts), NAN);
     std::vector<int32_t> arrivals = no_arrivals(batch);
     Momentum a{};
@@ -428,9 +434,44 @@ void check_momentum(Random& random) {
   close_sums(gpu.sums, cpu.sums, "sums", 1e-12, 1e-11 * double(c.features));
   for (size_t i = 0; i < tensors.size(); ++i)
     same_bits(gpu.tensors[i], cpu.tensors[i], ("tensor " + std::to_string(i)).c_str());
+
+  if (c.batch == 1) return;
+  emulator::limits.grid = random.between(1, 100);
   const Result alone = run(1, cuda::momentum_partials(c.features), emulated);
   if (!std::equal(alone.products.begin(), alone.products.end(), gpu.products.begin()))
     fail("products: other bits alone");
+  if (!std::equal(alone.sums.begin(), alone.sums.begin() + kSums, gpu.sums.begin())) fail("sums: other bits alone");
+  for (size_t i = 0; i < tensors.size(); ++i)
+    same_bits(gpu.tensors[i].head(c.features, false), alone.tensors[i].head(c.features, false), "tensor alone");
+}
+
+// What kernels must not do. Each says so by the program's end; `leftovers` passes where it finds none.
+void fault(const std::string& name) {
+  if (name == "barrier") {
+    emulator::launch(1, 64, 0, [] {
+      if (threadIdx.x % 2) __syncthreads();
+    });
+  } else if (name == "warp") {
+    emulator::launch(1, 64, 0, [] {
+      if (threadIdx.x != 40) __any_sync(0xffffffffu, true);
+    });
+  } else if (name == "crossed") {
+    emulator::launch(1, 64, 0, [] { threadIdx.x < 16 ? __syncthreads() : void(__any_sync(0xffffffffu, true)); });
+  } else if (name == "vector") {
+    alignas(16) static float memory[8];
+    emulator::launch(1, 32, 0, [] { __ldcs(reinterpret_cast<const float4*>(memory + 1)); });
+  } else if (name == "large") {
+    emulator::launch(1, 32, 49153, [] {});
+  } else if (name == "leftovers") {
+    emulator::launch(2, 32, sizeof(double), [] {
+      __shared__ double fixed;
+      auto& dynamic = *static_cast<double*>(emulator::dynamic_memory());
+      if (threadIdx.x == 0) {
+        if (!std::isnan(fixed) || !std::isnan(dynamic)) emulator::die("shared memory of another block");
+        fixed = dynamic = 1;
+      }
+    });
+  }
 }
 
 struct Operation {
@@ -443,25 +484,31 @@ const Operation operations[] = {{"prox_step", check_prox_step},
                                 {"group_norms", check_group_norms},
                                 {"momentum", check_momentum}};
 
+void check(const Operation& operation, int64_t index, int64_t seed) {
+  Random random;
+  random.engine.seed(uint64_t(seed * 1000003 + index));
+  emulator::reseed(random.engine());
+  described = std::string(operation.name) + " " + std::to_string(index) + " " + std::to_string(seed);
+  operation.check(random);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 2 && std::string(argv[1]) == "diverge") {
-    unsigned thread = 0;
-    emulator::launch(1, 64, 0, [&] {
-      if (thread++ % 2) emulator::barrier();
-    });
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (arguments.size() == 2 && arguments[0] == "fault") {
+    fault(arguments[1]);
     return 0;
   }
-  if (argc != 3) return 2;
-  const int64_t count = std::atoll(argv[1]), seed = std::atoll(argv[2]);
+  if (arguments.size() == 3) {
+    for (const Operation& operation : operations)
+      if (arguments[0] == operation.name) check(operation, std::stoll(arguments[1]), std::stoll(arguments[2]));
+    return 0;
+  }
+  if (arguments.size() != 2) return 2;
+  const int64_t count = std::stoll(arguments[0]), seed = std::stoll(arguments[1]);
   for (const Operation& operation : operations) {
-    for (int64_t i = 0; i < count; ++i) {
-      Random random;
-      random.engine.seed(uint64_t(seed * 1000003 + i));
-      described = std::string(operation.name) + " " + std::to_string(i) + ", seed " + std::to_string(seed);
-      operation.check(random);
-    }
+    for (int64_t i = 0; i < count; ++i) check(operation, i, seed);
     std::printf("%s %lld\n", operation.name, static_cast<long long>(count));
   }
 }

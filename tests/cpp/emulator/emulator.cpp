@@ -1,3 +1,4 @@
+#include <link.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -13,7 +14,7 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-int64_t busy = int64_t(1) << 17;
+Limits limits;
 
 namespace {
 
@@ -72,6 +73,13 @@ void release(unsigned first, unsigned count) {
   for (unsigned thread = first; thread < first + count; ++thread) fibers[thread].state = State::ready;
 }
 
+// Fills the static shared memory: the thread-local variables of the program, which has no other.
+int poison_program(dl_phdr_info* object, size_t, void*) {
+  for (int i = 0; i < object->dlpi_phnum; ++i)
+    if (object->dlpi_phdr[i].p_type == PT_TLS) std::memset(object->dlpi_tls_data, 0xff, object->dlpi_phdr[i].p_memsz);
+  return 1;  // the program is the first object, and libraries are not ours
+}
+
 void run_block(unsigned threads) {
   for (unsigned thread = 0; thread < threads; ++thread) start(thread);
   std::vector<unsigned> order(threads);
@@ -109,6 +117,8 @@ void die(const char* why) {
   std::_Exit(3);
 }
 
+void reseed(uint64_t seed) { dice.seed(std::mt19937::result_type(seed)); }
+
 void launch(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& thread) {
   if (threads == 0 || threads % kWarp || threads > kMostThreads || shared > kMostShared || blocks == 0)
     die("a launch that no GPU takes");
@@ -124,6 +134,7 @@ void launch(unsigned blocks, unsigned threads, size_t shared, const std::functio
   for (const unsigned block : order) {
     blockIdx = {block};
     std::fill(memory.begin(), memory.end(), char(0xff));
+    dl_iterate_phdr(poison_program, nullptr);
     run_block(threads);
   }
 }
