@@ -4,6 +4,8 @@
 //                                  exits with 1
 //   emulated OPERATION INDEX SEED  that case alone
 //   emulated fault NAME            a kernel with a fault that the emulator must not let pass
+#include <sanitizer/common_interface_defs.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -27,9 +29,15 @@ constexpr double kNoiseError = 1.5 * 6.8 * 6e-7;
 
 std::string described;
 
+void print_case() {
+  std::printf("  of %s\n", described.c_str());
+  std::fflush(stdout);
+}
+
 [[noreturn]] void fail(const std::string& what) {
-  std::printf("%s\n  of %s\n", what.c_str(), described.c_str());
-  std::exit(1);
+  std::printf("%s\n", what.c_str());
+  print_case();
+  std::_Exit(1);
 }
 
 struct Random {
@@ -43,19 +51,30 @@ struct Random {
 size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 Dtype state_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-// Numbers of one type, at an address that is a multiple of 16 bytes, or off it by one of them.
+// Numbers of one type, at an address that is a multiple of 16 bytes, or off it by one of them. Nobody may write around
+// them.
 class Buffer {
  public:
   Buffer(Dtype dtype, int64_t count, bool off = false) : dtype_(dtype), count_(count), off_(off) {
-    bytes_.resize(size_t(count) * size_of(dtype) + 48);
+    bytes_.resize(bytes() + 2 * kGuard + 32, kUnwritten);
+  }
+  Buffer(Buffer&&) = default;
+  Buffer& operator=(Buffer&&) = default;
+  ~Buffer() {
+    if (bytes_.empty()) return;  // moved from
+    const auto unwritten = [](char byte) { return byte == kUnwritten; };
+    const char *begin = bytes_.data(), *end = begin + bytes_.size();
+    if (!std::all_of(begin, static_cast<const char*>(data()), unwritten) ||
+        !std::all_of(static_cast<const char*>(data()) + bytes(), end, unwritten))
+      fail("a tensor is written beyond its ends");
   }
   Buffer(Random& random, Dtype dtype, int64_t count, bool off = false) : Buffer(dtype, count, off) {
     for (int64_t i = 0; i < count; ++i) set(i, random.normal());
   }
 
   char* data() const {
-    const auto address = reinterpret_cast<uintptr_t>(bytes_.data());
-    return const_cast<char*>(bytes_.data()) + (16 - address % 16) % 16 + (off_ ? size_of(dtype_) : 0);
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.data()) + kGuard;
+    return const_cast<char*>(bytes_.data()) + kGuard + (16 - address % 16) % 16 + (off_ ? size_of(dtype_) : 0);
   }
   int64_t count() const { return count_; }
   size_t bytes() const { return size_t(count_) * size_of(dtype_); }
@@ -99,6 +118,9 @@ class Buffer {
   }
 
  private:
+  static constexpr size_t kGuard = 64;
+  static constexpr char kUnwritten = 0x5a;
+
   static float as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -445,8 +467,8 @@ void check_momentum(Random& random) {
     same_bits(gpu.tensors[i].head(c.features, false), alone.tensors[i].head(c.features, false), "tensor alone");
 }
 
-// What kernels must not do. Each says so by the program's end; `leftovers` passes where it finds none.
-void fault(const std::string& name) {
+// What the emulator has to end the program at; `leftovers` passes where there are none. False: there is no such fault.
+bool fault(const std::string& name) {
   if (name == "barrier") {
     emulator::launch(1, 64, 0, [] {
       if (threadIdx.x % 2) __syncthreads();
@@ -460,6 +482,12 @@ void fault(const std::string& name) {
   } else if (name == "vector") {
     alignas(16) static float memory[8];
     emulator::launch(1, 32, 0, [] { __ldcs(reinterpret_cast<const float4*>(memory + 1)); });
+  } else if (name == "pack") {
+    alignas(16) static float memory[8];
+    struct alignas(16) Pack {
+      float v[4];
+    };
+    emulator::launch(1, 32, 0, [] { *reinterpret_cast<Pack*>(memory + 1) = Pack{}; });
   } else if (name == "large") {
     emulator::launch(1, 32, 49153, [] {});
   } else if (name == "leftovers") {
@@ -471,7 +499,10 @@ void fault(const std::string& name) {
         fixed = dynamic = 1;
       }
     });
+  } else {
+    return false;
   }
+  return true;
 }
 
 struct Operation {
@@ -496,16 +527,18 @@ void check(const Operation& operation, int64_t index, int64_t seed) {
 
 int main(int argc, char** argv) {
   const std::vector<std::string> arguments(argv + 1, argv + argc);
-  if (arguments.size() == 2 && arguments[0] == "fault") {
-    fault(arguments[1]);
-    return 0;
-  }
+  if (arguments.size() == 2 && arguments[0] == "fault") return fault(arguments[1]) ? 0 : 2;
+  if (arguments.size() != 2 && arguments.size() != 3) return 2;
+  emulator::last_words = print_case;
+  __sanitizer_set_death_callback(print_case);
   if (arguments.size() == 3) {
     for (const Operation& operation : operations)
-      if (arguments[0] == operation.name) check(operation, std::stoll(arguments[1]), std::stoll(arguments[2]));
-    return 0;
+      if (arguments[0] == operation.name) {
+        check(operation, std::stoll(arguments[1]), std::stoll(arguments[2]));
+        return 0;
+      }
+    return 2;
   }
-  if (arguments.size() != 2) return 2;
   const int64_t count = std::stoll(arguments[0]), seed = std::stoll(arguments[1]);
   for (const Operation& operation : operations) {
     for (int64_t i = 0; i < count; ++i) check(operation, i, seed);

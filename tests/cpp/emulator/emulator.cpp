@@ -2,6 +2,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
@@ -15,6 +16,7 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 
 Limits limits;
+void (*last_words)() = nullptr;
 
 namespace {
 
@@ -80,27 +82,40 @@ int poison_program(dl_phdr_info* object, size_t, void*) {
   return 1;  // the program is the first object, and libraries are not ours
 }
 
+// Runs the threads of a warp that can, each up to its next stop. Whether there were any.
+bool run_warp(unsigned warp) {
+  const unsigned first = warp * kWarp;
+  std::array<unsigned, kWarp> order;
+  std::iota(order.begin(), order.end(), first);
+  if (dice() % 2)
+    std::shuffle(order.begin(), order.end(), dice);
+  else
+    std::reverse(order.begin(), order.end());
+  bool moved = false;
+  for (const unsigned thread : order)
+    if (fibers[thread].state == State::ready) {
+      running = thread;
+      threadIdx = {thread};
+      swapcontext(&scheduler, &fibers[thread].context);
+      moved = true;
+    }
+  if (all(first, kWarp, State::in_warp)) release(first, kWarp);
+  return moved;
+}
+
 void run_block(unsigned threads) {
   for (unsigned thread = 0; thread < threads; ++thread) start(thread);
-  std::vector<unsigned> order(threads);
-  std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> warps(threads / kWarp);
+  std::iota(warps.begin(), warps.end(), 0u);
   while (!all(0, threads, State::done)) {
+    // Either all warps move on together, or each runs ahead up to the next barrier of the block before others start.
+    const bool ahead = dice() % 2;
     bool moved = false;
-    if (dice() % 2)
-      std::shuffle(order.begin(), order.end(), dice);
-    else
-      std::reverse(order.begin(), order.end());
-    for (const unsigned thread : order)
-      if (fibers[thread].state == State::ready) {
-        running = thread;
-        threadIdx = {thread};
-        swapcontext(&scheduler, &fibers[thread].context);
+    std::shuffle(warps.begin(), warps.end(), dice);
+    for (const unsigned warp : warps)
+      while (run_warp(warp)) {
         moved = true;
-      }
-    for (unsigned first = 0; first < threads; first += kWarp)
-      if (all(first, kWarp, State::in_warp)) {
-        release(first, kWarp);
-        moved = true;
+        if (!ahead) break;
       }
     if (all(0, threads, State::at_barrier))
       release(0, threads);
@@ -113,6 +128,7 @@ void run_block(unsigned threads) {
 
 void die(const char* why) {
   std::printf("emulator: %s, in block %u, thread %u\n", why, blockIdx.x, threadIdx.x);
+  if (last_words) last_words();
   std::fflush(stdout);
   std::_Exit(3);
 }
