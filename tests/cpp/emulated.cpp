@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -77,6 +78,7 @@ class Buffer {
     return const_cast<char*>(bytes_.data()) + kGuard + (16 - address % 16) % 16 + (off_ ? size_of(dtype_) : 0);
   }
   int64_t count() const { return count_; }
+  bool off() const { return off_; }
   size_t bytes() const { return size_t(count_) * size_of(dtype_); }
   Buffer copy() const {
     Buffer other(dtype_, count_, off_);
@@ -185,32 +187,37 @@ void close_copies(const Buffer& emulated, const Buffer& cpu, Dtype dtype, double
 struct Case {
   Dtype dtype, state;
   int64_t batch, channels, positions, features, count;  // count: numbers of a tensor
-  bool off;                                             // some addresses are no multiple of a vector
+  int64_t tensors, made = 0;                            // of the operation; of them so far
+  bool off;                                             // some addresses are no multiple of a vector:
+  int64_t lone;                                         // of this tensor alone, or -1
   Extents extents;
 
-  Case(Random& random, bool halves = true) {
+  Case(Random& random, int64_t all_tensors, bool halves = true) : tensors(all_tensors) {
     dtype = Dtype(random.between(0, halves ? 3 : 1)), state = state_of(dtype);
-    const bool large = random.one_in(20);
+    // Some have groups that no window of prox_step.cu holds.
+    const bool large = random.one_in(8);
     batch = random.between(1, large ? 2 : 4);
     channels = random.one_in(3) ? random.between(2, 6) : 1;
-    positions = random.one_in(4) ? random.between(1, 12) : random.between(1, large ? 6000 : 700);
+    positions = random.one_in(4) ? random.between(1, 12) : large ? random.between(1000, 6000) : random.between(1, 700);
     if (random.one_in(2)) positions = (positions + 3) / 4 * 4;
     if (channels > 1) positions = (positions + 3) / 4;
     features = channels * positions, count = batch * features;
-    off = random.one_in(4);
+    off = random.one_in(2);
+    lone = random.one_in(3) ? -1 : random.between(0, tensors - 1);
     extents = {batch, channels, positions};
     emulator::limits = {};
     if (random.one_in(2)) emulator::limits.busy = int64_t(1) << random.between(0, 10);
     if (random.one_in(3)) emulator::limits.blocks = random.between(1, 5);
     if (random.one_in(3)) emulator::limits.grid = random.between(1, 5);
     std::ostringstream text;
-    text << ", dtype " << int(dtype) << ", [" << batch << ", " << channels << ", " << positions << "], off " << off
-         << ", busy " << emulator::limits.busy << ", blocks " << emulator::limits.blocks << ", grid "
+    text << ", dtype " << int(dtype) << ", [" << batch << ", " << channels << ", " << positions << "], off " << off << " "
+         << lone << ", busy " << emulator::limits.busy << ", blocks " << emulator::limits.blocks << ", grid "
          << emulator::limits.grid;
     described += text.str();
   }
-  Buffer tensor(Random& random, Dtype of, int64_t rows = 1) const {
-    return Buffer(random, of, count * rows, off && random.one_in(2));
+  Buffer tensor(Random& random, Dtype of, int64_t rows = 1) {
+    const int64_t number = made++;
+    return Buffer(random, of, count * rows, off && (lone < 0 ? random.one_in(2) : number == lone));
   }
 };
 
@@ -250,7 +257,10 @@ struct Partition {
   Partition(Random& random, const Case& c) : weights(c.state, 0) {
     const bool per_input = random.one_in(2);
     const int64_t rows = per_input ? c.batch : 1, n = c.features, kind = random.between(0, 5);
-    const int64_t tile = random.between(1, 40), width = random.between(1, 60), third = (n + 2) / 3;
+    // Sizes where sums begin to go another way, and a window ends.
+    const int64_t edges[] = {8, 32, 33, 256, 257, 1024, 1025};
+    const int64_t tile = random.one_in(2) ? random.between(1, 40) : edges[random.between(0, 6)];
+    const int64_t width = random.between(1, 60), third = (n + 2) / 3;
     const int64_t counts[] = {(n + tile - 1) / tile, random.between(1, 5), 1, third, random.between(1, n), 6};
     const int64_t count = counts[kind];
     labels.resize(rows * n), order.resize(rows * n), offsets.assign(rows * (count + 1), 0);
@@ -274,7 +284,7 @@ struct Partition {
 };
 
 void check_prox_step(Random& random) {
-  const Case c(random);
+  Case c(random, 6);
   const int64_t samples = random.one_in(10) ? 0 : random.between(1, 35);
   const int64_t m = random.one_in(8) ? 0 : random.between(1, 12);
   ProxStep a{};
@@ -287,9 +297,9 @@ void check_prox_step(Random& random) {
   described += text.str();
   const bool grouped = a.penalty == Penalty::group, per_feature = a.penalty == Penalty::l1 && random.one_in(2);
 
-  const Buffer gradients(random, c.dtype, c.count * samples, c.off), x = c.tensor(random, c.dtype);
+  const Buffer gradients = c.tensor(random, c.dtype, samples), x = c.tensor(random, c.dtype);
   const Buffer gradient = c.tensor(random, c.state), displacement = c.tensor(random, c.state);
-  const Buffer total = c.tensor(random, c.state), noisy(c.dtype, c.count * m, c.off && random.one_in(2));
+  const Buffer total = c.tensor(random, c.state), noisy = c.tensor(random, c.dtype, m);
   Buffer rho(c.state, c.batch), step_size(c.state, c.batch), eta(c.state, per_feature ? c.count : c.batch);
   for (int64_t b = 0; b < c.batch; ++b) rho.set(b, 0.5 + std::fabs(random.normal())), step_size.set(b, 0.1);
   for (int64_t i = 0; i < eta.count(); ++i) eta.set(i, random.one_in(10) ? 0 : 0.3 * std::fabs(random.normal()));
@@ -338,7 +348,7 @@ void check_prox_step(Random& random) {
 
   // An input's bits know neither its batch nor addresses nor how many threads share a quad or blocks a launch.
   if (!random.one_in(4)) return;
-  const Buffer moved = gradients.head(c.features * samples, !c.off);
+  const Buffer moved = gradients.head(c.features * samples, !gradients.off());
   ProxStep one = a;
   one.extents.batch = 1, one.gradients = moved.data();
   emulator::limits.busy = int64_t(1) << random.between(0, 17);
@@ -351,13 +361,14 @@ void check_prox_step(Random& random) {
 }
 
 void check_perturb(Random& random) {
-  const Case c(random);
+  Case c(random, 3);
   const int64_t m = random.between(1, 12);
   const Buffer x = c.tensor(random, c.dtype), displacement = c.tensor(random, c.state);
+  const bool noisy_off = c.tensor(random, c.dtype, 0).off();
   const Bank bank(random, c, m);
   Perturb a{c.dtype, c.extents, x.data(), random.one_in(4) ? nullptr : displacement.data(), bank.noise, nullptr};
   const auto run = [&](Perturb a, auto&& operation) {
-    Buffer noisy(c.dtype, c.count * a.noise.samples, c.off);
+    Buffer noisy(c.dtype, c.count * a.noise.samples, noisy_off);
     noisy.poison();
     a.noisy = noisy.data();
     operation(a);
@@ -383,9 +394,9 @@ void check_perturb(Random& random) {
 }
 
 void check_accumulate(Random& random) {
-  const Case c(random);
+  Case c(random, 2);
   const int64_t samples = random.between(0, 35);
-  const Buffer gradients(random, c.dtype, c.count * samples, c.off), sum = c.tensor(random, c.state);
+  const Buffer gradients = c.tensor(random, c.dtype, samples), sum = c.tensor(random, c.state);
   Buffer gpu = sum.copy(), cpu = sum.copy();
   Accumulate a{c.dtype, c.extents, gradients.data(), samples, gpu.data(), random.one_in(2)};
   described += ", samples " + std::to_string(samples) + ", carry " + std::to_string(a.carry);
@@ -396,7 +407,7 @@ void check_accumulate(Random& random) {
 }
 
 void check_group_norms(Random& random) {
-  const Case c(random, false);
+  Case c(random, 1, false);
   const Buffer v = c.tensor(random, c.dtype);
   const Partition partition(random, c);
   std::vector<double> gpu(size_t(c.batch * partition.groups.count), NAN), cpu = gpu;
@@ -406,7 +417,7 @@ void check_group_norms(Random& random) {
 }
 
 void check_momentum(Random& random) {
-  const Case c(random, false);
+  Case c(random, 10, false);
   std::vector<Buffer> tensors;
   for (int i = 0; i < 10; ++i) tensors.push_back(c.tensor(random, c.dtype));
   const bool first = random.one_in(3), squares = !first && random.one_in(2), window = random.one_in(2);
@@ -427,7 +438,7 @@ void check_momentum(Random& random) {
     Result r{{}, std::vector<double>(size_t(batch * kProducts), NAN), sums};
     // Alone, they all are at other addresses too.
     for (const Buffer& tensor : tensors)
-      r.tensors.push_back(batch == c.batch ? tensor.copy() : tensor.head(batch * c.features, !c.off));
+      r.tensors.push_back(batch == c.batch ? tensor.copy() : tensor.head(batch * c.features, !tensor.off()));
     std::vector<double> scratch(size_t(batch * partials * kProducts), NAN);
     std::vector<int32_t> arrivals = no_arrivals(batch);
     Momentum a{};
@@ -531,6 +542,11 @@ int main(int argc, char** argv) {
   if (arguments.size() != 2 && arguments.size() != 3) return 2;
   emulator::last_words = print_case;
   __sanitizer_set_death_callback(print_case);
+  std::signal(SIGSEGV, [](int) {
+    std::printf("segmentation fault\n");
+    print_case();
+    std::_Exit(1);
+  });
   if (arguments.size() == 3) {
     for (const Operation& operation : operations)
       if (arguments[0] == operation.name) {

@@ -1,10 +1,10 @@
 // A GPU of fibers, in the place of CUDA's own header: g++ compiles the kernels for the CPU, and this runs them.
 //
 // Blocks run one by one in a random order. The threads of a block are fibers that run, again in a random order, up to
-// their next barrier or warp operation, or warp by warp as far as they get, to the next barrier of the block. Where they
-// disagree about one, where a launch is too large or a vector is not aligned, the program ends and says so. Shared
-// memory, static and dynamic, is poisoned before each block. It knows what our kernels use and nothing else, and cannot
-// see two threads that race between barriers but by what comes out.
+// their next barrier or warp operation, or warp by warp as far as they get, to the next barrier of the block. Where
+// they disagree about one, where a launch is too large or a vector is not aligned, the program ends and says so.
+// Shared memory, static and dynamic, is poisoned before each block. It knows what our kernels use and nothing else, and
+// cannot see two threads that race between barriers but by what comes out.
 #pragma once
 
 #include <cuda_bf16.h>
