@@ -7,6 +7,7 @@ and out of its batch. What it cannot see are races between barriers, and speed.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,15 @@ SPELLINGS = {
             "kernel<<<grid, unsigned(threads), shared, static_cast<cudaStream_t>(stream)>>>(a...);",
             "(void)stream, emulator::run(kernel, grid, unsigned(threads), shared, a...);",
         ),
-        ("constexpr int64_t kBusy = int64_t(1) << 17;", "inline int64_t& kBusy = emulator::busy;"),
+        ("constexpr int64_t kBusy = int64_t(1) << 17;", "inline const int64_t& kBusy = emulator::limits.busy;"),
+        ("std::min<int64_t>(items, 0x7fffffff)", "std::min<int64_t>(items, emulator::limits.grid)"),
     ],
     "cuda/prox_step.cu": [
-        ("extern __shared__ uint4 staged[];", "uint4* staged = static_cast<uint4*>(emulator::dynamic_memory());")
+        ("extern __shared__ uint4 staged[];", "uint4* staged = static_cast<uint4*>(emulator::dynamic_memory());"),
+        ("constexpr int64_t kMostBlocks = 4096;", "const int64_t& kMostBlocks = emulator::limits.blocks;"),
+    ],
+    "cuda/momentum.cu": [
+        ("constexpr int64_t kMostBlocks = 1024;", "const int64_t& kMostBlocks = emulator::limits.blocks;"),
     ],
 }
 
@@ -43,8 +49,8 @@ def cuda_headers() -> Path | None:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     headers = cuda_headers()
-    if sys.platform != "linux" or CXX is None or headers is None:
-        pytest.skip("needs Linux, g++ and CUDA's headers")
+    if sys.platform != "linux" or platform.machine() != "x86_64" or CXX is None or headers is None:
+        pytest.skip("needs Linux on x86-64, g++ and CUDA's headers")
     folder = tmp_path_factory.mktemp("emulated")
     source = shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copytree(ROOT / "tests/cpp", folder / "tests/cpp")
@@ -60,7 +66,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     emulated = ["-I", str(EMULATOR), "-include", "cuda_runtime.h", "-isystem", str(headers), "-Wno-attributes"]
     files = {path: ["-fopenmp"] for path in (source / "cpu").glob("*.cpp")}
     files |= {path: ["-x", "c++", *emulated] for path in (source / "cuda").glob("*.cu")}
-    files |= {folder / "tests/cpp/emulator/emulator.cpp": emulated, folder / "tests/cpp/emulated.cpp": []}
+    files |= {folder / "tests/cpp" / name: emulated for name in ("emulator/emulator.cpp", "emulated.cpp")}
 
     def compiled(path: Path) -> str:
         target = folder / f"{path.parent.name}-{path.stem}.o"
@@ -84,7 +90,23 @@ def test_the_cuda_kernels_give_what_the_cpu_kernels_give(program: Path, seed: in
     assert names == ["prox_step", "perturb", "accumulate", "group_norms", "momentum"]
 
 
-def test_the_emulator_sees_a_divergent_barrier(program: Path) -> None:
-    done = subprocess.run([program, "diverge"], capture_output=True, text=True)
-    assert done.returncode == 3
-    assert "threads disagree about a barrier" in done.stdout
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("barrier", "threads disagree about a barrier"),
+        ("warp", "threads disagree about a barrier or a warp operation"),
+        ("crossed", "threads disagree about a barrier or a warp operation"),
+        ("vector", "no multiple of its size"),
+        ("pack", "misaligned address"),
+        ("large", "a launch that no GPU takes"),
+    ],
+)
+def test_the_emulator_sees_a_fault(program: Path, name: str, words: str) -> None:
+    done = subprocess.run([program, "fault", name], capture_output=True, text=True)
+    assert done.returncode in (1, 3)
+    assert words in done.stdout + done.stderr
+
+
+def test_a_block_finds_nothing_of_another_in_shared_memory(program: Path) -> None:
+    done = subprocess.run([program, "fault", "leftovers"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,13 +1,17 @@
 // Random cases of every operation: the CUDA kernels, run by the emulator, against the CPU kernels.
 //
-//   emulated COUNT SEED     prints how many cases of each operation passed; at the first failure the case, and exits with 1
-//   emulated diverge        a kernel whose threads disagree about a barrier, which must not pass unnoticed
+//   emulated COUNT SEED            prints how many cases of each operation passed; at the first failure the case, and
+//                                  exits with 1
+//   emulated OPERATION INDEX SEED  that case alone
+//   emulated fault NAME            a kernel with a fault that the emulator must not let pass
+#include <sanitizer/common_interface_defs.h>
+
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <numeric>
 #include <random>
 #include <sstream>
@@ -15,14 +19,9 @@
 #include <vector>
 
 #include "../../csrc/kernels.h"
+#include "emulator/cuda_runtime.h"
 
 using namespace moreau;
-
-namespace emulator {
-extern int64_t busy;
-void barrier();
-void launch(unsigned, unsigned, size_t, const std::function<void()>&);
-}  // namespace emulator
 
 namespace {
 
@@ -31,9 +30,15 @@ constexpr double kNoiseError = 1.5 * 6.8 * 6e-7;
 
 std::string described;
 
+void print_case() {
+  std::printf("  of %s\n", described.c_str());
+  std::fflush(stdout);
+}
+
 [[noreturn]] void fail(const std::string& what) {
-  std::printf("%s\n  of %s\n", what.c_str(), described.c_str());
-  std::exit(1);
+  std::printf("%s\n", what.c_str());
+  print_case();
+  std::_Exit(1);
 }
 
 struct Random {
@@ -47,21 +52,33 @@ struct Random {
 size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 Dtype state_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-// Numbers of one type, at an address that is a multiple of 16 bytes, or off it by one of them.
+// Numbers of one type, at an address that is a multiple of 16 bytes, or off it by one of them. Nobody may write around
+// them.
 class Buffer {
  public:
   Buffer(Dtype dtype, int64_t count, bool off = false) : dtype_(dtype), count_(count), off_(off) {
-    bytes_.resize(size_t(count) * size_of(dtype) + 48);
+    bytes_.resize(bytes() + 2 * kGuard + 32, kUnwritten);
+  }
+  Buffer(Buffer&&) = default;
+  Buffer& operator=(Buffer&&) = default;
+  ~Buffer() {
+    if (bytes_.empty()) return;  // moved from
+    const auto unwritten = [](char byte) { return byte == kUnwritten; };
+    const char *begin = bytes_.data(), *end = begin + bytes_.size();
+    if (!std::all_of(begin, static_cast<const char*>(data()), unwritten) ||
+        !std::all_of(static_cast<const char*>(data()) + bytes(), end, unwritten))
+      fail("a tensor is written beyond its ends");
   }
   Buffer(Random& random, Dtype dtype, int64_t count, bool off = false) : Buffer(dtype, count, off) {
     for (int64_t i = 0; i < count; ++i) set(i, random.normal());
   }
 
   char* data() const {
-    const auto address = reinterpret_cast<uintptr_t>(bytes_.data());
-    return const_cast<char*>(bytes_.data()) + (16 - address % 16) % 16 + (off_ ? size_of(dtype_) : 0);
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.data()) + kGuard;
+    return const_cast<char*>(bytes_.data()) + kGuard + (16 - address % 16) % 16 + (off_ ? size_of(dtype_) : 0);
   }
   int64_t count() const { return count_; }
+  bool off() const { return off_; }
   size_t bytes() const { return size_t(count_) * size_of(dtype_); }
   Buffer copy() const {
     Buffer other(dtype_, count_, off_);
@@ -103,6 +120,9 @@ class Buffer {
   }
 
  private:
+  static constexpr size_t kGuard = 64;
+  static constexpr char kUnwritten = 0x5a;
+
   static float as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -151,13 +171,15 @@ void close_sums(const std::vector<double>& emulated, const std::vector<double>& 
   close(emulated, cpu, int64_t(cpu.size()), what, [=](double v) { return relative * std::fabs(v) + absolute; });
 }
 
-// Noisy copies for sigma up to `sigma`.
-void close_copies(const Buffer& emulated, const Buffer& cpu, Dtype dtype, double sigma) {
-  const double noise = sigma * (dtype == Dtype::f64 ? 1e-13 : kNoiseError);
+// Noisy copies for sigma up to `sigma`, of displacements that differ by up to `displaced`.
+void close_copies(const Buffer& emulated, const Buffer& cpu, Dtype dtype, double sigma, double displaced = 0) {
+  const double error = displaced + sigma * (dtype == Dtype::f64 ? 1e-13 : kNoiseError);
+  if (error == 0) return same_bits(emulated, cpu, "noisy");
   const Buffer state(state_of(dtype), 0);
   close(emulated, cpu, cpu.count(), "noisy", [&](double v) {
     // One rounding of the sum, and one to the dtype.
-    return noise + (noise > 0 ? 2 * state.spacing(v) + (cpu.spacing(v) > state.spacing(v) ? cpu.spacing(v) : 0) : 0);
+    const double sum = 2 * state.spacing(v), stored = cpu.spacing(v) > state.spacing(v) ? cpu.spacing(v) : 0;
+    return error + sum + stored;
   });
 }
 
@@ -165,28 +187,37 @@ void close_copies(const Buffer& emulated, const Buffer& cpu, Dtype dtype, double
 struct Case {
   Dtype dtype, state;
   int64_t batch, channels, positions, features, count;  // count: numbers of a tensor
-  bool off;                                             // some addresses are no multiple of a vector
+  int64_t tensors, made = 0;                            // of the operation; of them so far
+  bool off;                                             // some addresses are no multiple of a vector:
+  int64_t lone;                                         // of this tensor alone, or -1
   Extents extents;
 
-  Case(Random& random, bool halves = true) {
+  Case(Random& random, int64_t all_tensors, bool halves = true) : tensors(all_tensors) {
     dtype = Dtype(random.between(0, halves ? 3 : 1)), state = state_of(dtype);
-    const bool large = random.one_in(20);
+    // Some have groups that no window of prox_step.cu holds.
+    const bool large = random.one_in(8);
     batch = random.between(1, large ? 2 : 4);
     channels = random.one_in(3) ? random.between(2, 6) : 1;
-    positions = random.one_in(4) ? random.between(1, 12) : random.between(1, large ? 6000 : 700);
+    positions = random.one_in(4) ? random.between(1, 12) : large ? random.between(1000, 6000) : random.between(1, 700);
     if (random.one_in(2)) positions = (positions + 3) / 4 * 4;
     if (channels > 1) positions = (positions + 3) / 4;
     features = channels * positions, count = batch * features;
-    off = random.one_in(4);
+    off = random.one_in(2);
+    lone = random.one_in(3) ? -1 : random.between(0, tensors - 1);
     extents = {batch, channels, positions};
-    emulator::busy = random.one_in(2) ? int64_t(1) << 17 : int64_t(1) << random.between(0, 10);
+    emulator::limits = {};
+    if (random.one_in(2)) emulator::limits.busy = int64_t(1) << random.between(0, 10);
+    if (random.one_in(3)) emulator::limits.blocks = random.between(1, 5);
+    if (random.one_in(3)) emulator::limits.grid = random.between(1, 5);
     std::ostringstream text;
     text << ", dtype " << int(dtype) << ", [" << batch << ", " << channels << ", " << positions << "], off " << off
-         << ", busy " << emulator::busy;
+         << ", lone " << lone << ", busy " << emulator::limits.busy << ", blocks " << emulator::limits.blocks
+         << ", grid " << emulator::limits.grid;
     described += text.str();
   }
-  Buffer tensor(Random& random, Dtype of, int64_t rows = 1) const {
-    return Buffer(random, of, count * rows, off && random.one_in(2));
+  Buffer tensor(Random& random, Dtype of, int64_t rows = 1) {
+    const int64_t number = made++;
+    return Buffer(random, of, count * rows, off && (lone < 0 ? random.one_in(2) : number == lone));
   }
 };
 
@@ -226,7 +257,10 @@ struct Partition {
   Partition(Random& random, const Case& c) : weights(c.state, 0) {
     const bool per_input = random.one_in(2);
     const int64_t rows = per_input ? c.batch : 1, n = c.features, kind = random.between(0, 5);
-    const int64_t tile = random.between(1, 40), width = random.between(1, 60), third = (n + 2) / 3;
+    // Sizes where sums begin to go another way, and a window ends.
+    const int64_t edges[] = {8, 32, 33, 256, 257, 1024, 1025};
+    const int64_t tile = random.one_in(2) ? random.between(1, 40) : edges[random.between(0, 6)];
+    const int64_t width = random.between(1, 60), third = (n + 2) / 3;
     const int64_t counts[] = {(n + tile - 1) / tile, random.between(1, 5), 1, third, random.between(1, n), 6};
     const int64_t count = counts[kind];
     labels.resize(rows * n), order.resize(rows * n), offsets.assign(rows * (count + 1), 0);
@@ -250,8 +284,9 @@ struct Partition {
 };
 
 void check_prox_step(Random& random) {
-  const Case c(random);
-  const int64_t samples = random.one_in(10) ? 0 : random.between(1, 35), m = random.one_in(8) ? 0 : random.between(1, 12);
+  Case c(random, 6);
+  const int64_t samples = random.one_in(10) ? 0 : random.between(1, 35);
+  const int64_t m = random.one_in(8) ? 0 : random.between(1, 12);
   ProxStep a{};
   a.dtype = c.dtype, a.extents = c.extents, a.samples = samples, a.carry = samples == 0 || random.one_in(2);
   a.count = samples + (a.carry ? 3 : 0), a.penalty = Penalty(random.between(0, 2));
@@ -262,9 +297,9 @@ void check_prox_step(Random& random) {
   described += text.str();
   const bool grouped = a.penalty == Penalty::group, per_feature = a.penalty == Penalty::l1 && random.one_in(2);
 
-  const Buffer gradients(random, c.dtype, c.count * samples, c.off), x = c.tensor(random, c.dtype);
+  const Buffer gradients = c.tensor(random, c.dtype, samples), x = c.tensor(random, c.dtype);
   const Buffer gradient = c.tensor(random, c.state), displacement = c.tensor(random, c.state);
-  const Buffer total = c.tensor(random, c.state), noisy(c.dtype, c.count * m, c.off && random.one_in(2));
+  const Buffer total = c.tensor(random, c.state), noisy = c.tensor(random, c.dtype, m);
   Buffer rho(c.state, c.batch), step_size(c.state, c.batch), eta(c.state, per_feature ? c.count : c.batch);
   for (int64_t b = 0; b < c.batch; ++b) rho.set(b, 0.5 + std::fabs(random.normal())), step_size.set(b, 0.1);
   for (int64_t i = 0; i < eta.count(); ++i) eta.set(i, random.one_in(10) ? 0 : 0.3 * std::fabs(random.normal()));
@@ -309,14 +344,15 @@ void check_prox_step(Random& random) {
     same_bits(gpu.total, cpu.total, "total");
   }
   close_sums(gpu.statistics, cpu.statistics, "statistics", grouped && c.state == Dtype::f32 ? 1e-5 : 1e-12);
-  if (!grouped || bank.noise.sigma) close_copies(gpu.noisy, cpu.noisy, c.dtype, bank.most() + 10 * factor_error);
+  close_copies(gpu.noisy, cpu.noisy, c.dtype, bank.most(), 10 * factor_error);
 
-  // An input's bits know neither its batch nor addresses nor how many threads share a quad.
+  // An input's bits know neither its batch nor addresses nor how many threads share a quad or blocks a launch.
   if (!random.one_in(4)) return;
-  const Buffer moved = gradients.head(c.features * samples, !c.off);
+  const Buffer moved = gradients.head(c.features * samples, !gradients.off());
   ProxStep one = a;
   one.extents.batch = 1, one.gradients = moved.data();
-  emulator::busy = int64_t(1) << random.between(0, 17);
+  emulator::limits.busy = int64_t(1) << random.between(0, 17);
+  emulator::limits.grid = random.between(1, 100);
   const Result alone = run(one, cuda::prox_step_partials(one.extents, grouped), emulated);
   if (!std::equal(alone.statistics.begin(), alone.statistics.end(), gpu.statistics.begin()))
     fail("statistics: other bits alone");
@@ -325,13 +361,14 @@ void check_prox_step(Random& random) {
 }
 
 void check_perturb(Random& random) {
-  const Case c(random);
+  Case c(random, 3);
   const int64_t m = random.between(1, 12);
   const Buffer x = c.tensor(random, c.dtype), displacement = c.tensor(random, c.state);
+  const bool noisy_off = c.tensor(random, c.dtype, 0).off();
   const Bank bank(random, c, m);
   Perturb a{c.dtype, c.extents, x.data(), random.one_in(4) ? nullptr : displacement.data(), bank.noise, nullptr};
   const auto run = [&](Perturb a, auto&& operation) {
-    Buffer noisy(c.dtype, c.count * a.noise.samples, c.off);
+    Buffer noisy(c.dtype, c.count * a.noise.samples, noisy_off);
     noisy.poison();
     a.noisy = noisy.data();
     operation(a);
@@ -357,9 +394,9 @@ void check_perturb(Random& random) {
 }
 
 void check_accumulate(Random& random) {
-  const Case c(random);
+  Case c(random, 2);
   const int64_t samples = random.between(0, 35);
-  const Buffer gradients(random, c.dtype, c.count * samples, c.off), sum = c.tensor(random, c.state);
+  const Buffer gradients = c.tensor(random, c.dtype, samples), sum = c.tensor(random, c.state);
   Buffer gpu = sum.copy(), cpu = sum.copy();
   Accumulate a{c.dtype, c.extents, gradients.data(), samples, gpu.data(), random.one_in(2)};
   described += ", samples " + std::to_string(samples) + ", carry " + std::to_string(a.carry);
@@ -370,7 +407,7 @@ void check_accumulate(Random& random) {
 }
 
 void check_group_norms(Random& random) {
-  const Case c(random, false);
+  Case c(random, 1, false);
   const Buffer v = c.tensor(random, c.dtype);
   const Partition partition(random, c);
   std::vector<double> gpu(size_t(c.batch * partition.groups.count), NAN), cpu = gpu;
@@ -380,7 +417,7 @@ void check_group_norms(Random& random) {
 }
 
 void check_momentum(Random& random) {
-  const Case c(random, false);
+  Case c(random, 10, false);
   std::vector<Buffer> tensors;
   for (int i = 0; i < 10; ++i) tensors.push_back(c.tensor(random, c.dtype));
   const bool first = random.one_in(3), squares = !first && random.one_in(2), window = random.one_in(2);
@@ -399,7 +436,9 @@ void check_momentum(Random& random) {
   };
   const auto run = [&](int64_t batch, int64_t partials, auto&& operation) {
     Result r{{}, std::vector<double>(size_t(batch * kProducts), NAN), sums};
-    for (const Buffer& tensor : tensors) r.tensors.push_back(tensor.copy());
+    // Alone, they all are at other addresses too.
+    for (const Buffer& tensor : tensors)
+      r.tensors.push_back(batch == c.batch ? tensor.copy() : tensor.head(batch * c.features, !tensor.off()));
     std::vector<double> scratch(size_t(batch * partials * kProducts), NAN);
     std::vector<int32_t> arrivals = no_arrivals(batch);
     Momentum a{};
@@ -426,11 +465,59 @@ void check_momentum(Random& random) {
   });
   close_sums(gpu.products, cpu.products, "products", 1e-12, 1e-13 * double(c.features));
   close_sums(gpu.sums, cpu.sums, "sums", 1e-12, 1e-11 * double(c.features));
+  // Both add with momentum.h, so that which they add to is to be looked at by itself.
+  const bool added[kSums] = {!first, !first, squares, squares, squares, window, window, window};
+  for (size_t i = 0; i < sums.size(); ++i)
+    if ((gpu.sums[i] != sums[i]) != (sums_too && added[i % kSums])) fail("sums: not those that should change");
   for (size_t i = 0; i < tensors.size(); ++i)
     same_bits(gpu.tensors[i], cpu.tensors[i], ("tensor " + std::to_string(i)).c_str());
+
+  if (c.batch == 1) return;
+  emulator::limits.grid = random.between(1, 100);
   const Result alone = run(1, cuda::momentum_partials(c.features), emulated);
   if (!std::equal(alone.products.begin(), alone.products.end(), gpu.products.begin()))
     fail("products: other bits alone");
+  if (!std::equal(alone.sums.begin(), alone.sums.begin() + kSums, gpu.sums.begin())) fail("sums: other bits alone");
+  for (size_t i = 0; i < tensors.size(); ++i)
+    same_bits(gpu.tensors[i].head(c.features, false), alone.tensors[i].head(c.features, false), "tensor alone");
+}
+
+// What the emulator has to end the program at; `leftovers` passes where there are none. False: there is no such fault.
+bool fault(const std::string& name) {
+  if (name == "barrier") {
+    emulator::launch(1, 64, 0, [] {
+      if (threadIdx.x % 2) __syncthreads();
+    });
+  } else if (name == "warp") {
+    emulator::launch(1, 64, 0, [] {
+      if (threadIdx.x != 40) __any_sync(0xffffffffu, true);
+    });
+  } else if (name == "crossed") {
+    emulator::launch(1, 64, 0, [] { threadIdx.x < 16 ? __syncthreads() : void(__any_sync(0xffffffffu, true)); });
+  } else if (name == "vector") {
+    alignas(16) static float memory[8];
+    emulator::launch(1, 32, 0, [] { __ldcs(reinterpret_cast<const float4*>(memory + 1)); });
+  } else if (name == "pack") {
+    alignas(16) static float memory[8];
+    struct alignas(16) Pack {
+      float v[4];
+    };
+    emulator::launch(1, 32, 0, [] { *reinterpret_cast<Pack*>(memory + 1) = Pack{}; });
+  } else if (name == "large") {
+    emulator::launch(1, 32, 49153, [] {});
+  } else if (name == "leftovers") {
+    emulator::launch(2, 32, sizeof(double), [] {
+      __shared__ double fixed;
+      auto& dynamic = *static_cast<double*>(emulator::dynamic_memory());
+      if (threadIdx.x == 0) {
+        if (!std::isnan(fixed) || !std::isnan(dynamic)) emulator::die("shared memory of another block");
+        fixed = dynamic = 1;
+      }
+    });
+  } else {
+    return false;
+  }
+  return true;
 }
 
 struct Operation {
@@ -443,25 +530,38 @@ const Operation operations[] = {{"prox_step", check_prox_step},
                                 {"group_norms", check_group_norms},
                                 {"momentum", check_momentum}};
 
+void check(const Operation& operation, int64_t index, int64_t seed) {
+  Random random;
+  random.engine.seed(uint64_t(seed * 1000003 + index));
+  emulator::reseed(random.engine());
+  described = std::string(operation.name) + " " + std::to_string(index) + " " + std::to_string(seed);
+  operation.check(random);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 2 && std::string(argv[1]) == "diverge") {
-    unsigned thread = 0;
-    emulator::launch(1, 64, 0, [&] {
-      if (thread++ % 2) emulator::barrier();
-    });
-    return 0;
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (arguments.size() == 2 && arguments[0] == "fault") return fault(arguments[1]) ? 0 : 2;
+  if (arguments.size() != 2 && arguments.size() != 3) return 2;
+  emulator::last_words = print_case;
+  __sanitizer_set_death_callback(print_case);
+  std::signal(SIGSEGV, [](int) {
+    std::printf("segmentation fault\n");
+    print_case();
+    std::_Exit(1);
+  });
+  if (arguments.size() == 3) {
+    for (const Operation& operation : operations)
+      if (arguments[0] == operation.name) {
+        check(operation, std::stoll(arguments[1]), std::stoll(arguments[2]));
+        return 0;
+      }
+    return 2;
   }
-  if (argc != 3) return 2;
-  const int64_t count = std::atoll(argv[1]), seed = std::atoll(argv[2]);
+  const int64_t count = std::stoll(arguments[0]), seed = std::stoll(arguments[1]);
   for (const Operation& operation : operations) {
-    for (int64_t i = 0; i < count; ++i) {
-      Random random;
-      random.engine.seed(uint64_t(seed * 1000003 + i));
-      described = std::string(operation.name) + " " + std::to_string(i) + ", seed " + std::to_string(seed);
-      operation.check(random);
-    }
+    for (int64_t i = 0; i < count; ++i) check(operation, i, seed);
     std::printf("%s %lld\n", operation.name, static_cast<long long>(count));
   }
 }

@@ -1,9 +1,10 @@
 // A GPU of fibers, in the place of CUDA's own header: g++ compiles the kernels for the CPU, and this runs them.
 //
 // Blocks run one by one in a random order. The threads of a block are fibers that run, again in a random order, up to
-// their next barrier or warp operation; where they disagree about one, where a launch is too large or a vector is not
-// aligned, the program ends and says so. Shared memory is poisoned before each block. It knows what our kernels use and
-// nothing else, and cannot see two threads that race between barriers but by what comes out.
+// their next barrier or warp operation, or warp by warp as far as they get, to the next barrier of the block. Where
+// they disagree about one, where a launch is too large or a vector is not aligned, the program ends and says so.
+// Shared memory, static and dynamic, is poisoned before each block. It knows what our kernels use and nothing else, and
+// cannot see two threads that race between barriers but by what comes out.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,7 +27,9 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static  // one block at a time
+// One block at a time, so one copy is enough; the program's thread-local variables lie together, where they can be
+// poisoned.
+#define __shared__ static thread_local
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __CUDACC__ 1
@@ -40,9 +43,19 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-// In the place of kBusy of launch.cuh: how many threads a launch tries to have.
-extern int64_t busy;
+// In the place of constants of the kernels, so that small cases reach what is made for large ones.
+struct Limits {
+  int64_t busy = int64_t(1) << 17;  // kBusy: how many threads a launch tries to have
+  int64_t blocks = 1024;            // kMostBlocks: of one input
+  int64_t grid = 0x7fffffff;        // blocks of a launch
+};
+extern Limits limits;
 
+// Makes the order of blocks and threads a function of what is launched from here on.
+void reseed(uint64_t seed);
+
+// What to say when a program dies: of what it was at.
+extern void (*last_words)();
 [[noreturn]] void die(const char* why);
 // Runs the threads of all blocks.
 void launch(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& thread);

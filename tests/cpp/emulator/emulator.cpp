@@ -1,6 +1,8 @@
+#include <link.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
@@ -13,7 +15,8 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-int64_t busy = int64_t(1) << 17;
+Limits limits;
+void (*last_words)() = nullptr;
 
 namespace {
 
@@ -72,27 +75,47 @@ void release(unsigned first, unsigned count) {
   for (unsigned thread = first; thread < first + count; ++thread) fibers[thread].state = State::ready;
 }
 
+// Fills the static shared memory: the thread-local variables of the program, which has no other.
+int poison_program(dl_phdr_info* object, size_t, void*) {
+  for (int i = 0; i < object->dlpi_phnum; ++i)
+    if (object->dlpi_phdr[i].p_type == PT_TLS) std::memset(object->dlpi_tls_data, 0xff, object->dlpi_phdr[i].p_memsz);
+  return 1;  // the program is the first object, and libraries are not ours
+}
+
+// Runs the threads of a warp that can, each up to its next stop. Whether there were any.
+bool run_warp(unsigned warp) {
+  const unsigned first = warp * kWarp;
+  std::array<unsigned, kWarp> order;
+  std::iota(order.begin(), order.end(), first);
+  if (dice() % 2)
+    std::shuffle(order.begin(), order.end(), dice);
+  else
+    std::reverse(order.begin(), order.end());
+  bool moved = false;
+  for (const unsigned thread : order)
+    if (fibers[thread].state == State::ready) {
+      running = thread;
+      threadIdx = {thread};
+      swapcontext(&scheduler, &fibers[thread].context);
+      moved = true;
+    }
+  if (all(first, kWarp, State::in_warp)) release(first, kWarp);
+  return moved;
+}
+
 void run_block(unsigned threads) {
   for (unsigned thread = 0; thread < threads; ++thread) start(thread);
-  std::vector<unsigned> order(threads);
-  std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> warps(threads / kWarp);
+  std::iota(warps.begin(), warps.end(), 0u);
   while (!all(0, threads, State::done)) {
+    // Either all warps move on together, or each runs ahead up to the next barrier of the block before others start.
+    const bool ahead = dice() % 2;
     bool moved = false;
-    if (dice() % 2)
-      std::shuffle(order.begin(), order.end(), dice);
-    else
-      std::reverse(order.begin(), order.end());
-    for (const unsigned thread : order)
-      if (fibers[thread].state == State::ready) {
-        running = thread;
-        threadIdx = {thread};
-        swapcontext(&scheduler, &fibers[thread].context);
+    std::shuffle(warps.begin(), warps.end(), dice);
+    for (const unsigned warp : warps)
+      while (run_warp(warp)) {
         moved = true;
-      }
-    for (unsigned first = 0; first < threads; first += kWarp)
-      if (all(first, kWarp, State::in_warp)) {
-        release(first, kWarp);
-        moved = true;
+        if (!ahead) break;
       }
     if (all(0, threads, State::at_barrier))
       release(0, threads);
@@ -105,9 +128,12 @@ void run_block(unsigned threads) {
 
 void die(const char* why) {
   std::printf("emulator: %s, in block %u, thread %u\n", why, blockIdx.x, threadIdx.x);
+  if (last_words) last_words();
   std::fflush(stdout);
   std::_Exit(3);
 }
+
+void reseed(uint64_t seed) { dice.seed(std::mt19937::result_type(seed)); }
 
 void launch(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& thread) {
   if (threads == 0 || threads % kWarp || threads > kMostThreads || shared > kMostShared || blocks == 0)
@@ -124,6 +150,7 @@ void launch(unsigned blocks, unsigned threads, size_t shared, const std::functio
   for (const unsigned block : order) {
     blockIdx = {block};
     std::fill(memory.begin(), memory.end(), char(0xff));
+    dl_iterate_phdr(poison_program, nullptr);
     run_block(threads);
   }
 }
