@@ -137,7 +137,7 @@ def beside_the_passes(case: Case, device: str, quick: bool, x: Tensor, target: T
     }
     runs: dict[str, Callable[[], Any]] = {}
     for method, make in kinds.items():
-        runs[method] = partial(make(model).attribute, x, target)
+        runs[method] = partial(make(model, cuda_graphs="auto").attribute, x, target)
         if device == "cuda":
             runs[f"{method} eager"] = partial(make(model, cuda_graphs=False).attribute, x, target)
     passes = passes_of(model, x, target, **adaptive)
@@ -179,7 +179,8 @@ def beside_the_published(case: Case, device: str, quick: bool, x: Tensor, target
         return run
 
     paper = ProximalGradient.paper(max_steps=few)
-    ours, auto = MoreauGrad(model, solver=paper, max_batch=None), MoreauGrad(model)
+    ours = MoreauGrad(model, solver=paper, max_batch=None, cuda_graphs="auto")
+    auto = MoreauGrad(model, cuda_graphs="auto")
     runs: dict[str, Callable[[], Any]] = {
         "as written": loop(slice(0, 1)),
         "noise on the device": loop(slice(0, 1), host_noise=False),

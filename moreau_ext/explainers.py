@@ -76,8 +76,10 @@ class MoreauGrad(Noisy):
         cuda_graphs: on a GPU, "auto" captures the steps of an nn.Module without hooks as CUDA graphs and replays them:
             the same numbers, without the processor's time for a launch of every operation. They are kept for later
             calls, and their memory goes with the explainer. True also captures models with hooks, which a replay does
-            not run, and other callables, whose parameters must then stay where they are; False captures nothing. A
-            model that cannot be captured runs step by step, with one warning.
+            not run, and other callables, whose parameters must then stay where they are. A model that cannot be
+            captured runs step by step, with one warning. While a step is captured, some milliseconds, other threads
+            must not draw from torch's generator of the device. False, the default until a crash of a benchmark with
+            captured steps is understood (README, Limits), captures nothing.
         max_batch: most noisy inputs in one forward pass; results agree to rounding. None is no limit. "auto" is what a
             prepared model was measured with; otherwise 1,024, or the largest power of two of rows that fits half of a
             GPU's free memory, or a quarter of what the CPU has for the process. That is measured at the first call for
@@ -111,7 +113,7 @@ class MoreauGrad(Noisy):
     radius: Scalar | None = field(default=None, kw_only=True)
     radius_ratio: Scalar | None = field(default=None, kw_only=True)
     solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
-    cuda_graphs: Mode = field(default="auto", kw_only=True)
+    cuda_graphs: Mode = field(default=False, kw_only=True)
     _graphs: Graphs = field(init=False, repr=False)
     # With one row per pass the adaptive solver holds 54, of its one input at a time.
     _held = 40

@@ -59,7 +59,7 @@ def test_maps_are_those_of_the_cpu_to_rounding(name: str) -> None:
 
 def test_a_stream_of_the_callers_and_work_that_is_still_to_come() -> None:
     """What the caller's stream has not yet written is read when it has, and what is given out is ready on it."""
-    explainer = SparseMoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 40))
+    explainer = SparseMoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 40), cuda_graphs="auto")
     x = digits(6)
     expected = explainer.attribute(x)
     stream = torch.cuda.Stream(DEVICE)
@@ -77,7 +77,9 @@ def test_a_stream_of_the_callers_and_work_that_is_still_to_come() -> None:
 
 def test_two_explainers_on_two_streams_and_one_on_two_threads() -> None:
     x = digits(12)
-    explainers = [SparseMoreauGrad(net(), rho=r, solver=ProximalGradient(4, 60)) for r in (0.1, 0.2)]
+    explainers = [
+        SparseMoreauGrad(net(), rho=r, solver=ProximalGradient(4, 60), cuda_graphs="auto") for r in (0.1, 0.2)
+    ]
     expected = [e.attribute(x) for e in explainers]
     wrong: list[int] = []
 
@@ -117,7 +119,7 @@ def test_a_capture_disturbs_no_other_thread() -> None:
     thread.start()
     try:
         for batch in range(1, 6):
-            explainer = MoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 30))
+            explainer = MoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 30), cuda_graphs="auto")
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 explainer.attribute(digits(batch))
@@ -133,26 +135,26 @@ def test_a_model_that_waits_for_a_value_runs_one_by_one() -> None:
             return x.square().sum(1) if float(x.detach().mean()) < 100 else x.sum(1)
 
     x = torch.randn(3, 5, device=DEVICE)
-    explainer = MoreauGrad(Waits().eval(), solver=ProximalGradient(4, 40))
+    explainer = MoreauGrad(Waits().eval(), solver=ProximalGradient(4, 40), cuda_graphs="auto")
     with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph") as said:
         maps = explainer.attribute(x)
     assert len(said) == 1
     plain = MoreauGrad(Waits().eval(), solver=ProximalGradient(4, 40), cuda_graphs=False)
     assert torch.equal(maps, plain.attribute(x))
     # The device is as good as before.
-    other = MoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 40))
+    other = MoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 40), cuda_graphs="auto")
     other.attribute(digits(3))
     assert other._graphs._captured
 
 
 def test_memory_is_returned_with_the_explainer() -> None:
     model, x = net(), digits(32)
-    MoreauGrad(model, rho=0.1).attribute(x)  # what libraries keep
+    MoreauGrad(model, rho=0.1, cuda_graphs="auto").attribute(x)  # what libraries keep
     gc.collect()
     torch.cuda.synchronize(DEVICE)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(DEVICE), torch.cuda.memory_reserved(DEVICE)
-    explainer = MoreauGrad(model, rho=0.1)
+    explainer = MoreauGrad(model, rho=0.1, cuda_graphs="auto")
     explainer.attribute(x)
     assert torch.cuda.memory_allocated(DEVICE) > before[0]
     del explainer

@@ -75,7 +75,7 @@ def same(a: Any, b: Any) -> None:
 
 
 def explainers(solver: Any) -> dict[str, Callable[[Any], Any]]:
-    settings = {"rho": 0.1, "solver": solver}
+    settings = {"rho": 0.1, "solver": solver, "cuda_graphs": "auto"}
     return {
         "moreau": lambda m: MoreauGrad(m, **settings),
         "sparse": lambda m: SparseMoreauGrad(m, eta_ratio=0.3, **settings),
