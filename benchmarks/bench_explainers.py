@@ -18,15 +18,20 @@ with random weights, where torchvision is installed.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from published import published
-from timing import interleaved, parser, report
+from timing import interleaved, parser, replayed, report
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -83,7 +88,7 @@ def bare(model: nn.Module, rows: Tensor, target: Tensor, passes: dict[int, int])
             score = model(leaf).gather(1, index)
             torch.autograd.grad(score, leaf, torch.ones_like(score))
 
-        return captured(once) if rows.is_cuda else once
+        return replayed(once) if rows.is_cuda else once
 
     runs = [(of(size), times) for size, times in passes.items()]
 
@@ -106,19 +111,6 @@ def passes_of(model: nn.Module, x: Tensor, target: Tensor, **settings: Any) -> d
 
     SparseMoreauGrad(watched, **settings).attribute(x, target)
     return {size: times for size, times in sizes.items() if times}
-
-
-def captured(once: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            once()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
-    return graph.replay
 
 
 def beside_the_passes(case: Case, device: str, quick: bool, x: Tensor, target: Tensor) -> list[dict[str, Any]]:
@@ -202,24 +194,46 @@ def beside_the_published(case: Case, device: str, quick: bool, x: Tensor, target
     return row
 
 
+def measured(case: Case, device: str, quick: bool) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    x = torch.rand(case.batch, *case.features, device=device)
+    target = torch.zeros(case.batch, dtype=torch.int64, device=device)
+    rows = beside_the_passes(case, device, quick, x, target)
+    # The published loop at most on 64 at once: 32 samples each.
+    return [*rows, beside_the_published(case, device, quick, x[:64], target[:64])]
+
+
+def apart(number: int, case: Case, arguments: Any) -> list[dict[str, Any]]:
+    """The same in a process of its own, which leaves nothing to the next case, not even if it dies."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        options = ["--device", arguments.device, "--threads", str(arguments.threads), "--json", str(path)]
+        options += ["--quick"] * arguments.quick + ["--case", str(number)]
+        done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.DEVNULL)
+        if path.exists():
+            rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+            return rows
+        return [{"model": case.name, "B": case.batch, "failed with": done.returncode}]
+
+
 def main() -> None:
     parse = parser(__doc__)
     parse.add_argument("--only", default="", help="models with this in their name")
+    parse.add_argument("--case", type=int, help="this one alone, in this process")
     arguments = parse.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    for case in cases(arguments.device, arguments.quick):
-        if arguments.only not in case.name:
-            continue
-        x = torch.rand(case.batch, *case.features, device=arguments.device)
-        target = torch.zeros(case.batch, dtype=torch.int64, device=arguments.device)
-        rows.extend(beside_the_passes(case, arguments.device, arguments.quick, x, target))
-        # The published loop at most on 64 at once: 32 samples each.
-        x, target = x[:64], target[:64]
-        rows.append(beside_the_published(case, arguments.device, arguments.quick, x, target))
-        # After each, so that what was measured stays if the rest is cut off.
+    every = cases(arguments.device, arguments.quick)
+    if arguments.case is not None:
+        rows = measured(every[arguments.case], arguments.device, arguments.quick)
         report("explainers", arguments.device, rows, arguments.json)
+        return
+    rows = []
+    for number, case in enumerate(every):
+        if arguments.only in case.name:
+            rows.extend(apart(number, case, arguments))
+            # After each, so that what was measured stays if the rest is cut off.
+            report("explainers", arguments.device, rows, arguments.json)
+    sys.exit(any("failed with" in row for row in rows))
 
 
 if __name__ == "__main__":

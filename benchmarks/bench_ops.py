@@ -23,7 +23,7 @@ from typing import Any
 import ptxas_table
 import sass_table
 import torch
-from timing import interleaved, parser, report
+from timing import interleaved, parser, replayed, report
 from torch import Tensor
 
 from moreau_ext import Pixels, Tiles, ops, reference
@@ -148,19 +148,6 @@ def compiled(b: Buffers, antithetic: bool | None) -> Any:
         noisy.copy_((base + noise).flatten(0, 1))
 
     return lambda: update(b.gradients, b.displacement, b.gradient, b.x, b.noisy)
-
-
-def replayed(run: Any) -> Any:
-    """The launches of one call, captured in a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()  # what is loaded or compiled at the first call cannot be captured
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def momentum(device: str, rounds: int) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export OMP_WAIT_POLICY=PASSIVE
+# A crash shows the line that it came at.
+export PYTHONFAULTHANDLER=1
 failed=0
 declare -A status seconds
 

@@ -74,6 +74,26 @@ class Timer:
         return begin.elapsed_time(end) / 1e3 / repeat
 
 
+def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The launches of one call, captured in a CUDA graph."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()  # what is loaded, chosen or compiled at first cannot be captured
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # A stream of its own, see _Cuda in moreau_ext/graphs.py.
+    with torch.cuda.graph(graph, stream=ops.private_stream(torch.device("cuda"))):
+        run()
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.of = run  # type: ignore[attr-defined]  # a graph keeps no tensor that it works on
+    return replay
+
+
 def interleaved(
     runs: dict[str, Callable[[], Any]], device: str = "cpu", rounds: int = 15, each: float = 0.02
 ) -> dict[str, float]:

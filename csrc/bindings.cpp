@@ -67,6 +67,12 @@ PYBIND11_MODULE(_core, m) {
         return Groups{at<int32_t>(order), at<int32_t>(offsets), at<int32_t>(labels), at(weights), count, per_input};
       }));
 
+#ifdef MOREAU_CUDA
+  py::class_<cuda::Stream>(m, "Stream").def(py::init<int>()).def_property_readonly("address", [](const cuda::Stream& s) {
+    return Address(s.address());
+  });
+#endif
+
   m.def("perturb", [](int dtype, const Extents& extents, Address x, Address displacement, const Noise& noise,
                       Address noisy, int device, Address stream) {
     const Perturb a{Dtype(dtype), extents, at(x), at(displacement), noise, at(noisy)};

@@ -163,6 +163,19 @@ int64_t prox_step_partials(const Extents&, bool grouped);
 void momentum_products(const Momentum&, int device, void* stream);
 void momentum_update(const Momentum&, int device, void* stream);
 int64_t momentum_partials(int64_t features);
+
+// A stream that nobody else has. Those of torch come from 32 per device, dealt out in turn.
+class Stream {
+ public:
+  explicit Stream(int device);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  void* address() const { return address_; }
+
+ private:
+  void* address_;
+};
 }  // namespace cuda
 
 }  // namespace moreau

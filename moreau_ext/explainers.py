@@ -78,8 +78,8 @@ class MoreauGrad(Noisy):
             calls, and their memory goes with the explainer. True also captures models with hooks, which a replay does
             not run, and other callables, whose parameters must then stay where they are. A model that cannot be
             captured runs step by step, with one warning. While a step is captured, some milliseconds, other threads
-            must not draw from torch's generator of the device. False, the default until a crash of a benchmark with
-            captured steps is understood (README, Limits), captures nothing.
+            must not draw from torch's generator of the device. False, the default until a GPU has confirmed what was
+            mended after a crash of a benchmark (README, Limits), captures nothing.
         max_batch: most noisy inputs in one forward pass; results agree to rounding. None is no limit. "auto" is what a
             prepared model was measured with; otherwise 1,024, or the largest power of two of rows that fits half of a
             GPU's free memory, or a quarter of what the CPU has for the process. That is measured at the first call for

@@ -61,12 +61,19 @@ class Device(Protocol):
 
 
 class _Cuda:
-    """A stream and a memory pool. All memory of the graphs is used on this one stream, whatever stream the caller is
-    on, so the caching allocator may free and give it anew without further care."""
+    """Two streams and a memory pool. All memory of the graphs is used on one stream, whatever stream the caller is on,
+    so the caching allocator may free and give it anew without further care.
+
+    Captured is on the other. torch lends cuBLAS a workspace per stream, at its first use there, and takes it back when
+    any graph that was captured there is destroyed, or when it is told to clear them all (torch.compile does): a graph
+    would go on writing to it. On a stream that nobody else has and on which nothing ever runs, the first use is in a
+    capture, so the workspace comes from the pool, whose memory stays as long as one of the graphs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._capturing_stream = ops.private_stream(device)
         # Shared: nothing in it outlives a replay, and replays of one stream do not overlap.
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -91,15 +98,16 @@ class _Cuda:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            # "thread_local": other threads may allocate meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                body()
-            except BaseException:
-                with suppress(RuntimeError):  # the capture is invalid already; what made it so is on its way
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+            with torch.cuda.stream(self._capturing_stream):
+                # "thread_local": other threads may allocate meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    body()
+                except BaseException:
+                    with suppress(RuntimeError):  # the capture is invalid already; what made it so is on its way
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         finally:
             if collecting:
                 gc.enable()
@@ -218,6 +226,7 @@ class _Captured:
         self._roles = parts.roles
         mine = parts.copied(record, self._tensors)
         self._replay = device.capture(lambda: body(mine))
+        self._device = device  # whose streams and pool go after the graph
 
     def run(self, parts: _Parts, times: int) -> None:
         read = [t for t, role in zip(self._tensors, self._roles, strict=True) if role >= _READ]

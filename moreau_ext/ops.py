@@ -42,6 +42,7 @@ __all__ = [
     "has_kernels",
     "momentum_step",
     "perturb",
+    "private_stream",
     "prox_step",
     "shrink",
     "soft_threshold",
@@ -56,6 +57,24 @@ _NO_GROUPS = _core.Groups(0, 0, 0, 0, 0, False)
 def has_kernels(device: torch.device) -> bool:
     """Whether the compiled kernels run on a device, rather than the reference in plain PyTorch."""
     return device.type == "cpu" or (device.type == "cuda" and _core.cuda_version is not None)
+
+
+def private_stream(device: torch.device) -> Any:
+    """A torch.cuda.Stream that nobody else has.
+
+    Those of ``torch.cuda.Stream()`` are 32 per device, dealt out in turn: the 33rd is the first again, and torch lends
+    cuBLAS one workspace per stream, in a capture and at once.
+
+    Args:
+        device: of the stream.
+
+    Raises:
+        RuntimeError: CUDA could not create it.
+    """
+    owned = _core.Stream(torch.cuda.current_device() if device.index is None else device.index)
+    stream: Any = torch.cuda.ExternalStream(owned.address, device=device)  # type: ignore[no-untyped-call]
+    stream.owned = owned  # ends with it
+    return stream
 
 
 def build_info() -> dict[str, str | None]:

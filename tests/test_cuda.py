@@ -395,6 +395,18 @@ def test_a_captured_graph_replays_the_bits_of_eager_steps(penalty: str) -> None:
     assert not arrivals.any()
 
 
+def test_private_streams_are_nobody_elses() -> None:
+    pooled = {torch.cuda.Stream(DEVICE).cuda_stream for _ in range(64)}
+    private = [ops.private_stream(torch.device(DEVICE)) for _ in range(64)]
+    addresses = {stream.cuda_stream for stream in private}
+    assert len(addresses) == 64
+    assert not addresses & pooled
+    with torch.cuda.stream(private[0]):
+        t = torch.ones(5, device=DEVICE) * 2
+    private[0].synchronize()
+    assert float(t.sum()) == 10
+
+
 def test_work_goes_to_the_current_stream() -> None:
     """A step behind a long wait on another stream sees what that stream wrote before it."""
     written, others = step_case((2, 3, 64, 64), torch.float32, "l1")

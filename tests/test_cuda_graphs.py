@@ -147,6 +147,31 @@ def test_a_model_that_waits_for_a_value_runs_one_by_one() -> None:
     assert other._graphs._captured
 
 
+def test_what_is_lent_to_cublas_outlives_other_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes the workspaces of a stream back when a graph that was captured there is destroyed, and all of them
+    when told to; graphs that go on must not write to what is then somebody else's memory, nor read it."""
+    monkeypatch.setattr("moreau_ext.graphs._KEPT", 2)
+    torch.manual_seed(0)
+    # Long rows and few of them: products that are split and added up in a workspace.
+    model = nn.Sequential(nn.Linear(16384, 64), nn.Softplus(), nn.Linear(64, 10)).eval().to(DEVICE)
+    x = torch.rand(8, 16384, device=DEVICE)
+    make = explainers(ProximalGradient(4, 40))["sparse"]
+    replayed, stepped = make(model), make(model)
+    one_by_one(stepped)
+    expected = {count: stepped.attribute(x[:count]) for count in (1, 2, 4, 8)}
+    for _ in range(2):
+        for count in (1, 2, 4, 8):  # each drives another out
+            assert torch.equal(replayed.attribute(x[:count]), expected[count])
+            make(model).attribute(x[:count])  # captures too, and is gone
+            gc.collect()
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+            theirs = [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(8)]
+            assert torch.equal(replayed.attribute(x[:count]), expected[count])
+            assert all(bool(t.isnan().all()) for t in theirs)
+    assert replayed._graphs._captured
+
+
 def test_memory_is_returned_with_the_explainer() -> None:
     model, x = net(), digits(32)
     MoreauGrad(model, rho=0.1, cuda_graphs="auto").attribute(x)  # what libraries keep
