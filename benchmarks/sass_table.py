@@ -29,7 +29,7 @@ from ptxas_table import SOURCES, Kernel, compiled, nvcc
 # Threads of a block at large sizes, and bytes of dynamic shared memory for each byte of a feature: see the launches.
 BLOCKS = {
     "prox_step_kernel": (64, 0),
-    "prox_step_group_kernel": (256, 4096),
+    "prox_step_group_kernel": (64, 0),
     "perturb_kernel": (128, 0),
     "accumulate_kernel": (128, 0),
     "group_norms_kernel": (256, 0),

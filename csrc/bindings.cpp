@@ -88,11 +88,11 @@ PYBIND11_MODULE(_core, m) {
     const GroupNorms a{Dtype(dtype), extents, at(v), groups, at<double>(norms)};
     MOREAU_RUN(group_norms, a);
   });
-  m.def("prox_step_partials", [](const Extents& extents, bool grouped, bool cuda) {
+  m.def("prox_step_partials", [](const Extents& extents, bool cuda) {
 #ifdef MOREAU_CUDA
-    if (cuda) return cuda::prox_step_partials(extents, grouped);
+    if (cuda) return cuda::prox_step_partials(extents);
 #endif
-    (void)grouped, (void)cuda;
+    (void)cuda;
     return cpu::prox_step_partials(extents);
   });
   m.def(

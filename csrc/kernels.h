@@ -102,7 +102,7 @@ struct ProxStep {
   void* noisy;               // T [batch, noise.samples, features]
   double* statistics;        // [batch, kStatistics]
   double* partials;          // scratch [batch, prox_step_partials(...), kStatistics]
-  void* factors;             // scratch state_t [batch, count, 2] for groups on the CPU
+  void* factors;             // scratch state_t [batch, count, 2] for groups
   int32_t* arrivals;         // scratch [batch], zero on entry and on return; CUDA only
 };
 
@@ -159,7 +159,7 @@ void perturb(const Perturb&, int device, void* stream);
 void accumulate(const Accumulate&, int device, void* stream);
 void group_norms(const GroupNorms&, int device, void* stream);
 void prox_step(const ProxStep&, int device, void* stream);
-int64_t prox_step_partials(const Extents&, bool grouped);
+int64_t prox_step_partials(const Extents&);
 void momentum_products(const Momentum&, int device, void* stream);
 void momentum_update(const Momentum&, int device, void* stream);
 int64_t momentum_partials(int64_t features);

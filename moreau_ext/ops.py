@@ -491,11 +491,11 @@ def _prox_step_kernel(*args: Any) -> Tensor:
     batch, extents, groups = a.displacement.shape[0], _extents(a.displacement), a.groups
     on_cuda = a.displacement.device.type == "cuda"
     penalty = 0 if a.eta is None else 1 if groups is None else 2
-    factors = None if groups is None or on_cuda else a.displacement.new_empty(batch, groups.count, 2)
+    factors = None if groups is None else a.displacement.new_empty(batch, groups.count, 2)
     eta_input, eta_feature = 1, 0
     if a.eta is not None and a.eta_per_feature:
         eta_input, eta_feature = (0 if a.eta.shape[0] == 1 else a.displacement[0].numel()), 1
-    pieces = _core.prox_step_partials(extents, penalty == 2, on_cuda)
+    pieces = _core.prox_step_partials(extents, on_cuda)
     partials = statistics.new_empty(batch, pieces, len(STATISTICS))
     arrivals = a.arrivals
     if on_cuda and arrivals is None:

@@ -238,7 +238,7 @@ def prox_step(
         x: [B, *features], the inputs; needed with ``noise``.
         noise: the next noisy copies; None writes none.
         out: [B·num_samples, *features], where they go.
-        arrivals: int32 zeros [B], scratch of the CUDA kernel kept between calls; None allocates it.
+        arrivals: int32 zeros [B], scratch of the CUDA kernel, of one call at a time; None allocates it.
 
     Returns:
         float64 [B, 5], of the displacement that came in: ‖δ − y‖², ‖δ‖², ‖y‖², ‖p‖², and the non-zeros of y.
@@ -317,7 +317,7 @@ def momentum_step(
         squares: where the squared changes are summed, or ().
         points, gradients: where points and gradients are summed, or ().
         first: there is no last step yet; ``before``, ``last_gradient`` and ``change`` hold zeros.
-        arrivals: int32 zeros [B], scratch of the CUDA kernel kept between calls; None allocates it.
+        arrivals: int32 zeros [B], scratch of the CUDA kernel, of one call at a time; None allocates it.
 
     Returns:
         float64 [B, 6], over all tensors: ⟨x_t − δ⁺, s⟩, ⟨s, last s⟩, ‖last s‖², ‖x_t − x_{t−1}‖², ⟨x_t − x_{t−1}, q⟩,

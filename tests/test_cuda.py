@@ -212,7 +212,7 @@ def test_accumulate(dtype: torch.dtype, shape: tuple[int, ...], channels_last: b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_group_norms_and_shrink(dtype: torch.dtype, channels_last: bool) -> None:
-    """Groups of 1 to 5000 members: eight lanes, a warp, a block, and blocks that own none."""
+    """Groups of 1 to 5000 members: for a lane, a warp, a block, and blocks that own none."""
     v = laid_out(torch.randn(3, 4, 40, 39, dtype=dtype), channels_last)
     v[1] = 0
     eta = torch.tensor([0.7, 0.5, 0.0], dtype=dtype)
@@ -426,6 +426,25 @@ def test_work_goes_to_the_current_stream() -> None:
     assert torch.equal(statistics, wanted)
     for name in written:
         assert torch.equal(device[name], expected[name])
+
+
+def test_group_steps_that_wait_for_their_blocks_share_the_card() -> None:
+    """The blocks of a group step wait for others of the same input, also where four launches want the card at once."""
+    cases = [step_case((48, 3, 96, 96), torch.float32, penalty) for penalty in ("tiles", "labels per input") * 2]
+    alone, together = ([(there(w), there(o)) for w, o in cases] for _ in range(2))
+    expected = [call(ops, *case) for case in alone]
+    streams = [torch.cuda.Stream(DEVICE) for _ in cases]
+    torch.cuda.synchronize(DEVICE)
+    found = []
+    for stream, case in zip(streams, together, strict=True):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # until all are waiting
+            found.append(call(ops, *case))
+    torch.cuda.synchronize(DEVICE)
+    for i, statistics in enumerate(found):
+        assert torch.equal(statistics, expected[i])
+        for name, t in alone[i][0].items():
+            assert torch.equal(t, together[i][0][name])
 
 
 def test_another_device_than_the_current_one() -> None:

@@ -30,7 +30,10 @@ SPELLINGS = {
         ("std::min<int64_t>(items, 0x7fffffff)", "std::min<int64_t>(items, emulator::limits.grid)"),
     ],
     "cuda/prox_step.cu": [
-        ("extern __shared__ uint4 staged[];", "uint4* staged = static_cast<uint4*>(emulator::dynamic_memory());"),
+        (
+            "extern __shared__ uint4 staged[];  // for slices alone",
+            "uint4* staged = static_cast<uint4*>(emulator::dynamic_memory());",
+        ),
         ("constexpr int64_t kMostBlocks = 4096;", "const int64_t& kMostBlocks = emulator::limits.blocks;"),
     ],
     "cuda/momentum.cu": [

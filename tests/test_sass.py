@@ -25,6 +25,7 @@ def test_the_vector_kernels_in_machine_code(tmp_path: Path, monkeypatch: pytest.
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["kernel"]: row for row in json.loads(path.read_text())}
     # A copy at 8.6 bytes a feature leaves an H200 about 60 instructions for each, 80 at three quarters of it.
-    for kernel in ("prox_step_kernel<float32, 1>", "perturb_kernel<float32, 1>", "prox_step_kernel<bfloat16, 1>"):
+    kernels = [f"prox_step{kind}_kernel<{dtype}, 1>" for kind in ("", "_group") for dtype in ("float32", "bfloat16")]
+    for kernel in [*kernels, "perturb_kernel<float32, 1>"]:
         assert rows[kernel]["independent"] <= 40
         assert rows[kernel]["antithetic"] <= 22

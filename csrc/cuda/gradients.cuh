@@ -18,10 +18,10 @@ __device__ __forceinline__ void for_rows(int64_t samples, Add add, int64_t k = 0
 }
 
 // Rows in flight before the first is added: with 8 a warp waits 4 times for memory at 32 samples, not 32 times, and the
-// 16 warps of a multiprocessor have 64 KB in flight, as with 16 rows of half the size. Scalar loads of a quad make do
-// with fewer; double fits no more beside the state of a step.
+// 20 warps of a multiprocessor have 80 KB in flight, or 40 of half the size, where 30 hide the latency. Scalar loads of
+// a quad make do with fewer; double fits no more beside the state of a step.
 template <class T, bool kVector>
-constexpr int kRows = sizeof(T) == 8 ? 2 : !kVector ? 4 : sizeof(T) == 2 ? 16 : 8;
+constexpr int kRows = sizeof(T) == 8 ? 2 : !kVector ? 4 : 8;
 
 // A quad as it is loaded, until it is added: on their own, 16-bit values would take a register each.
 template <class T>

@@ -5,17 +5,19 @@
 namespace moreau::cuda {
 namespace {
 
+constexpr int kThreads = 256;
+
 // Four blocks on a multiprocessor allow 64 registers; by itself ptxas stops at 48 for sm_120, and spills.
 template <class S>
-__global__ void __launch_bounds__(kGroupThreads, 4) group_norms_kernel(GroupNorms a, int64_t chunks_each) {
-  __shared__ double shared[kGroupWarps][1];
+__global__ void __launch_bounds__(kThreads, 4) group_norms_kernel(GroupNorms a, int64_t chunks_each) {
+  __shared__ double shared[kParts][1];
   const int64_t features = a.extents.channels * a.extents.positions;
   for (int64_t i = blockIdx.x; i < a.extents.batch * chunks_each; i += gridDim.x) {
     const int64_t input = i / chunks_each;
     const Chunk chunk(a.groups, features, input, i % chunks_each);
     const S* v = static_cast<const S*>(a.v) + input * features;
     double* norms = a.norms + input * a.groups.count;
-    for (int64_t g = chunk.group + threadIdx.x; g < chunk.groups_end; g += kGroupThreads)
+    for (int64_t g = chunk.group + threadIdx.x; g < chunk.groups_end; g += kThreads)
       if (chunk.offsets[g] == chunk.offsets[g + 1]) norms[g] = 0.0;
     group_sums<1>(
         chunk, shared,
@@ -23,7 +25,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4) group_norms_kernel(GroupNorm
           const double value = v[chunk.order[member]];
           sums[0] = fma(value, value, sums[0]);
         },
-        [&](int64_t g, int32_t, const double(&sums)[1]) { norms[g] = sqrt(sums[0]); });
+        [&](int64_t g, const double(&sums)[1]) { norms[g] = sqrt(sums[0]); });
     __syncthreads();  // before the next item takes `shared`
   }
 }
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4) group_norms_kernel(GroupNorm
 template <class S>
 void run(const GroupNorms& a, void* stream) {
   const int64_t each = chunks(a.extents);
-  launch("group_norms", group_norms_kernel<S>, a.extents.batch * each, kGroupThreads, 0, stream, a, each);
+  launch("group_norms", group_norms_kernel<S>, a.extents.batch * each, kThreads, 0, stream, a, each);
 }
 
 }  // namespace

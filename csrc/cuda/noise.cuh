@@ -56,8 +56,8 @@ struct Copies {
   T* noisy;
 };
 
-// The noisy copies of one quad. kMembers: some of its lanes may not be written though it is whole.
-template <bool kVector, bool kMembers, class T>
+// The noisy copies of one quad.
+template <bool kVector, class T>
 __device__ __forceinline__ void write_copies(const Copies<T>& a, int64_t features, const Quad& quad, const Noise& noise,
                                              const Draws& draws, int64_t input, uint32_t slice, uint32_t slices) {
   using S = state_t<T>;
@@ -71,9 +71,7 @@ __device__ __forceinline__ void write_copies(const Copies<T>& a, int64_t feature
     if (a.displacement) base[lane] += displacement.v[lane];  // not + 0, which would lose the sign of -0
   }
   T* noisy = a.noisy + input * noise.samples * features;
-  const auto store = [&](T* row, const S(&copy)[kLanes]) {
-    kMembers ? store_members<kVector>(row, quad, copy) : store_quad<kVector>(row, quad, copy);
-  };
+  const auto store = [&](T* row, const S(&copy)[kLanes]) { store_quad<kVector>(row, quad, copy); };
   if (!noise.sigma) {
     for (uint32_t k = slice; k < draws.count; k += slices) store(noisy + int64_t(k) * features, base);
   } else if (draws.rows_each == 2) {

@@ -1,9 +1,9 @@
 // The fused step: mean of the gradients, pull to zero, shrinkage, statistics, next noisy copies, in one launch.
 //
-// Elementwise penalties: a block owns quads of one input. Groups: a block owns the groups that start in one chunk of
-// the sorted members, and works on the quads that hold them. Where quads are few, `slices` threads share each of them:
+// A block owns quads of one input, whatever belongs together. Where quads are few, `slices` threads share each of them:
 // all load gradients and write noisy copies, the first one adds and steps. Statistics are summed in an order that
-// follows from the extents and the groups.
+// follows from the extents alone. With groups the blocks of an input do three things one after the other: some average
+// the gradients, some then add up the groups, some then step.
 #include "../shrinkage.h"
 #include "gradients.cuh"
 #include "groups.cuh"
@@ -16,9 +16,17 @@ namespace {
 // an H200.
 constexpr int kQuads = 64;
 constexpr int kQuadWarps = kQuads / kWarp;
-// 512 threads leave 128 registers each; double, which needs more, has half as many threads.
 template <class T>
 constexpr int kMostSlices = sizeof(T) == 8 ? 4 : 8;
+// Threads of a block as ptxas is told. 640, more than ever come, leave 96 registers each, and so room for ten blocks of
+// 64 on a multiprocessor, not eight: those that draw noise hide others that load. Elsewhere ptxas would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <class T>
+constexpr int kBound = sizeof(T) == 8 ? 256 : 640;
+#else
+template <class T>
+constexpr int kBound = sizeof(T) == 8 ? 256 : 512;
+#endif
 // Blocks of one input beyond which they stride: 4096 already fill any card, and the last one sums as many partials.
 constexpr int64_t kMostBlocks = 4096;
 
@@ -60,148 +68,34 @@ bool whole_vectors(const ProxStep& a, const Quads& quads) {
   using S = state_t<T>;
   return quads.whole() && aligned(static_cast<const T*>(a.gradients)) && aligned(static_cast<const T*>(a.x)) &&
          aligned(static_cast<const T*>(a.noisy)) && aligned(static_cast<const S*>(a.gradient)) &&
-         aligned(static_cast<const S*>(a.displacement)) && aligned(static_cast<const S*>(a.total));
+         aligned(static_cast<const S*>(a.displacement)) && aligned(static_cast<const S*>(a.total)) &&
+         aligned(a.groups.labels);
 }
 
-// --- none, l1 --------------------------------------------------------------------------------------------------------
+// --- the step of one quad --------------------------------------------------------------------------------------------
 
-// The new displacement of one quad from the sum of its gradients, its statistics and running total.
-template <bool kVector, class S>
-__device__ __forceinline__ void step_quad(const ProxStep& a, const Scalars<S>& k, int64_t input, int64_t features,
-                                          const Quad& quad, Pack<S>& p, Sums& sums) {
-  S* gradient = static_cast<S*>(a.gradient) + input * features;
-  S* displacement = static_cast<S*>(a.displacement) + input * features;
-  const Pack<S> d = load_quad<kVector>(displacement, quad);
-  const S* eta = static_cast<const S*>(a.eta) + input * a.eta_input;
-  S next[kLanes];
-#pragma unroll
-  for (int lane = 0; lane < kLanes; ++lane) {
-    S threshold = 0;  // which leaves every value as it is
-    if (a.penalty == Penalty::l1 && quad.has(lane))
-      threshold = eta[(quad.offset + lane * quad.stride) * a.eta_feature];
-    p.v[lane] /= k.count;
-    const S image = -k.rho * soft_threshold(p.v[lane], threshold);
-    next[lane] = soft_threshold(k.pull(d.v[lane], p.v[lane]), k.step_size * threshold);
-    if (quad.has(lane)) sums.add(d.v[lane], image, p.v[lane]);
-  }
-  store_quad<kVector>(gradient, quad, p.v);
-  store_quad<kVector>(displacement, quad, next);
-  if (a.total_of != Total::none) {
-    S* to = static_cast<S*>(a.total) + input * features;
-    Pack<S> total = load_quad<kVector>(to, quad);
-#pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane)
-      total.v[lane] += a.total_of == Total::gradient ? p.v[lane] : next[lane];
-    store_quad<kVector>(to, quad, total.v);
-  }
-}
+// How the lanes of a quad shrink without groups: v by step_size * eta, p by eta.
+template <class S>
+struct Thresholds {
+  S step_size, of[kLanes];
 
-template <class T, bool kVector>
-__global__ void __launch_bounds__(kQuads* kMostSlices<T>, 1)
-    prox_step_kernel(ProxStep a, Quads quads, Draws draws, int64_t blocks) {
-  using S = state_t<T>;
-  extern __shared__ uint4 staged[];  // for slices alone
-  const Copies<T> copies{static_cast<const T*>(a.x), static_cast<const S*>(a.displacement), static_cast<T*>(a.noisy)};
-  const Team team(kQuads);
-  const int64_t features = quads.features(), count = quads.count();
-  for (int64_t item = blockIdx.x; item < a.extents.batch * blocks; item += gridDim.x) {
-    const Division at = divide(item, blocks);
-    const int64_t input = at.quotient, block = at.remainder;
-    const Scalars<S> k(a, input);
-    const T* gradients = static_cast<const T*>(a.gradients) + input * a.samples * features;
-    Sums sums;
-    // The bounds are the block's, since its threads meet at barriers.
-    for (int64_t first = block * kQuads; first < count; first += blocks * kQuads) {
-      const bool mine = first + team.here < count;
-      const Quad quad = quads[mine ? first + team.here : 0];
-      Pack<S> p{};
-      if (mine && team.slice == 0 && a.carry)
-        p = load_quad<kVector>(static_cast<const S*>(a.gradient) + input * features, quad);
-      if (team.slices > 1)
-        add_rows_together<kVector>(p.v, gradients, a.samples, features, quad, mine, team,
-                                   reinterpret_cast<Held<T>*>(staged));
-      else if (mine)
-        add_rows<kVector>(p.v, gradients, a.samples, features, quad);
-      if (mine && team.slice == 0) step_quad<kVector>(a, k, input, features, quad, p, sums);
+  __device__ __forceinline__ Thresholds(const ProxStep& a, const Scalars<S>& k, int64_t input, const Quad& quad)
+      : step_size(k.step_size) {
+    const S* eta = static_cast<const S*>(a.eta) + input * a.eta_input;
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      of[lane] = 0;  // which leaves every value as it is
+      if (a.penalty == Penalty::l1 && quad.has(lane)) of[lane] = eta[(quad.offset + lane * quad.stride) * a.eta_feature];
     }
-    // Its barriers also let every thread see the new displacement. The copies come last, when no sum is held any more:
-    // the registers are needed for the keys of the ten rounds.
-    finish_sums<kQuadWarps>(sums.of, a.partials + input * blocks * kStatistics, a.arrivals + input, block, blocks,
-                            a.statistics + input * kStatistics);
-    if (draws.count == 0) continue;
-    for (int64_t i = block * kQuads + team.here; i < count; i += blocks * kQuads)
-      write_copies<kVector, false>(copies, features, quads[i], a.noise, draws, input, team.slice, team.slices);
   }
-}
+  __device__ __forceinline__ S shrink_p(int lane, S p) const { return soft_threshold(p, of[lane]); }
+  __device__ __forceinline__ S shrink_v(int lane, S v) const { return soft_threshold(v, step_size * of[lane]); }
+};
 
-template <class T>
-void run_elementwise(const ProxStep& a, void* stream) {
-  using S = state_t<T>;
-  const Quads quads(a.extents, a.noise.element_offset);
-  const Draws draws(a.noise);
-  const int64_t blocks = blocks_each(a.extents);
-  const auto kernel = whole_vectors<T>(a, quads) ? prox_step_kernel<T, true> : prox_step_kernel<T, false>;
-  const int64_t rows = std::max<int64_t>(a.samples, draws.count);
-  const int slices = slices_for(a.extents.batch * quads.count(), rows, kMostSlices<T>), threads = kQuads * slices;
-  const size_t stage = slices > 1 ? kStaged<T, true> * threads * sizeof(Held<T>) : 0;  // at most 32 KB
-  launch("prox_step", kernel, a.extents.batch * blocks, threads, stage, stream, a, quads, draws, blocks);
-}
-
-// --- group -----------------------------------------------------------------------------------------------------------
-
-// The quads that hold the members of a chunk, a window of members at a time. A quad belongs to the first of its members
-// that the chunk owns, and has the lanes of them all: with pixels its four features are of four groups.
-constexpr int kWindow = 1024;
-
-struct Window {
-  int32_t quads[kWindow];
-  uint8_t lanes[kWindow];
-  int counts[kWindow / kGroupThreads][kGroupWarps];
-
-  // Makes the list of the members [first, first + kWindow) and returns its length. Every thread of the block calls it.
-  __device__ __forceinline__ int list(const Chunk& chunk, const Quads& all, int64_t first) {
-    const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-    const int64_t last = first + kWindow < chunk.members_end ? first + kWindow : chunk.members_end;
-    int length = 0;
-    __syncthreads();  // nobody reads the previous list any more
-#pragma unroll 1
-    for (int round = 0; first < last; ++round, first += kGroupThreads) {
-      const int64_t member = first + threadIdx.x;
-      int64_t number = 0;
-      unsigned owned = 0;
-      bool leads = false;
-      if (member < last) {
-        const int64_t offset = chunk.order[member];
-        number = all.holding(offset);
-        const Quad quad = all[number];
-#pragma unroll
-        for (int part = kLanes - 1; part >= 0; --part)
-          if (quad.has(part)) {
-            const int64_t other = quad.offset + part * quad.stride;
-            const int32_t group = chunk.labels[other];
-            if (group >= chunk.group && group < chunk.groups_end) owned |= 1u << part, leads = other == offset;
-          }
-      }
-      const unsigned leaders = __ballot_sync(kFullWarp, leads);
-      if (lane == 0) counts[round][warp] = __popc(leaders);
-      __syncthreads();
-      int before = length + __popc(leaders & ((1u << lane) - 1u));
-#pragma unroll
-      for (int other = 0; other < kGroupWarps; ++other) {
-        if (other < warp) before += counts[round][other];
-        length += counts[round][other];
-      }
-      if (leads) quads[before] = int32_t(number), lanes[before] = uint8_t(owned);
-    }
-    __syncthreads();
-    return length;
-  }
-
-  __device__ __forceinline__ Quad operator()(const Quads& all, int at) const {
-    Quad quad = all[quads[at]];
-    quad.lanes = lanes[at];
-    return quad;
-  }
+// The factors of a group, side by side: one load.
+template <class S>
+struct alignas(2 * sizeof(S)) Factors {
+  S of_v, of_p;
 };
 
 // v * factor; exactly +0 for a factor of 0, and NaN for NaN.
@@ -210,133 +104,260 @@ __device__ __forceinline__ S scaled(S v, S factor) {
   return factor == S(0) ? S(0) * (v - v) : v * factor;
 }
 
-// Two blocks on a multiprocessor: without the word of it, ptxas takes more registers, where but one fits. Double spills
-// with 128.
+// The same with groups: by the factors of each lane's.
+template <class S>
+struct Scales {
+  Factors<S> of[kLanes];
+
+  template <bool kVector>
+  __device__ __forceinline__ static Scales load(const Factors<S>* factors, const int32_t* labels, const Quad& quad) {
+    const Pack<int32_t> groups = load_quad<kVector>(labels, quad);
+    Scales scales;
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane)
+      scales.of[lane] = kVector || quad.has(lane) ? factors[groups.v[lane]] : Factors<S>{};
+    return scales;
+  }
+  __device__ __forceinline__ S shrink_p(int lane, S p) const { return scaled(p, of[lane].of_p); }
+  __device__ __forceinline__ S shrink_v(int lane, S v) const { return scaled(v, of[lane].of_v); }
+};
+
+// The new displacement of one quad from its averaged gradient, its statistics and running total.
+template <bool kVector, class S, class Rule>
+__device__ __forceinline__ void step_quad(const ProxStep& a, const Scalars<S>& k, int64_t row, const Quad& quad,
+                                          const Pack<S>& p, const Rule& rule, Sums& sums) {
+  S* displacement = static_cast<S*>(a.displacement) + row;
+  const Pack<S> d = load_quad<kVector>(displacement, quad);
+  S next[kLanes];
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    next[lane] = rule.shrink_v(lane, k.pull(d.v[lane], p.v[lane]));
+    if (quad.has(lane)) sums.add(d.v[lane], S(-k.rho * rule.shrink_p(lane, p.v[lane])), p.v[lane]);
+  }
+  store_quad<kVector>(displacement, quad, next);
+  if (a.total_of == Total::none) return;
+  S* to = static_cast<S*>(a.total) + row;
+  Pack<S> total = load_quad<kVector>(to, quad);
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) total.v[lane] += a.total_of == Total::gradient ? p.v[lane] : next[lane];
+  store_quad<kVector>(to, quad, total.v);
+}
+
+// What a block does with its quads of an input: block, block + blocks, ... of kQuads each.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kGroupThreads, sizeof(T) == 8 ? 1 : 2)
-    prox_step_group_kernel(ProxStep a, Quads quads, Draws draws, int64_t chunks_each) {
+struct Work {
   using S = state_t<T>;
-  __shared__ S factors[kChunk][2];  // of the group whose first member is chunk.start + i: for v, for p
-  __shared__ double shared[kGroupWarps][2];
-  __shared__ Window window;
-  extern __shared__ uint4 staged[];
-  const Copies<T> copies{static_cast<const T*>(a.x), static_cast<const S*>(a.displacement), static_cast<T*>(a.noisy)};
-  const int64_t features = quads.features();
-  for (int64_t item = blockIdx.x; item < a.extents.batch * chunks_each; item += gridDim.x) {
-    const Division at = divide(item, chunks_each);
-    const int64_t input = at.quotient, row = a.groups.per_input ? input : 0;
-    const Chunk chunk(a.groups, features, input, at.remainder);
-    const Scalars<S> k(a, input);
+  const ProxStep& a;
+  const Quads& quads;
+  const Draws& draws;
+  Team team;
+  int64_t input, block, blocks, features, count;
+  Scalars<S> k;
+
+  __device__ __forceinline__ Work(const ProxStep& args, const Quads& all, const Draws& drawn, int64_t of, int64_t mine,
+                                  int64_t each)
+      : a(args), quads(all), draws(drawn), team(kQuads), input(of), block(mine), blocks(each),
+        features(all.features()), count(all.count()), k(args, of) {}
+
+  // Calls each(quad, mine) for all of them. The bounds are the block's, since its threads meet at barriers.
+  template <class Each>
+  __device__ __forceinline__ void walk(const Each& each) const {
+    for (int64_t first = block * kQuads; first < count; first += blocks * kQuads) {
+      const bool mine = first + team.here < count;
+      each(quads[mine ? first + team.here : 0], mine);
+    }
+  }
+
+  // The averaged gradient of a quad, in its place, for the first slice.
+  __device__ __forceinline__ Pack<S> average(const Quad& quad, bool mine, uint4* staged) const {
     const T* gradients = static_cast<const T*>(a.gradients) + input * a.samples * features;
     S* gradient = static_cast<S*>(a.gradient) + input * features;
-    S* displacement = static_cast<S*>(a.displacement) + input * features;
-    int listed = 0;
-    // Calls each(quad, mine, team) for the quads of the chunk, as many at a time as the threads of the block can share.
-    const auto walk = [&](auto each) {
-      for (int64_t first = chunk.member; first < chunk.members_end; first += kWindow) {
-        // One window serves both walks.
-        if (listed == 0 || chunk.members_end - chunk.member > kWindow) listed = window.list(chunk, quads, first);
-        const int warps = (listed + kWarp - 1) / kWarp;
-        const Team team(kWarp * (warps < 1 ? 1 : warps < kGroupWarps ? warps : kGroupWarps));
-        for (int start = 0; start < listed; start += team.width) {
-          const bool mine = team.slice < team.slices && start + team.here < listed;
-          each(mine ? window(quads, start + team.here) : Quad{}, mine, team);
-        }
-      }
-    };
-
-    // 1. The averaged gradient.
-    walk([&](const Quad& quad, bool mine, const Team& team) {
-      Pack<S> p{};
-      if (mine && team.slice == 0 && a.carry) p = load_quad<kVector>(gradient, quad);
-      if (team.slices > 1)
-        add_rows_together<kVector>(p.v, gradients, a.samples, features, quad, mine, team,
-                                   reinterpret_cast<Held<T>*>(staged));
-      else if (mine)
-        add_rows<kVector>(p.v, gradients, a.samples, features, quad);
-      if (!mine || team.slice > 0) return;
+    Pack<S> p{};
+    if (mine && team.slice == 0 && a.carry) p = load_quad<kVector>(gradient, quad);
+    if (team.slices > 1)
+      add_rows_together<kVector>(p.v, gradients, a.samples, features, quad, mine, team,
+                                 reinterpret_cast<Held<T>*>(staged));
+    else if (mine)
+      add_rows<kVector>(p.v, gradients, a.samples, features, quad);
+    if (!mine || team.slice > 0) return p;
 #pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) p.v[lane] /= k.count;
-      store_members<kVector>(gradient, quad, p.v);
-    });
-    __syncthreads();
+    for (int lane = 0; lane < kLanes; ++lane) p.v[lane] /= k.count;
+    store_quad<kVector>(gradient, quad, p.v);
+    return p;
+  }
 
-    // 2. Norms and factors of the groups.
-    group_sums<2>(
-        chunk, shared,
-        [&](int32_t member, double(&sums)[2]) {
-          const int64_t offset = chunk.order[member];
-          const S p = gradient[offset];
-          const double v = k.pull(displacement[offset], p), g = p;
-          sums[0] = fma(v, v, sums[0]);
-          sums[1] = fma(g, g, sums[1]);
-        },
-        [&](int64_t g, int32_t first, const double(&sums)[2]) {
-          const double threshold = double(static_cast<const S*>(a.eta)[input * a.eta_input]) *
-                                   double(static_cast<const S*>(a.groups.weights)[row * a.groups.count + g]);
-          factors[first - chunk.start][0] = S(group_factor(sqrt(sums[0]), double(k.step_size) * threshold));
-          factors[first - chunk.start][1] = S(group_factor(sqrt(sums[1]), threshold));
-        });
-    __syncthreads();
+  // The sums of all blocks, which have `before` others before them, then the copies. The barriers of the sums also let
+  // every thread see the new displacement. The copies come last, when no sum is held any more: the registers are needed
+  // for the keys of the ten rounds.
+  __device__ __forceinline__ void finish(Sums& sums, int64_t before) const {
+    finish_sums<kQuadWarps>(sums.of, a.partials + input * blocks * kStatistics, a.arrivals + input, block, blocks,
+                            a.statistics + input * kStatistics, before);
+    if (draws.count == 0) return;
+    const Copies<T> copies{static_cast<const T*>(a.x), static_cast<const S*>(a.displacement), static_cast<T*>(a.noisy)};
+    for (int64_t i = block * kQuads + team.here; i < count; i += blocks * kQuads)
+      write_copies<kVector>(copies, features, quads[i], a.noise, draws, input, team.slice, team.slices);
+  }
+};
 
-    // 3. The step.
+// --- none, l1 --------------------------------------------------------------------------------------------------------
+
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kBound<T>, 1)
+    prox_step_kernel(ProxStep a, Quads quads, Draws draws, int64_t blocks) {
+  using S = state_t<T>;
+  extern __shared__ uint4 staged[];  // for slices alone
+  for (int64_t item = blockIdx.x; item < a.extents.batch * blocks; item += gridDim.x) {
+    const Division at = divide(item, blocks);
+    const Work<T, kVector> work(a, quads, draws, at.quotient, at.remainder, blocks);
     Sums sums;
-    walk([&](const Quad& quad, bool mine, const Team& team) {
-      if (!mine || team.slice > 0) return;
-      const Pack<S> p = load_quad<kVector>(gradient, quad), d = load_quad<kVector>(displacement, quad);
-      S next[kLanes];
-#pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane)
-        if (quad.has(lane)) {
-          const int64_t group = chunk.labels[quad.offset + lane * quad.stride];
-          const S(&factor)[2] = factors[chunk.offsets[group] - chunk.start];
-          next[lane] = scaled(k.pull(d.v[lane], p.v[lane]), factor[0]);
-          sums.add(d.v[lane], S(-k.rho * scaled(p.v[lane], factor[1])), p.v[lane]);
-        }
-      store_members<kVector>(displacement, quad, next);
-      if (a.total_of == Total::none) return;
-      S* to = static_cast<S*>(a.total) + input * features;
-      Pack<S> total = load_quad<kVector>(to, quad);
-#pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane)
-        total.v[lane] += a.total_of == Total::gradient ? p.v[lane] : next[lane];
-      store_members<kVector>(to, quad, total.v);
+    work.walk([&](const Quad& quad, bool mine) {
+      const Pack<S> p = work.average(quad, mine, staged);
+      if (!mine || work.team.slice > 0) return;
+      const Thresholds<S> rule(a, work.k, work.input, quad);
+      step_quad<kVector>(a, work.k, work.input * work.features, quad, p, rule, sums);
     });
-    // As above; its barriers also keep the next item from `factors` until all have read them.
-    finish_sums<kGroupWarps>(sums.of, a.partials + input * chunks_each * kStatistics, a.arrivals + input, at.remainder,
-                             chunks_each, a.statistics + input * kStatistics);
-
-    // 4. The copies.
-    if (draws.count == 0) continue;
-    walk([&](const Quad& quad, bool mine, const Team& team) {
-      if (mine)
-        write_copies<kVector, true>(copies, features, quad, a.noise, draws, input, team.slice, team.slices);
-    });
+    work.finish(sums, 0);
   }
 }
 
+// --- group -----------------------------------------------------------------------------------------------------------
+
+// An input has `blocks` blocks that average, `chunk_blocks` that add up its groups, and `blocks` that step.
+struct Stages {
+  int64_t batch, blocks, chunks, chunk_blocks, lag;
+
+  MOREAU_HD int64_t each() const { return 2 * blocks + chunk_blocks; }
+  MOREAU_HD int64_t items() const { return (batch + 2 * lag) * each(); }
+
+  // The input of an item; of some at either end there is none. What is done for it is the next piece of its work: who
+  // waits, waits for blocks that have begun, in whatever order a GPU begins them. Those that add up groups come `lag`
+  // inputs behind those that average, and so do those that step behind them, so that in the usual order, first to last,
+  // they find done what they need; and while some load, others draw noise.
+  MOREAU_HD int64_t input(int64_t item) const {
+    const Division at = divide(item, each());
+    return at.quotient - (at.remainder < blocks ? 0 : at.remainder < blocks + chunk_blocks ? lag : 2 * lag);
+  }
+};
+
+// Says that a block has done its part.
+__device__ __forceinline__ void arrive(int32_t* arrivals) {
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  __threadfence();
+  atomicAdd(arrivals, 1);
+}
+
+// Waits until `count` blocks have, and makes what they wrote visible to this one.
+__device__ __forceinline__ void wait_for(const int32_t* arrivals, int64_t count) {
+  if (threadIdx.x == 0) {
+    while ((*static_cast<const volatile int32_t*>(arrivals) & kArrived) < count) __nanosleep(100);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kBound<T>, 1)
+    prox_step_group_kernel(ProxStep a, Quads quads, Draws draws, Stages stages) {
+  using S = state_t<T>;
+  __shared__ int32_t ticket;
+  __shared__ double shared[kParts][2];
+  extern __shared__ uint4 staged[];  // for slices alone
+  const int64_t blocks = stages.blocks, summing = stages.chunk_blocks;
+  for (int64_t item = blockIdx.x; item < stages.items(); item += gridDim.x) {
+    const int64_t input = stages.input(item), row = a.groups.per_input ? input : 0;
+    if (input < 0 || input >= stages.batch) continue;
+    int32_t* arrivals = a.arrivals + input;
+    if (threadIdx.x == 0) ticket = atomicAdd(arrivals, kArrived + 1) / (kArrived + 1);
+    __syncthreads();
+    const int64_t turn = ticket;
+    Factors<S>* factors = static_cast<Factors<S>*>(a.factors) + input * a.groups.count;
+
+    // 1. The averaged gradient.
+    if (turn < blocks) {
+      const Work<T, kVector> work(a, quads, draws, input, turn, blocks);
+      work.walk([&](const Quad& quad, bool mine) { work.average(quad, mine, staged); });
+      arrive(arrivals);
+      continue;
+    }
+
+    // 2. Norms and factors of the groups.
+    if (turn < blocks + summing) {
+      wait_for(arrivals, blocks);
+      const Scalars<S> k(a, input);
+      const S* gradient = static_cast<const S*>(a.gradient) + input * quads.features();
+      const S* displacement = static_cast<const S*>(a.displacement) + input * quads.features();
+      const double eta = double(static_cast<const S*>(a.eta)[input * a.eta_input]);
+      const S* weights = static_cast<const S*>(a.groups.weights) + row * a.groups.count;
+      for (int64_t i = turn - blocks; i < stages.chunks; i += summing) {
+        const Chunk chunk(a.groups, quads.features(), input, i);
+        group_sums<2>(
+            chunk, shared,
+            [&](int32_t member, double(&sums)[2]) {
+              const int64_t offset = chunk.order[member];
+              const S p = gradient[offset];
+              const double v = k.pull(displacement[offset], p), g = p;
+              sums[0] = fma(v, v, sums[0]);
+              sums[1] = fma(g, g, sums[1]);
+            },
+            [&](int64_t g, const double(&sums)[2]) {
+              const double threshold = eta * double(weights[g]);
+              factors[g] = {S(group_factor(sqrt(sums[0]), double(k.step_size) * threshold)),
+                            S(group_factor(sqrt(sums[1]), threshold))};
+            });
+        __syncthreads();  // before the next chunk takes `shared`
+      }
+      arrive(arrivals);
+      continue;
+    }
+
+    // 3. The step.
+    wait_for(arrivals, blocks + summing);
+    const Work<T, kVector> work(a, quads, draws, input, turn - blocks - summing, blocks);
+    const int64_t first = input * work.features;
+    const int32_t* labels = a.groups.labels + row * work.features;
+    Sums sums;
+    work.walk([&](const Quad& quad, bool mine) {
+      if (!mine || work.team.slice > 0) return;
+      const Pack<S> p = load_quad<kVector>(static_cast<const S*>(a.gradient) + first, quad);
+      const auto rule = Scales<S>::template load<kVector>(factors, labels, quad);
+      step_quad<kVector>(a, work.k, first, quad, p, rule, sums);
+    });
+    work.finish(sums, blocks + summing);
+  }
+}
+
+// --- launches --------------------------------------------------------------------------------------------------------
+
 template <class T>
-void run_group(const ProxStep& a, void* stream) {
+void run(const ProxStep& a, void* stream) {
   const Quads quads(a.extents, a.noise.element_offset);
-  const int64_t each = chunks(a.extents);
-  const auto kernel = whole_vectors<T>(a, quads) ? prox_step_group_kernel<T, true> : prox_step_group_kernel<T, false>;
-  const size_t stage = kStaged<T, true> * kGroupThreads * sizeof(Held<T>);
-  launch("prox_step", kernel, a.extents.batch * each, kGroupThreads, stage, stream, a, quads, Draws(a.noise), each);
+  const Draws draws(a.noise);
+  const int64_t batch = a.extents.batch, blocks = blocks_each(a.extents);
+  const bool vectors = whole_vectors<T>(a, quads);
+  const int64_t rows = std::max<int64_t>(a.samples, draws.count);
+  const int slices = slices_for(batch * quads.count(), rows, kMostSlices<T>), threads = kQuads * slices;
+  const size_t stage = slices > 1 ? kStaged<T, true> * threads * sizeof(Held<T>) : 0;  // at most 32 KB
+  if (a.penalty != Penalty::group) {
+    const auto kernel = vectors ? prox_step_kernel<T, true> : prox_step_kernel<T, false>;
+    return launch("prox_step", kernel, batch * blocks, threads, stage, stream, a, quads, draws, blocks);
+  }
+  Stages stages{batch, blocks, chunks(a.extents), 0, 0};
+  stages.chunk_blocks = std::min(stages.chunks, kMostBlocks);
+  // As many inputs as a card works on at once; no more than half of them, which do not fill it.
+  stages.lag = std::min(kBusy / (stages.each() * threads) + 1, (batch - 1) / 2);
+  const auto kernel = vectors ? prox_step_group_kernel<T, true> : prox_step_group_kernel<T, false>;
+  launch("prox_step", kernel, stages.items(), threads, stage, stream, a, quads, draws, stages);
 }
 
 }  // namespace
 
-int64_t prox_step_partials(const Extents& extents, bool grouped) {
-  return grouped ? chunks(extents) : blocks_each(extents);
-}
+int64_t prox_step_partials(const Extents& extents) { return blocks_each(extents); }
 
 void prox_step(const ProxStep& a, int device, void* stream) {
   if (a.extents.batch * a.extents.channels * a.extents.positions == 0) return;
   const DeviceGuard guard(device, "prox_step");
-  dispatch(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    a.penalty == Penalty::group ? run_group<T>(a, stream) : run_elementwise<T>(a, stream);
-  });
+  dispatch(a.dtype, [&](auto t) { run<decltype(t)>(a, stream); });
 }
 
 }  // namespace moreau::cuda

@@ -60,13 +60,6 @@ struct Quads {
   // Whether every quad is full and starts at a multiple of four in memory.
   bool whole() const { return channels == 1 && positions % kLanes == 0 && element_offset % kLanes == 0; }
 
-  // The number of the quad that holds a memory offset.
-  MOREAU_HD int64_t holding(int64_t offset) const {
-    const Division at = channels == 1 ? Division{offset, 0} : divide(offset, channels);
-    const int64_t lead = (element_offset + at.remainder * positions) & (kLanes - 1);
-    return (at.quotient + lead) / kLanes * channels + at.remainder;
-  }
-
   MOREAU_HD Quad operator[](int64_t i) const {
     const Division at = channels == 1 ? Division{i, 0} : divide(i, channels);
     const int64_t start = element_offset + at.remainder * positions;  // element of the channel's first feature
@@ -109,15 +102,6 @@ __device__ __forceinline__ void store_quad(T* row, const Quad& quad, const S (&v
     for (int lane = 0; lane < kLanes; ++lane)
       if (quad.has(lane)) row[quad.offset + lane * quad.stride] = pack.v[lane];
   }
-}
-
-// The same where a quad of whole vectors may have lanes that are not to be written.
-template <bool kVector, class T, class S>
-__device__ __forceinline__ void store_members(T* row, const Quad& quad, const S (&values)[kLanes]) {
-  if (kVector && quad.lanes == (1u << kLanes) - 1)
-    store_quad<true>(row, quad, values);
-  else
-    store_quad<false>(row, quad, values);
 }
 
 }  // namespace moreau::cuda

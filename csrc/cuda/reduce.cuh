@@ -34,11 +34,16 @@ __device__ __forceinline__ void block_sum(double (&sums)[kCount], double (&share
   }
 }
 
-// What each of an input's `blocks` blocks adds up, summed over them in order by the last one to arrive. Every thread
-// of a block calls it. `partials` is scratch of the input, `arrivals` its counter: zero before and after.
+// The counter of an input counts the blocks that have done their part in its low half. A kernel whose blocks wait for
+// each other counts those that have begun in its high half.
+constexpr int32_t kArrived = 0xffff;
+
+// What each of an input's `blocks` blocks adds up, summed over them in order by the last one to arrive, which finds
+// `before` + blocks - 1 arrived. Every thread of a block calls it. `partials` is scratch of the input, `arrivals` its
+// counter, zero afterwards.
 template <int kWarps, int kCount>
 __device__ __forceinline__ void finish_sums(double (&sums)[kCount], double* partials, int32_t* arrivals, int64_t block,
-                                            int64_t blocks, double* results) {
+                                            int64_t blocks, double* results, int64_t before = 0) {
   __shared__ double shared[kWarps][kCount];
   __shared__ bool last;
   block_sum<kWarps>(sums, shared);
@@ -46,7 +51,7 @@ __device__ __forceinline__ void finish_sums(double (&sums)[kCount], double* part
 #pragma unroll
     for (int i = 0; i < kCount; ++i) partials[block * kCount + i] = sums[i];
     __threadfence();  // the sums before the arrival
-    last = atomicAdd(arrivals, 1) == int32_t(blocks - 1);
+    last = (atomicAdd(arrivals, 1) & kArrived) == int32_t(before + blocks - 1);
   }
   __syncthreads();
   if (last) {

@@ -194,7 +194,7 @@ struct Case {
 
   Case(Random& random, int64_t all_tensors, bool halves = true) : tensors(all_tensors) {
     dtype = Dtype(random.between(0, halves ? 3 : 1)), state = state_of(dtype);
-    // Some have groups that no window of prox_step.cu holds.
+    // Some have groups longer than a chunk.
     const bool large = random.one_in(8);
     batch = random.between(1, large ? 2 : 4);
     channels = random.one_in(3) ? random.between(2, 6) : 1;
@@ -256,20 +256,28 @@ struct Partition {
 
   Partition(Random& random, const Case& c) : weights(c.state, 0) {
     const bool per_input = random.one_in(2);
-    const int64_t rows = per_input ? c.batch : 1, n = c.features, kind = random.between(0, 5);
-    // Sizes where sums begin to go another way, and a window ends.
-    const int64_t edges[] = {8, 32, 33, 256, 257, 1024, 1025};
-    const int64_t tile = random.one_in(2) ? random.between(1, 40) : edges[random.between(0, 6)];
+    const int64_t rows = per_input ? c.batch : 1, n = c.features;
+    const int64_t kind = n > 1000 && random.one_in(2) ? 0 : random.between(0, 5);
+    // Sizes where sums begin to go another way, and a chunk ends.
+    const int64_t edges[] = {32, 33, 1024, 1025};
+    const int64_t tile = random.one_in(2) ? random.between(1, 40) : edges[random.between(0, 3)];
+    const bool skewed = random.one_in(2);  // many small groups and a few large ones
+    const auto drawn = [&](int64_t most) {
+      const double u = double(random.between(0, 1 << 20)) / ((1 << 20) + 1);
+      return int64_t(double(most) * (skewed ? u * u * u * u : u));
+    };
     const int64_t width = random.between(1, 60), third = (n + 2) / 3;
     const int64_t counts[] = {(n + tile - 1) / tile, random.between(1, 5), 1, third, random.between(1, n), 6};
     const int64_t count = counts[kind];
-    labels.resize(rows * n), order.resize(rows * n), offsets.assign(rows * (count + 1), 0);
+    // Labels that are no multiple of a vector from one.
+    const int64_t off = random.one_in(3) ? 1 : 0;
+    labels.resize(rows * n + off), order.resize(rows * n), offsets.assign(rows * (count + 1), 0);
     for (int64_t r = 0; r < rows; ++r) {
-      int32_t *label = &labels[r * n], *sorted = &order[r * n], *offset = &offsets[r * (count + 1)];
+      int32_t *label = &labels[off + r * n], *sorted = &order[r * n], *offset = &offsets[r * (count + 1)];
       for (int64_t i = 0; i < n; ++i) {
         const int64_t across = i % width * 3 / width, down = i / width / 40 % 2;
         const int64_t of[] = {i / tile, 0, 0, i % third, 0, across + 3 * down};
-        label[i] = int32_t(kind == 1 || kind == 4 ? random.between(0, count - 1) : of[kind]);
+        label[i] = int32_t(kind == 1 || kind == 4 ? drawn(count) : of[kind]);
         ++offset[label[i] + 1];
       }
       std::partial_sum(offset, offset + count + 1, offset);
@@ -278,7 +286,7 @@ struct Partition {
     }
     weights = Buffer(c.state, rows * count);
     for (int64_t i = 0; i < weights.count(); ++i) weights.set(i, 0.5 + std::fabs(random.normal()));
-    groups = {order.data(), offsets.data(), labels.data(), weights.data(), count, per_input};
+    groups = {order.data(), offsets.data(), labels.data() + off, weights.data(), count, per_input};
     described += ", groups of kind " + std::to_string(kind) + ", " + std::to_string(count);
   }
 };
@@ -329,7 +337,7 @@ void check_prox_step(Random& random) {
     return r;
   };
   const auto emulated = [](const ProxStep& a) { cuda::prox_step(a, 0, nullptr); };
-  const Result gpu = run(a, cuda::prox_step_partials(a.extents, grouped), emulated);
+  const Result gpu = run(a, cuda::prox_step_partials(a.extents), emulated);
   const Result cpu = run(a, cpu::prox_step_partials(a.extents), [](const ProxStep& a) { cpu::prox_step(a); });
 
   same_bits(gpu.gradient, cpu.gradient, "gradient");
@@ -353,7 +361,7 @@ void check_prox_step(Random& random) {
   one.extents.batch = 1, one.gradients = moved.data();
   emulator::limits.busy = int64_t(1) << random.between(0, 17);
   emulator::limits.grid = random.between(1, 100);
-  const Result alone = run(one, cuda::prox_step_partials(one.extents, grouped), emulated);
+  const Result alone = run(one, cuda::prox_step_partials(one.extents), emulated);
   if (!std::equal(alone.statistics.begin(), alone.statistics.end(), gpu.statistics.begin()))
     fail("statistics: other bits alone");
   same_bits(alone.displacement.head(c.features, false), gpu.displacement.head(c.features, false), "displacement alone");

@@ -60,6 +60,7 @@ extern void (*last_words)();
 // Runs the threads of all blocks.
 void launch(unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& thread);
 void barrier();
+bool any_of_block(bool mine);
 // What the lanes of this warp hand over; all of them have to come.
 void gather(uint64_t mine, uint64_t (&all)[32]);
 void* dynamic_memory();
@@ -78,6 +79,9 @@ const T* aligned(const T* p) {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::barrier(); }
+inline int __syncthreads_or(int mine) { return emulator::any_of_block(mine); }
+// A block waits for others that have begun, and here those have ended.
+inline void __nanosleep(unsigned) { emulator::die("a block waits for one that has not begun"); }
 
 inline unsigned __ballot_sync(unsigned mask, bool mine) {
   if (mask != 0xffffffffu) emulator::die("a warp operation of less than a warp");

@@ -157,6 +157,16 @@ void launch(unsigned blocks, unsigned threads, size_t shared, const std::functio
 
 void barrier() { wait(State::at_barrier); }
 
+bool any_of_block(bool mine) {
+  static bool any;
+  barrier();  // nobody reads the last answer any more
+  any = false;
+  barrier();
+  any = any || mine;
+  barrier();
+  return any;
+}
+
 void gather(uint64_t mine, uint64_t (&all)[32]) {
   const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   uint64_t* box = &boxes[(2 * warp + fibers[running].exchanges++ % 2) * kWarp];
