@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .graphs import READ, SCRATCH, Graphs, Steps
+from .graphs import READ, Graphs, Steps
 from .groups import flat_rows
 from .penalties import Penalty, over_features
 from .solvers import (
@@ -378,24 +378,9 @@ def _upper(state: _State, noise: Tensor, crossed: Tensor) -> Tensor:
     return noise * quantile * freedom / (freedom - 2)
 
 
-@dataclass
-class _Sum:
-    """A sum of gradients at a place; it may be captured."""
-
-    copies: NoisyCopies
-    place: Tensors | None = field(metadata=READ)
-    into: Tensors
-    score: Tensor = field(metadata=SCRATCH)
-
-    def form(self) -> None:
-        self.copies.total(self.place, self.into, self.score)
-
-
 def _mean_gradient(state: _State, copies: NoisyCopies, samples: int, place: Tensors | None, steps: Steps) -> Tensors:
     """The mean gradient at a place."""
-    elements = samples * sum(x.numel() for x in state.problem.inputs)
-    score = torch.empty_like(state.curvature)
-    steps.run(_Sum.form, _Sum(copies, place, state.gradient, score), 1, key=samples, elements=elements)
+    copies.total(place, state.gradient, torch.empty_like(state.curvature), steps)
     return tuple(g / samples for g in state.gradient)
 
 
@@ -493,6 +478,10 @@ def _chunk(state: _State, samples: int, max_batch: int | None) -> int:
     return samples if max_batch is None else min(samples, max(1, max_batch // state.where.shape[0]))
 
 
+def _first_gamma(problem: Problem) -> Tensors:
+    return tuple(_FIRST_STEP * r for r in problem.rho)
+
+
 def _damped(problem: Problem, curvature: Tensor) -> Tensors:
     """γ = 0.7/(1/ρ + L), per tensor [B]."""
     return tuple((_DAMPING / (1 / r.double() + curvature)).to(r.dtype) for r in problem.rho)
@@ -530,14 +519,13 @@ class _Walk:
     curvature: Tensor
     score: Tensor  # float64 [B], sum of the samples' scores at `before`
     statistics: Tensor
-    arrivals: Tensor = field(metadata=SCRATCH)  # for the kernels; zero between launches
+    arrivals: Tensor = field(metadata=READ)  # for the kernels; zero between launches
 
 
 def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
     """The steps of one level; the state's tensors are changed in place."""
     problem, burning = state.problem, state.level == 0
-    gamma = tuple(_FIRST_STEP * r for r in problem.rho) if burning else _damped(problem, state.curvature)
-
+    gamma = _first_gamma(problem) if burning else _damped(problem, state.curvature)
     batch = problem.keys.shape[0]
     state.sums[:, :_DIFFERENCES] = 0
     nothing = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
@@ -572,20 +560,24 @@ def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
             _close(windows, walk)
             walk.points, walk.gradients = states_like(problem.inputs), states_like(problem.inputs)
         settled = not burning and (state.level > 1 or start > state.length // 4)
-        step = partial(_step, samples=state.samples, burning=burning, settled=settled)
-        if start == 0:
-            step(walk, first=True)
-            if burning and problem.start is None:
-                state.at_zero = walk.statistics[:, 3].clone()
+        tuned = burning and problem.tuning is not None  # which makes new tensors at every step
+        if start > 0 and not tuned:
+            steps.run(
+                partial(_step, samples=state.samples, burning=burning, settled=settled),
+                walk,
+                stop - start,
+                key=("adaptive", state.samples, burning, settled),
+                elements=state.samples * sum(x.numel() for x in problem.inputs),
+            )
             continue
-        # What is tuned makes new tensors at every step.
-        (Steps() if burning and problem.tuning is not None else steps).run(
-            step,
-            walk,
-            stop - start,
-            key=("adaptive", state.samples, burning, settled),
-            elements=state.samples * sum(x.numel() for x in problem.inputs),
-        )
+        for t in range(start, stop):
+            walk.copies.total(walk.point, walk.gradient, walk.score, steps)
+            if tuned:
+                walk.problem = walk.problem.tuned(tuple(g / state.samples for g in walk.gradient))
+                _copy(_damped(walk.problem, walk.curvature) if t else _first_gamma(walk.problem), walk.gamma)
+            _move(walk, None, samples=state.samples, burning=burning, settled=settled, first=t == 0)
+            if t == 0 and burning and problem.start is None:
+                state.at_zero = walk.statistics[:, 3].clone()
     _close(windows, walk)
     state.problem = walk.problem
     state.evaluations += state.samples * state.length
@@ -611,25 +603,25 @@ def _close(windows: list[_Window], walk: _Walk) -> None:
         walk.sums[:, _LENGTHS:] = 0
 
 
-def _step(walk: _Walk, *, samples: int, burning: bool, settled: bool, first: bool = False) -> None:
-    """One step, in place. ``settled``: the change of the gradient is noise; ``first`` of a level: there is none yet."""
-    problem = walk.problem
-    if burning and problem.tuning is not None:
-        walk.copies.total(walk.point, walk.gradient, walk.score)
-        problem = walk.problem = problem.tuned(tuple(g / samples for g in walk.gradient))
-        gamma = tuple(_FIRST_STEP * r for r in problem.rho) if first else _damped(problem, walk.curvature)
-        _copy(gamma, walk.gamma)
-        last: tuple[Tensor | None, ...] = (None,) * len(problem.inputs)
-    else:
-        last = walk.copies.chunked_gradients(walk.point, walk.gradient, walk.score)
-    penalty = problem.penalty
+def _step(walk: _Walk, *, samples: int, burning: bool, settled: bool) -> None:
+    gradients = walk.copies.chunked_gradients(walk.point, walk.gradient, walk.score)
+    _move(walk, gradients, samples=samples, burning=burning, settled=settled)
+
+
+def _move(
+    walk: _Walk, gradients: Tensors | None, *, samples: int, burning: bool, settled: bool, first: bool = False
+) -> None:
+    """What a step does with its gradients, in place: those that are not in their sum yet, or None.
+
+    ``settled``: the change of the gradient is noise; ``first`` of a level: there is none yet."""
+    problem, penalty = walk.problem, walk.problem.penalty
     statistics = [
         ops.prox_step(
-            last[i],
+            None if gradients is None else gradients[i],
             walk.gradient[i],
             walk.point[i],
             count=samples,
-            carry=last[i] is None or len(walk.copies.chunks) > 1,
+            carry=gradients is None or len(walk.copies.chunks) > 1,
             rho=problem.rho[i],
             step_size=walk.gamma[i],
             eta=None if penalty is None else penalty.eta[i],

@@ -29,15 +29,16 @@ from .scores import has_hooks
 Mode = Literal["auto"] | bool
 
 # What a body does with the tensors of a field: field(metadata=READ). Without it they are state, copied in and out.
+# Scratch holds nothing from one run of the body to the next.
 _SCRATCH, _READ, _STATE = 0, 1, 2
 SCRATCH, READ = {"role": _SCRATCH}, {"role": _READ}
 # A pass of more elements keeps a GPU busy for longer than its launches take to issue, and a graph's own copy of its
 # rows would cost memory: 2^25 floats are 128 MiB, 10,900 rows of 3x32x32 or 220 of 3x224x224.
 _MOST_ELEMENTS = 1 << 25
 # A capture costs about two steps.
-_WORTH = 8
-# Graphs kept, the last ones used: a batch meets one or two sizes at every level of a solver.
-_KEPT = 16
+_WORTH = 4
+# Graphs kept, the last ones used: a batch meets one or two sizes at every level of a solver, with two graphs for each.
+_KEPT = 32
 # Signatures whose uses are counted.
 _COUNTED = 1024
 # One capture at a time in a process, says torch.
@@ -162,8 +163,9 @@ class _Parts:
             return made
         return value
 
-    def of_role(self, least: int) -> list[Tensor]:
-        return [t for t, role in zip(self.tensors, self.roles, strict=True) if role >= least]
+    def of_role(self, least: int) -> list[int]:
+        """Places of the tensors that are at least that."""
+        return [place for place, role in enumerate(self.roles) if role >= least]
 
 
 def _is_record(value: Any) -> bool:
@@ -222,19 +224,22 @@ class _Captured:
     def __init__(self, parts: _Parts, record: Any, body: Callable[[Any], None], device: Device) -> None:
         # The signature names what is opaque by its address.
         self._opaque = parts.opaque
-        self._tensors = [t.detach().clone() for t in parts.tensors]
-        self._roles = parts.roles
-        mine = parts.copied(record, self._tensors)
-        self._replay = device.capture(lambda: body(mine))
+        self._read = {i: parts.tensors[i].detach().clone() for i in parts.of_role(_READ)}
+        self._state = parts.of_role(_STATE)
+
+        def work() -> None:
+            # Scratch is made here: in the memory that all graphs of a device have in common.
+            tensors = [self._read[i] if i in self._read else torch.empty_like(t) for i, t in enumerate(parts.tensors)]
+            body(parts.copied(record, tensors))
+
+        self._replay = device.capture(work)
         self._device = device  # whose streams and pool go after the graph
 
     def run(self, parts: _Parts, times: int) -> None:
-        read = [t for t, role in zip(self._tensors, self._roles, strict=True) if role >= _READ]
-        _copy_all(read, parts.of_role(_READ))
+        _copy_all([*self._read.values()], [parts.tensors[i] for i in self._read])
         for _ in range(times):
             self._replay()
-        changed = [t for t, role in zip(self._tensors, self._roles, strict=True) if role == _STATE]
-        _copy_all(parts.of_role(_STATE), changed)
+        _copy_all([parts.tensors[i] for i in self._state], [self._read[i] for i in self._state])
 
 
 class Steps:

@@ -39,7 +39,9 @@ def solve_path(
     batch = problem.keys.shape[0]
     chunk = _AT_ZERO if max_batch is None else min(_AT_ZERO, max(1, max_batch // batch))
     total = states_like(problem.inputs)
-    NoisyCopies(problem, _AT_ZERO, True, chunk).total(None, total, torch.empty_like(problem.value, dtype=torch.float64))
+    score = torch.empty_like(problem.value, dtype=torch.float64)
+    with (graphs or Graphs(False)).steps(problem.score.model, problem.keys.device) as steps:
+        NoisyCopies(problem, _AT_ZERO, True, chunk).total(None, total, score, steps)
     p = tuple(t / _AT_ZERO for t in total)
     limit = penalty.eta_max(p)
     square = squared_norm(p)

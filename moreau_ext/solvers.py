@@ -270,12 +270,16 @@ class NoisyCopies:
         scores, gradients = self._scores[size].gradient(rows)
         return scores.view(-1, size), tuple(like_layout(g, x) for g, x in zip(gradients, rows, strict=True))
 
-    def chunked_gradients(self, displacement: Tensors | None, into: Tensors, score: Tensor) -> Tensors:
+    def chunked_gradients(
+        self, displacement: Tensors | None, into: Tensors, score: Tensor, *, drawn: bool = False
+    ) -> Tensors:
         """The gradients of the last chunk at a displacement; the sum of those of the chunks before it is written
-        ``into`` tensors of the state dtype, the sum of all scores into ``score``, float64 [B]."""
+        ``into`` tensors of the state dtype, the sum of all scores into ``score``, float64 [B]. ``drawn``: the buffer of
+        the first chunk holds its noisy copies already."""
         last = len(self.chunks) - 1
         for c in range(last + 1):
-            self.write(c, displacement)
+            if c or not drawn:
+                self.write(c, displacement)
             scores, gradients = self.gradient(c)
             if c == 0:
                 torch.sum(scores, 1, dtype=torch.float64, out=score)
@@ -287,11 +291,26 @@ class NoisyCopies:
                 ops.accumulate(g, sum_of, carry=c > 0)
         return gradients
 
-    def total(self, displacement: Tensors | None, into: Tensors, score: Tensor) -> None:
+    def total(self, displacement: Tensors | None, into: Tensors, score: Tensor, steps: Steps) -> None:
         """The same with all gradients in the sum."""
-        gradients = self.chunked_gradients(displacement, into, score)
-        for g, sum_of in zip(gradients, into, strict=True):
-            ops.accumulate(g, sum_of, carry=len(self.chunks) > 1)
+        samples = sum(size for _, size in self.chunks)
+        elements = samples * sum(x.numel() for x in self.inputs)
+        steps.run(_Total.form, _Total(self, displacement, into, score), 1, key=samples, elements=elements)
+
+
+@dataclass
+class _Total:
+    """A sum of gradients at a displacement, in place: it may be captured."""
+
+    copies: NoisyCopies
+    displacement: Tensors | None = field(metadata=READ)
+    into: Tensors
+    score: Tensor
+
+    def form(self) -> None:
+        gradients = self.copies.chunked_gradients(self.displacement, self.into, self.score)
+        for g, sum_of in zip(gradients, self.into, strict=True):
+            ops.accumulate(g, sum_of, carry=len(self.copies.chunks) > 1)
 
 
 def states_like(inputs: Tensors) -> Tensors:
@@ -313,7 +332,7 @@ class _Step:
     score: Tensor  # float64 [B], sum of the samples' scores at `before`
     statistics: Tensor
     step_size: Tensors = field(metadata=READ)  # [B]
-    arrivals: Tensor = field(metadata=SCRATCH)  # for the kernels; zero between launches
+    arrivals: Tensor = field(metadata=READ)  # for the kernels; zero between launches
 
 
 @dataclass
@@ -589,11 +608,11 @@ class ProximalGradient:
         total: Tensors | None,
         number: Tensor | None = None,
     ) -> _Step:
-        """Ready for a step from a displacement; ``number``: of the step in the noise bank, 0 by default."""
+        """Ready for a step from a displacement; ``number``: of the step in the noise bank, if not the first."""
         copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
         if number is not None:
             copies.step.copy_(number)
-        copies.write(0, displacement)
+            copies.write(0, displacement)
         batch = problem.keys.shape[0]
         numbers = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
         return _Step(
@@ -613,15 +632,12 @@ class ProximalGradient:
     def _advance(self, state: _State, start: int, stop: int, steps: Steps) -> None:
         """Steps ``start`` to ``stop`` - 1."""
         averaging_from = self.max_steps - self.average_last
-        edges = {1, averaging_from, self.max_steps - 1}
+        edges = {1, averaging_from}
         for first, end in pairwise(sorted({start, stop} | {t for t in edges if start < t < stop})):
             averaging = state.step.total is not None and first >= averaging_from
             state.averaged += averaging * (end - first)
-            last = end == self.max_steps and end - first == 1
             if first == 0:
-                self._first(state, averaging, last)
-            elif last:
-                self._step(state.step, averaging=averaging, last=last)
+                self._first(state, averaging, steps)
             else:
                 steps.run(
                     partial(self._step, averaging=averaging),
@@ -631,41 +647,25 @@ class ProximalGradient:
                     elements=self.num_samples * sum(x.numel() for x in state.step.problem.inputs),
                 )
 
-    def _first(self, state: _State, averaging: bool, last: bool) -> None:
+    def _first(self, state: _State, averaging: bool, steps: Steps) -> None:
         """Step 0. All of p(0) is needed before the first shrinkage, where eta is a fraction of eta_max."""
         step, problem = state.step, state.step.problem
-        self._gradients(step, whole=True)
+        step.copies.total(step.displacement, step.gradient, step.score, steps)
         if problem.penalty is not None:
             p = tuple(g / self.num_samples for g in step.gradient)
             penalty, state.eta = problem.penalty.resolve(p)
             step.problem = replace(problem, penalty=penalty).tuned(p)
-        self._move(step, None, averaging, last)
+        self._move(step, None, averaging)
         at_zero = step.statistics[:, 3] if problem.start is None else problem.start.gradient2
         state.floor = residual_floor(step.problem, at_zero)
 
-    def _step(self, step: _Step, *, averaging: bool, last: bool = False) -> None:
-        self._move(step, self._gradients(step), averaging, last)
+    def _step(self, step: _Step, *, averaging: bool) -> None:
+        gradients = step.copies.chunked_gradients(step.displacement, step.gradient, step.score, drawn=True)
+        self._move(step, gradients, averaging)
 
-    def _gradients(self, step: _Step, whole: bool = False) -> Tensors | None:
-        """Sums gradients at the noisy copies into step.gradient; those of the last chunk are returned instead, for the
-        fused step to add, unless the ``whole`` sum is asked for."""
-        copies = step.copies
-        gradients: Tensors | None = None
-        for c in range(len(copies.chunks)):
-            if c:
-                copies.write(c, step.displacement)
-            scores, gradients = copies.gradient(c)
-            if c:
-                step.score += scores.sum(1, dtype=torch.float64)
-            else:
-                torch.sum(scores, 1, dtype=torch.float64, out=step.score)
-            if c + 1 < len(copies.chunks) or whole:
-                for g, total in zip(gradients, step.gradient, strict=True):
-                    ops.accumulate(g, total, carry=c > 0)
-        return None if whole else gradients
-
-    def _move(self, step: _Step, gradients: Tensors | None, averaging: bool, last: bool) -> None:
-        """The fused step, with the next noisy copies unless it is the last."""
+    def _move(self, step: _Step, gradients: Tensors | None, averaging: bool) -> None:
+        """The fused step, with the next noisy copies. After the last one nobody needs those, but it is a step like any
+        other, and one of many."""
         copies, problem = step.copies, step.problem
         if self.noise == "fresh":
             copies.step += 1
@@ -685,9 +685,9 @@ class ProximalGradient:
                     groups=None if problem.penalty is None else problem.penalty.partition(i),
                     total=step.total[i] if averaging and step.total is not None else None,
                     total_of=self.average_of,
-                    x=None if last else x,
-                    noise=None if last else copies.noise(i, 0),
-                    out=None if last else step.rows[i],
+                    x=x,
+                    noise=copies.noise(i, 0),
+                    out=step.rows[i],
                     arrivals=step.arrivals,
                 )
             )
