@@ -84,6 +84,8 @@ _TURNING = -0.5
 # Where in ops.SUMS begin those of all squared differences, and those of a window.
 _DIFFERENCES, _LENGTHS = ops.SUMS.index("differences"), ops.SUMS.index("lengths")
 _WAY, _BEND = ops.PRODUCTS.index("way"), ops.PRODUCTS.index("bend")
+# Numbers that the end of a level works on, for each feature: about as many maps.
+_WORKING = 16
 # One-sided 95 % of a normal.
 _QUANTILE = 1.645
 
@@ -179,11 +181,8 @@ class AdaptiveProximalGradient:
                     every = torch.arange(len(state.where), device=state.where.device)
                     pieces[2 * _FEWEST], spend = [(state, every)], _LEAST
                     continue
-                answer = _measured(state, _answer(state), max_batch, steps)
-                state.problem = answer.problem(state.problem)
-                solution = self._solution(state, answer, walk.score / state.samples, walk.before)
+                solution, samples = _look(state, walk, max_batch, steps, self.tol, self.max_gradients)
                 spend = _level_cost(state.evaluations, self.max_gradients)
-                samples = torch.where(solution.converged, 0, _next_samples(state, answer, spend))
                 samples = samples[: state.real]
                 for count in sorted(set(samples.tolist())):
                     these = (samples == count).nonzero().squeeze(1)
@@ -195,24 +194,6 @@ class AdaptiveProximalGradient:
                         bar.update(len(these))
             states = [_joined(begun, some, count, spend // count, steps) for count, some in sorted(pieces.items())]
         return in_order(finished)
-
-    def _solution(self, state: _State, answer: _Answer, scores: Tensor, before: Tensors) -> Solution:
-        """What the inputs would return now, with the bound of their residuals."""
-        problem = state.problem
-        eta = problem.penalty.eta if problem.penalty is not None and problem.tuning is not None else state.eta
-        return assemble(
-            problem,
-            eta=eta,
-            maps=answer.maps,
-            displacement=answer.displacement,
-            gradient=answer.gradient,
-            envelope=objective(problem, before, scores),
-            residual=(answer.settled + answer.spread + answer.noise).sqrt(),
-            relative_residual=answer.bound,
-            steps=state.steps,
-            evaluations=state.evaluations,
-            tol=self.tol,
-        )
 
 
 @dataclass
@@ -315,34 +296,46 @@ class _Answer:
         return replace(problem, rho=self.rho, penalty=penalty)
 
 
-def _answer(state: _State) -> _Answer:
+@dataclass
+class _Seen:
+    """What the end of a level is judged by; see :class:`_State`."""
+
+    problem: Problem
+    windows: tuple[_Window, ...]
+    squares: Tensors
+    sums: Tensor
+    curvature: Tensor
+    at_zero: Tensor
+
+
+def _answer(seen: _Seen) -> _Answer:
     """The answer of each input's best window."""
-    total = state.windows[-1]
-    best = _judge(state, total)
-    for window in reversed(state.windows[:-1]):
+    total = seen.windows[-1]
+    best = _judge(seen, total)
+    for window in reversed(seen.windows[:-1]):
         total = total + window
-        best = best.or_better(_judge(state, total))
+        best = best.or_better(_judge(seen, total))
     return best
 
 
-def _judge(state: _State, window: _Window) -> _Answer:
+def _judge(seen: _Seen, window: _Window) -> _Answer:
     p = tuple(g / over_features(window.weight.to(g.dtype), g) for g in window.gradients)
     point = tuple(d / over_features(window.weight.to(d.dtype), d) for d in window.points)
-    problem = state.problem.tuned(p)
+    problem = seen.problem.tuned(p)
     maps = p if problem.penalty is None else problem.penalty.prox(p)
     y = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
     # Variance of rho * S(p̄) per feature.
     gain = tuple(torch.ones_like(a) for a in p) if problem.penalty is None else problem.penalty.gain(p, maps)
     variance = tuple(
-        (q * c).double() * over_features(r.double().square() / (state.sums[:, _DIFFERENCES] * window.weight), q)
-        for c, q, r in zip(gain, state.squares, problem.rho, strict=True)
+        (q * c).double() * over_features(r.double().square() / (seen.sums[:, _DIFFERENCES] * window.weight), q)
+        for c, q, r in zip(gain, seen.squares, problem.rho, strict=True)
     )
     noise = _sums(variance)
     gap = _minus(point, y)
     point2, y2 = _inner(point, point), _inner(y, y)
     # Noise alone spreads the points by (γ/ρ) times its variance in a step; a gradient is nearly linear over that.
     rho = torch.stack([r.double() for r in problem.rho]).amax(0)
-    scatter = _DAMPING / (1 + rho * state.curvature) * noise * window.steps
+    scatter = _DAMPING / (1 + rho * seen.curvature) * noise * window.steps
     return _Answer(
         point=point,
         gradient=p,
@@ -353,18 +346,18 @@ def _judge(state: _State, window: _Window) -> _Answer:
         settled=_inner(gap, gap),
         spread=_ALLOWANCE**2 * (window.lengths / window.weight - point2 - scatter).clamp_min(0),
         noise=noise,
-        most_noise=_upper(state, noise, _inner(variance, variance)),
-        size=torch.maximum(torch.maximum(point2, y2).sqrt(), residual_floor(problem, state.at_zero)),
+        most_noise=_upper(seen, noise, _inner(variance, variance)),
+        size=torch.maximum(torch.maximum(point2, y2).sqrt(), residual_floor(problem, seen.at_zero)),
     )
 
 
-def _upper(state: _State, noise: Tensor, crossed: Tensor) -> Tensor:
+def _upper(seen: _Seen, noise: Tensor, crossed: Tensor) -> Tensor:
     """The 95 % quantile of ‖ρε̄‖², about noise·χ²_r/r: features that are noisy together count as one.
 
     r = 2·mean²/variance of the squared norms of the differences, at most what independent features would give. The χ²
     by Wilson and Hilferty; that its scale is only known from the differences widens it as it does an F distribution.
     """
-    count, norms, norms2 = state.sums[:, _DIFFERENCES : _DIFFERENCES + 3].unbind(1)
+    count, norms, norms2 = seen.sums[:, _DIFFERENCES : _DIFFERENCES + 3].unbind(1)
     mean = norms / count
     variance = (norms2 - count * mean.square()) / (count - 1)
     tiny = torch.finfo(torch.float64).tiny
@@ -384,34 +377,111 @@ def _mean_gradient(state: _State, copies: NoisyCopies, samples: int, place: Tens
     return tuple(g / samples for g in state.gradient)
 
 
-def _measured(state: _State, answer: _Answer, max_batch: int | None, steps: Steps) -> _Answer:
-    """The answer with the residual that y itself has where δ̄ has ‖δ̄ − y‖.
-
-    ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, and p(y) = p̄ + H(y − δ̄). A bound by ρβ‖δ̄ − y‖ would be many times as large:
-    what has not settled lies along flat directions. H along y − δ̄ is a difference of gradients whose ends see the same
-    noise, σ apart: over a way much shorter than the noise few samples would meet a kink, and most would see none.
-    """
-    samples = _AT_ENDS
-    problem = answer.problem(state.problem)
-    copies = NoisyCopies(problem, samples, True, _chunk(state, samples, max_batch))
+def _look(
+    state: _State, walk: _Walk, max_batch: int | None, steps: Steps, tol: float, budget: int
+) -> tuple[Solution, Tensor]:
+    """What the inputs would return after a level, and how many samples a step each wants in the next one, int64 [B]."""
+    problem, many = state.problem, _WORKING * sum(x.numel() for x in state.problem.inputs)
+    seen = _Seen(problem, state.windows, state.squares, state.sums, state.curvature, state.at_zero)
+    answer, stretch, places = steps.result(_answer_and_ends, seen, key="answer", elements=many)
+    copies = NoisyCopies(problem, _AT_ENDS, True, _chunk(state, _AT_ENDS, max_batch))
     copies.step.fill_(_first_draw(state.level) + state.length)  # the walk has drawn those before
+    ends = tuple(_mean_gradient(state, copies, _AT_ENDS, place, steps) for place in places)
+    state.evaluations += 2 * _AT_ENDS
+    ended = _Ended(
+        problem=problem,
+        answer=answer,
+        stretch=stretch,
+        ends=ends,
+        before=walk.before,
+        score=walk.score,
+        steps=state.steps,
+        eta=state.eta,
+        samples=state.samples,
+        evaluations=state.evaluations,
+        spend=_level_cost(state.evaluations, budget),
+    )
+    answer, solution, samples = steps.result(partial(_judged, tol=tol), ended, key=("judged", tol), elements=many)
+    state.problem = answer.problem(problem)
+    return solution, samples
+
+
+def _answer_and_ends(seen: _Seen) -> tuple[_Answer, Tensor, tuple[Tensors, ...]]:
+    """The answer, and where to take the two gradients that are compared: how many times δ̄ − y apart, and the places."""
+    answer = _answer(seen)
     way = _minus(answer.displacement, answer.point)
-    sigma = torch.stack([s.double() for s in problem.sigma]).amin(0)
+    sigma = torch.stack([s.double() for s in seen.problem.sigma]).amin(0)
     # Way below rounding there is nothing left to settle, whatever a difference says.
     stretch = (sigma / _inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
-    ends = []
-    for side in (-0.5, 0.5):
-        place = tuple(
-            d + over_features((side * stretch).to(d.dtype), d) * w for d, w in zip(answer.point, way, strict=True)
-        )
-        ends.append(_mean_gradient(state, copies, samples, place, steps))
-    there = tuple(
-        p + (b - a) / over_features(stretch.to(p.dtype), p) for p, a, b in zip(answer.gradient, *ends, strict=True)
+    places = tuple(
+        tuple(d + over_features((side * stretch).to(d.dtype), d) * w for d, w in zip(answer.point, way, strict=True))
+        for side in (-0.5, 0.5)
     )
-    maps = there if problem.penalty is None else problem.penalty.prox(there)
-    moved = tuple(over_features(r, a) * (a - b) for a, b, r in zip(maps, answer.maps, problem.rho, strict=True))
-    state.evaluations += 2 * samples
-    return replace(answer, settled=_inner(moved, moved))
+    return answer, stretch, places
+
+
+@dataclass
+class _Ended:
+    """A level that has ended, with the gradients at two places about its answer."""
+
+    problem: Problem
+    answer: _Answer
+    stretch: Tensor
+    ends: tuple[Tensors, ...]
+    before: Tensors  # the last point at which gradients were taken
+    score: Tensor  # float64 [B], sum of the samples' scores there
+    steps: Tensor
+    eta: Tensors | None
+    samples: int
+    evaluations: int
+    spend: int  # gradients of the next level
+
+    def measured(self) -> _Answer:
+        """The answer with the residual that y itself has where δ̄ has ‖δ̄ − y‖.
+
+        ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, and p(y) = p̄ + H(y − δ̄). A bound by ρβ‖δ̄ − y‖ would be many times as
+        large: what has not settled lies along flat directions. H along y − δ̄ is a difference of gradients whose ends
+        see the same noise, σ apart: over a way much shorter than the noise few samples would meet a kink, and most
+        would see none.
+        """
+        answer = self.answer
+        problem = answer.problem(self.problem)
+        there = tuple(
+            p + (b - a) / over_features(self.stretch.to(p.dtype), p)
+            for p, a, b in zip(answer.gradient, *self.ends, strict=True)
+        )
+        maps = there if problem.penalty is None else problem.penalty.prox(there)
+        moved = tuple(over_features(r, a) * (a - b) for a, b, r in zip(maps, answer.maps, problem.rho, strict=True))
+        return replace(answer, settled=_inner(moved, moved))
+
+    def next_samples(self, answer: _Answer) -> Tensor:
+        """Samples per step of each input's next level, int64 [B]: powers of two; 0 where there is none."""
+        if self.spend == 0:
+            return torch.zeros_like(self.steps)
+        most = 1 << (self.spend.bit_length() - 4)
+        usual = max(self.samples, min(most, 1 << (self.spend // _STEPS).bit_length() - 1))
+        samples = torch.where(answer.spread > answer.noise, max(usual, 2 * self.samples), usual)
+        return torch.where(answer.settled > answer.noise, self.samples, samples).clamp_max(most)
+
+
+def _judged(ended: _Ended, tol: float) -> tuple[_Answer, Solution, Tensor]:
+    """The answer, what the inputs would return now, with the bound of their residuals, and the samples they want."""
+    answer = ended.measured()
+    problem = answer.problem(ended.problem)
+    solution = assemble(
+        problem,
+        eta=problem.penalty.eta if problem.penalty is not None and problem.tuning is not None else ended.eta,
+        maps=answer.maps,
+        displacement=answer.displacement,
+        gradient=answer.gradient,
+        envelope=objective(problem, ended.before, ended.score / ended.samples),
+        residual=(answer.settled + answer.spread + answer.noise).sqrt(),
+        relative_residual=answer.bound,
+        steps=ended.steps,
+        evaluations=ended.evaluations,
+        tol=tol,
+    )
+    return answer, solution, torch.where(solution.converged, 0, ended.next_samples(answer))
 
 
 def _first_draw(level: int) -> int:
@@ -429,16 +499,6 @@ def _level_cost(spent: int, budget: int) -> int:
         return 0
     last = cost.bit_length() - 4
     return cost >> last << last
-
-
-def _next_samples(state: _State, answer: _Answer, spend: int) -> Tensor:
-    """Samples per step of each input's next level, int64 [B]: powers of two; 0 where there is none."""
-    if spend == 0:
-        return torch.zeros_like(state.where)
-    most = 1 << (spend.bit_length() - 4)
-    usual = max(state.samples, min(most, 1 << (spend // _STEPS).bit_length() - 1))
-    samples = torch.where(answer.spread > answer.noise, max(usual, 2 * state.samples), usual)
-    return torch.where(answer.settled > answer.noise, state.samples, samples).clamp_max(most)
 
 
 def _start(problem: Problem, max_batch: int | None, steps: Steps) -> _State:

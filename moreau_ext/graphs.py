@@ -33,12 +33,13 @@ Mode = Literal["auto"] | bool
 _SCRATCH, _READ, _STATE = 0, 1, 2
 SCRATCH, READ = {"role": _SCRATCH}, {"role": _READ}
 # A pass of more elements keeps a GPU busy for longer than its launches take to issue, and a graph's own copy of its
-# rows would cost memory: 2^25 floats are 128 MiB, 10,900 rows of 3x32x32 or 220 of 3x224x224.
-_MOST_ELEMENTS = 1 << 25
+# tensors would cost memory: 2^24 floats are 64 MiB, 5,461 rows of 3x32x32 or 111 of 3x224x224.
+_MOST_ELEMENTS = 1 << 24
 # A capture costs about two steps.
 _WORTH = 4
-# Graphs kept, the last ones used: a batch meets one or two sizes at every level of a solver, with two graphs for each.
-_KEPT = 32
+# Graphs kept, the last ones used: a batch meets a few sizes at every level of a solver, and each has six graphs. Their
+# tensors are few maps where a level takes few samples, and where it takes many, few inputs are in one pass.
+_KEPT = 256
 # Signatures whose uses are counted.
 _COUNTED = 1024
 # One capture at a time in a process, says torch.
@@ -120,12 +121,12 @@ class _Parts:
     """The tensors of a record, each once, with their roles, and a signature: records of equal signatures differ in
     nothing but the contents of their tensors."""
 
-    def __init__(self, record: Any) -> None:
+    def __init__(self, record: Any, role: int = _STATE) -> None:
         self.tensors: list[Tensor] = []
         self.roles: list[int] = []
         self.opaque: list[Any] = []
         self._places: dict[int, int] = {}
-        self.signature = self._visit(record, _STATE)
+        self.signature = self._visit(record, role)
 
     def _visit(self, value: Any, role: int) -> Hashable:
         if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
@@ -219,27 +220,40 @@ def _settings(device: torch.device) -> Hashable:
 
 
 class _Captured:
-    """A graph, and the record it works on."""
+    """A graph, the record it works on, and what its body returned."""
 
-    def __init__(self, parts: _Parts, record: Any, body: Callable[[Any], None], device: Device) -> None:
+    def __init__(self, parts: _Parts, record: Any, body: Callable[[Any], Any], device: Device) -> None:
         # The signature names what is opaque by its address.
         self._opaque = parts.opaque
         self._read = {i: parts.tensors[i].detach().clone() for i in parts.of_role(_READ)}
         self._state = parts.of_role(_STATE)
+        self._made: Any = None
 
         def work() -> None:
             # Scratch is made here: in the memory that all graphs of a device have in common.
             tensors = [self._read[i] if i in self._read else torch.empty_like(t) for i, t in enumerate(parts.tensors)]
-            body(parts.copied(record, tensors))
+            self._made = body(parts.copied(record, tensors))
 
         self._replay = device.capture(work)
+        self._results = _Parts(self._made)
         self._device = device  # whose streams and pool go after the graph
 
     def run(self, parts: _Parts, times: int) -> None:
+        with self._device.scope():
+            self._work(parts, times)
+            _copy_all([parts.tensors[i] for i in self._state], [self._read[i] for i in self._state])
+
+    def result(self, parts: _Parts) -> Any:
+        given = [torch.empty_like(t) for t in self._results.tensors]  # on the stream of the caller, who frees them
+        with self._device.scope():
+            self._work(parts, 1)
+            _copy_all(given, self._results.tensors)
+        return self._results.copied(self._made, given)
+
+    def _work(self, parts: _Parts, times: int) -> None:
         _copy_all([*self._read.values()], [parts.tensors[i] for i in self._read])
         for _ in range(times):
             self._replay()
-        _copy_all([parts.tensors[i] for i in self._state], [self._read[i] for i in self._state])
 
 
 class Steps:
@@ -260,6 +274,11 @@ class Steps:
         for _ in range(times):
             body(record)
 
+    def result(self, body: Callable[[Any], Any], record: Any, *, key: Hashable = None, elements: int = 0) -> Any:
+        """``body(record)``, tensors in a record; it changes nothing. Arguments as in :meth:`run`; ``elements``: that it
+        works on."""
+        return body(record)
+
     def size(self, count: int, full: int, elements: int) -> int:
         """Inputs to go on with when ``count`` of ``full`` are left: as many, or the next of a few fixed sizes, each of
         which needs a graph of its own. The surplus is to be filled up. ``elements``: of one input, see :meth:`run`."""
@@ -279,47 +298,65 @@ class _Sized(Steps):
 class _Replayed(_Sized):
     """Captures what is asked for often enough."""
 
-    def __init__(self, graphs: Graphs, model: Any, device: torch.device) -> None:
-        self._graphs, self._model, self._device = graphs, model, device
+    def __init__(self, graphs: Graphs, device: torch.device) -> None:
+        self._graphs, self._where = graphs, device
         self._settings = _settings(device)
 
     def run(
         self, body: Callable[[Any], None], record: Any, times: int, *, key: Hashable = None, elements: int = 0
     ) -> None:
-        graphs = self._graphs
-        if times == 0 or elements > _MOST_ELEMENTS or graphs._broken:
+        if times == 0 or not self._may(elements):
             super().run(body, record, times)
             return
         parts = _Parts(record)
-        entry = (key, parts.signature, self._settings)
-        known = graphs._captured.get(entry)
-        if known is None:
-            if len(graphs._uses) > _COUNTED:
-                graphs._uses.clear()  # arguments that differ in every call would fill it
-            graphs._uses[entry] += times
-            if graphs._uses[entry] < _WORTH:
-                super().run(body, record, times)
-                return
-        where = graphs._device(self._device)
-        with where.scope():
-            if known is None:
+        known, worth = self._known((key, parts.signature, self._settings), times)
+        if known is None and worth:
+            with self._device().scope():
                 # A step for real, which also warms up: libraries choose their algorithms and take their workspace.
                 body(record)
                 times -= 1
-                known = self._capture(entry, parts, record, body, where)
-            if known is None:
-                super().run(body, record, times)
-            else:
-                graphs._captured.move_to_end(entry)
-                known.run(parts, times)
+                known = self._capture((key, parts.signature, self._settings), parts, record, body)
+        if known is None:
+            super().run(body, record, times)
+        else:
+            known.run(parts, times)
 
-    def _capture(
-        self, entry: Hashable, parts: _Parts, record: Any, body: Callable[[Any], None], where: Device
-    ) -> _Captured | None:
+    def result(self, body: Callable[[Any], Any], record: Any, *, key: Hashable = None, elements: int = 0) -> Any:
+        if not self._may(elements):
+            return super().result(body, record)
+        parts = _Parts(record, _READ)
+        known, worth = self._known((key, parts.signature, self._settings), 1)
+        if known is not None:
+            return known.result(parts)
+        made = super().result(body, record)
+        if worth:
+            with self._device().scope():
+                self._capture((key, parts.signature, self._settings), parts, record, body)
+        return made
+
+    def _may(self, elements: int) -> bool:
+        return elements <= _MOST_ELEMENTS and not self._graphs._broken
+
+    def _known(self, entry: Hashable, times: int) -> tuple[_Captured | None, bool]:
+        """What was captured, and if nothing, whether it is time to."""
+        graphs = self._graphs
+        known = graphs._captured.get(entry)
+        if known is not None:
+            graphs._captured.move_to_end(entry)
+            return known, True
+        if len(graphs._uses) > _COUNTED:
+            graphs._uses.clear()  # arguments that differ in every call would fill it
+        graphs._uses[entry] += times
+        return None, graphs._uses[entry] >= _WORTH
+
+    def _device(self) -> Device:
+        return self._graphs._device(self._where)
+
+    def _capture(self, entry: Hashable, parts: _Parts, record: Any, body: Callable[[Any], Any]) -> _Captured | None:
         graphs = self._graphs
         try:
             with _capturing:
-                made = _Captured(parts, record, body, where)
+                made = _Captured(parts, record, body, self._device())
         except Exception as error:
             graphs._cannot(error)
             return None
@@ -371,7 +408,7 @@ class Graphs:
             if self._model is not model or self._known is None or not self._known.unmoved(model):
                 self._forget()
                 self._model, self._known = model, _Weights(model)
-            yield _Replayed(self, model, device)
+            yield _Replayed(self, device)
         finally:
             self._lock.release()
 

@@ -21,6 +21,12 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(REASON is not None, reason=st
 
 
 @pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures at the first use, so that the second explanation replays all there is."""
+    monkeypatch.setattr("moreau_ext.graphs._WORTH", 1)
+
+
+@pytest.fixture(autouse=True)
 def _deterministic() -> Iterator[None]:
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
@@ -193,21 +199,24 @@ def test_memory_is_returned_with_the_explainer() -> None:
 
 @pytest.mark.parametrize("solver", ["auto", "fixed"])
 def test_no_step_waits_for_the_device(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither replayed nor one by one."""
-    inner = Steps.run
+    """Neither replayed nor one by one; nor the end of a level."""
 
     def waiting(mode: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this is a prototype
             torch.cuda.set_sync_debug_mode(mode)
 
-    def strict(self: Any, *args: Any, **kwargs: Any) -> None:
-        waiting("error")
-        try:
-            inner(self, *args, **kwargs)
-        finally:
-            waiting("default")
+    def strictly(inner: Any) -> Any:
+        def strict(*args: Any, **kwargs: Any) -> Any:
+            waiting("error")
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                waiting("default")
 
-    monkeypatch.setattr(Steps, "run", strict)
+        return strict
+
+    for name in ("run", "result"):
+        monkeypatch.setattr(Steps, name, strictly(getattr(Steps, name)))
     explainer = SparseMoreauGrad(net(), rho=0.1, eta_ratio=0.2, solver=SOLVERS[solver], cuda_graphs=False)
     explainer.attribute(digits(4))

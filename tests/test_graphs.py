@@ -29,7 +29,7 @@ from moreau_ext import (
     Tiles,
     zoo,
 )
-from moreau_ext.graphs import _WORTH, READ, SCRATCH, Graphs, Steps, _Parts, _Sized
+from moreau_ext.graphs import READ, SCRATCH, Graphs, Steps, _Parts, _Sized
 
 SOLVERS = {
     "auto": AdaptiveProximalGradient(),
@@ -39,6 +39,12 @@ SOLVERS = {
     "paper": ProximalGradient.paper(4, 130),
     "bank": ProximalGradient(4, 40, noise="fixed", average_last=1),
 }
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures at the first use, so that the second explanation replays all there is."""
+    monkeypatch.setattr("moreau_ext.graphs._WORTH", 1)
 
 
 def on_tape(explainer: Any, mode: Any = "auto") -> list[Tape]:
@@ -102,8 +108,8 @@ def test_replays_give_the_bits_of_steps_one_by_one(solver: str, name: str) -> No
         captures.append(tapes[0].captures)
     assert tapes[0].replays > 8
     if solver in ("fixed", "paper", "bank"):
-        # The stretches of an explanation: before averaging, and while averaging.
-        assert captures[0] == captures[1] <= 2 * (2 if "chunks" in name else 1)
+        # The first pass, and the stretches of an explanation: before averaging, and while averaging.
+        assert captures[0] == captures[1] <= 3 * (2 if "chunks" in name else 1)
 
 
 def test_replays_agree_with_an_explainer_without_graphs() -> None:
@@ -364,7 +370,7 @@ def test_what_is_given_out_stays() -> None:
 
 
 def test_memory_goes_with_the_explainer_and_old_graphs_with_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moreau_ext.graphs._KEPT", 3)
+    monkeypatch.setattr("moreau_ext.graphs._KEPT", 6)  # two for every size: the first pass, and steps
     model = small()
     explainer = MoreauGrad(model, solver=ProximalGradient(2, 20, average_last=1))
     on_tape(explainer)
@@ -374,10 +380,51 @@ def test_memory_goes_with_the_explainer_and_old_graphs_with_new_ones(monkeypatch
         captured.append(weakref.ref(next(reversed(explainer._graphs._captured.values()))))
     gc.collect()
     assert [r() is not None for r in captured] == [False, False, False, True, True, True]
-    assert sum(uses >= _WORTH for uses in explainer._graphs._uses.values()) == 3
+    assert len(explainer._graphs._uses) == 6
     del explainer
     gc.collect()
     assert all(r() is None for r in captured)
+
+
+def test_results() -> None:
+    """A result is the caller's: neither the graph's memory nor the record's, and nothing of the record has changed."""
+
+    @dataclass
+    class Record:
+        a: Tensor
+        spare: Tensor = field(metadata=SCRATCH)
+
+    def body(record: Record) -> dict[str, Any]:
+        record.spare.copy_(record.a * 2)
+        return {"sum": (record.spare + 1, record.a), "n": 3}
+
+    graphs = Graphs("auto", Tape)
+    found, given = [], []
+    with graphs.steps(small(), torch.device("cpu")) as steps:
+        for i in range(4):
+            record = Record(torch.full((3,), float(i)), torch.empty(3))
+            given.append(record)
+            found.append(steps.result(body, record, key="body"))
+        assert steps.result(body, record, key="body", elements=1 << 40)["n"] == 3
+    assert len(graphs._captured) == 1
+    for i, (record, result) in enumerate(zip(given, found, strict=True)):
+        assert torch.equal(result["sum"][0], torch.full((3,), 2.0 * i + 1))
+        assert torch.equal(result["sum"][1], torch.full((3,), float(i)))
+        assert torch.equal(record.a, torch.full((3,), float(i)))
+        assert i == 0 or result["sum"][1] is not record.a
+        assert result["n"] == 3
+
+
+def test_a_graph_is_made_for_what_comes_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moreau_ext.graphs._WORTH", 4)
+    explainer = MoreauGrad(small(), solver=ProximalGradient(2, 4, average_last=1))
+    tapes = on_tape(explainer)
+    x = torch.randn(2, 6)
+    expected = [explainer.attribute(x, 0) for _ in range(6)]
+    assert all(torch.equal(maps, expected[0]) for maps in expected)
+    # Each has a first pass, captured in the fourth, and three more steps, of which the fourth is captured.
+    assert tapes[0].captures == 2
+    assert tapes[0].replays == 2 + (2 + 4 * 3)
 
 
 def test_copies_and_pickles_begin_anew() -> None:
@@ -400,7 +447,7 @@ def test_settings_that_would_be_frozen_get_their_own_graphs() -> None:
     plain = explainer.attribute(x, 0)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = explainer.attribute(x, 0)
-    assert tapes[0].captures == 2
+    assert tapes[0].captures == 2 * 2
     assert not torch.equal(plain, rounded)
     assert torch.equal(explainer.attribute(x, 0), plain)
 
