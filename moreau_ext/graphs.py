@@ -39,7 +39,7 @@ _MOST_ELEMENTS = 1 << 24
 _WORTH = 4
 # Graphs kept, the last ones used: a batch meets a few sizes at every level of a solver, and each has six graphs. Their
 # tensors are few maps where a level takes few samples, and where it takes many, few inputs are in one pass.
-_KEPT = 256
+_KEPT = 128
 # Signatures whose uses are counted.
 _COUNTED = 1024
 # One capture at a time in a process, says torch.
