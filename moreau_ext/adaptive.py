@@ -176,7 +176,7 @@ class AdaptiveProximalGradient:
             spend = 0
             for state in states:
                 walk = _walk(state, _chunk(state, state.samples, max_batch), steps)
-                check_finite(walk.statistics, walk.score, state.problem.ids, int(state.steps.max()) - 1)
+                check_finite(walk.statistics, walk.score, state.problem.ids, state.steps)
                 if state.level == 0:
                     every = torch.arange(len(state.where), device=state.where.device)
                     pieces[2 * _FEWEST], spend = [(state, every)], _LEAST

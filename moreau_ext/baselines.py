@@ -192,7 +192,7 @@ class SparsifiedSmoothGrad(Noisy):
             scores, gradients = copies.gradient(chunk)
             flat = torch.cat([flat_rows(g).to(state) for g in gradients], dim=1)
             largest = flat.abs().view(batch, -1).amax(1, keepdim=True)
-            check_finite(largest, scores.sum(1), problem.ids, 0)
+            check_finite(largest, scores.sum(1), problem.ids, 1)
             top, where = flat.abs().topk(keep, dim=1)
             level = top[:, clip - 1 : clip]
             scaled = torch.where(level > 0, top.minimum(level) / level, 0.0)

@@ -565,7 +565,7 @@ class ProximalGradient:
                 continue
             alive = state.alive.nonzero().squeeze(1)
             step = state.step
-            check_finite(step.statistics[alive], step.score[alive], step.problem.ids[alive], t - 1)
+            check_finite(step.statistics[alive], step.score[alive], step.problem.ids[alive], t)
             solution = self._result(state, t)
             done = (state.alive if last else state.alive & solution.converged).nonzero().squeeze(1)
             if len(done) == 0:
@@ -772,14 +772,14 @@ def rows_of(eta: Tensor, batch: int) -> Tensor:
     return eta.expand(batch, *eta.shape[1:]) if eta.dim() > 1 else eta
 
 
-def check_finite(statistics: Tensor, scores: Tensor, ids: Tensor, t: int) -> None:
-    """Raises ValueError, naming the inputs, where a step's statistics or scores are not finite."""
+def check_finite(statistics: Tensor, scores: Tensor, ids: Tensor, steps: int | Tensor) -> None:
+    """Raises ValueError, naming the inputs, where a step's statistics or scores are not finite. ``steps``: so far."""
     wrong = ~(torch.isfinite(statistics).all(1) & torch.isfinite(scores))
     if bool(wrong.any()):
-        which = ids[wrong].tolist()
+        which, step = ids[wrong].tolist(), int(torch.as_tensor(steps).max())
         shown = ", ".join(map(str, which[:5])) + (", ..." if len(which) > 5 else "")
         raise ValueError(
-            f"model: the gradient or the score for input id {shown} is not finite (seen at step {t + 1}). Likely "
+            f"model: the gradient or the score for input id {shown} is not finite (seen at step {step}). Likely "
             "causes: overflow in half precision, a square root or logarithm at 0 in the model, or a step_size too "
             "large for this rho"
         )
