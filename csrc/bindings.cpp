@@ -68,9 +68,7 @@ PYBIND11_MODULE(_core, m) {
       }));
 
 #ifdef MOREAU_CUDA
-  py::class_<cuda::Stream>(m, "Stream").def(py::init<int>()).def_property_readonly("address", [](const cuda::Stream& s) {
-    return Address(s.address());
-  });
+  m.def("make_stream", [](int device) { return reinterpret_cast<Address>(cuda::make_stream(device)); });
 #endif
 
   m.def("perturb", [](int dtype, const Extents& extents, Address x, Address displacement, const Noise& noise,

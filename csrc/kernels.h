@@ -165,17 +165,7 @@ void momentum_update(const Momentum&, int device, void* stream);
 int64_t momentum_partials(int64_t features);
 
 // A stream that nobody else has. Those of torch come from 32 per device, dealt out in turn.
-class Stream {
- public:
-  explicit Stream(int device);
-  ~Stream();
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  void* address() const { return address_; }
-
- private:
-  void* address_;
-};
+void* make_stream(int device);
 }  // namespace cuda
 
 }  // namespace moreau

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .memory import Limit
-from .scores import has_hooks
+from .scores import has_global_hooks, has_hooks
 
 Mode = Literal["auto"] | bool
 
@@ -100,14 +100,21 @@ class _Cuda:
         collecting = gc.isenabled()
         gc.disable()
         try:
+            # torch sets random numbers' seeds for the graph, which replays may be reading.
+            self._capturing_stream.wait_stream(self._stream)
             with torch.cuda.stream(self._capturing_stream):
                 # "thread_local": other threads may allocate meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    body()
+                    with _without_autocast_cache():
+                        body()
                 except BaseException:
-                    with suppress(RuntimeError):  # the capture is invalid already; what made it so is on its way
+                    # The capture is invalid already; what made it so is on its way. Older versions of torch go on
+                    # giving out memory of the pool after that.
+                    with suppress(RuntimeError):
                         graph.capture_end()
+                    with suppress(RuntimeError):
+                        torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
                     raise
                 graph.capture_end()
         finally:
@@ -115,6 +122,17 @@ class _Cuda:
                 gc.enable()
         replay: Callable[[], None] = graph.replay
         return replay
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """The weights that an autocast of the caller has cast are gone at its end; a graph must cast them itself."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 class _Parts:
@@ -190,32 +208,60 @@ def _copy_all(to: list[Tensor], values: list[Tensor]) -> None:
 
 
 class _Weights:
-    """Where the parameters and buffers of a model lie."""
+    """What a model is made of: its modules, their numbers, and where their tensors lie."""
 
     def __init__(self, model: Any) -> None:
-        self._tensors = _weights(model)
+        self._tensors, self._rest = _made_of(model)
         self._aliases = [t.detach() for t in self._tensors]  # these keep the memory from others
 
     def unmoved(self, model: Any) -> bool:
-        """Whether a graph that was captured with them still reads what the model has; values may have changed."""
-        now = _weights(model)
-        return len(now) == len(self._tensors) and all(
-            t is known and t.is_set_to(alias) for t, known, alias in zip(now, self._tensors, self._aliases, strict=True)
+        """Whether a graph that was captured with them still does what the model does; values of tensors may differ."""
+        now, rest = _made_of(model)
+        return (
+            rest == self._rest
+            and len(now) == len(self._tensors)
+            and all(
+                t is known and t.is_set_to(alias)
+                for t, known, alias in zip(now, self._tensors, self._aliases, strict=True)
+            )
         )
 
+    def on(self, device: torch.device) -> bool:
+        """Whether all of them are there: what lies elsewhere is a number to a graph."""
+        return all(t.device == device for t in self._tensors)
 
-def _weights(model: Any) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+
+def _made_of(model: Any) -> tuple[list[Tensor], list[Any]]:
+    if not isinstance(model, nn.Module):
+        return [], []
+    tensors, rest = [*model.parameters(), *model.buffers()], list[Any]()
+    for module in model.modules():
+        rest.append((id(module), type(module).forward))
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                tensors.append(value)
+            elif callable(value):
+                rest.append((name, id(value)))
+            elif value is None or isinstance(value, (bool, int, float, str)) or _is_numbers(value):
+                rest.append((name, value))
+    return tensors, rest
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, (bool, int, float, str)) for v in value)
 
 
 def _settings(device: torch.device) -> Hashable:
     """What is read while a pass is captured, and would be frozen."""
-    cudnn = torch.backends.cudnn
+    backends: Any = torch.backends
+    cudnn, cuda, matmul = backends.cudnn, backends.cuda, backends.cuda.matmul
     return (
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
     )
 
 
@@ -309,13 +355,12 @@ class _Replayed(_Sized):
             super().run(body, record, times)
             return
         parts = _Parts(record)
-        known, worth = self._known((key, parts.signature, self._settings), times)
+        known, worth = self._known(key, parts, times)
         if known is None and worth:
-            with self._device().scope():
-                # A step for real, which also warms up: libraries choose their algorithms and take their workspace.
-                body(record)
-                times -= 1
-                known = self._capture((key, parts.signature, self._settings), parts, record, body)
+            # A step for real, which also warms up: libraries choose their algorithms.
+            body(record)
+            times -= 1
+            known = self._capture(key, parts, record, body)
         if known is None:
             super().run(body, record, times)
         else:
@@ -325,21 +370,27 @@ class _Replayed(_Sized):
         if not self._may(elements):
             return super().result(body, record)
         parts = _Parts(record, _READ)
-        known, worth = self._known((key, parts.signature, self._settings), 1)
+        known, worth = self._known(key, parts, 1)
         if known is not None:
             return known.result(parts)
         made = super().result(body, record)
         if worth:
-            with self._device().scope():
-                self._capture((key, parts.signature, self._settings), parts, record, body)
+            self._capture(key, parts, record, body)
         return made
 
     def _may(self, elements: int) -> bool:
         return elements <= _MOST_ELEMENTS and not self._graphs._broken
 
-    def _known(self, entry: Hashable, times: int) -> tuple[_Captured | None, bool]:
+    def _entry(self, key: Hashable, parts: _Parts) -> Hashable:
+        return (key, parts.signature, self._settings)
+
+    def _known(self, key: Hashable, parts: _Parts, times: int) -> tuple[_Captured | None, bool]:
         """What was captured, and if nothing, whether it is time to."""
-        graphs = self._graphs
+        graphs, entry = self._graphs, self._entry(key, parts)
+        if any(t.device != self._where for t in parts.tensors):
+            return None, False  # a number of the CPU's would be frozen
+        if graphs._mode == "auto" and any(o is not graphs._model for o in parts.opaque):
+            return None, False  # who knows what it holds
         known = graphs._captured.get(entry)
         if known is not None:
             graphs._captured.move_to_end(entry)
@@ -349,18 +400,16 @@ class _Replayed(_Sized):
         graphs._uses[entry] += times
         return None, graphs._uses[entry] >= _WORTH
 
-    def _device(self) -> Device:
-        return self._graphs._device(self._where)
-
-    def _capture(self, entry: Hashable, parts: _Parts, record: Any, body: Callable[[Any], Any]) -> _Captured | None:
+    def _capture(self, key: Hashable, parts: _Parts, record: Any, body: Callable[[Any], Any]) -> _Captured | None:
         graphs = self._graphs
+        where = graphs._device(self._where)
         try:
-            with _capturing:
-                made = _Captured(parts, record, body, self._device())
+            with _capturing, where.scope():
+                made = _Captured(parts, record, body, where)
         except Exception as error:
             graphs._cannot(error)
             return None
-        graphs._captured[entry] = made
+        graphs._captured[self._entry(key, parts)] = made
         while len(graphs._captured) > _KEPT:
             oldest, _ = graphs._captured.popitem(last=False)
             graphs._uses.pop(oldest, None)
@@ -408,7 +457,7 @@ class Graphs:
             if self._model is not model or self._known is None or not self._known.unmoved(model):
                 self._forget()
                 self._model, self._known = model, _Weights(model)
-            yield _Replayed(self, device)
+            yield _Replayed(self, device) if self._known.on(device) else Steps()
         finally:
             self._lock.release()
 
@@ -420,8 +469,9 @@ class Graphs:
         if not ops.has_kernels(device):
             return False  # the reference waits for the device
         # A replay runs no Python: it would leave out what hooks do beside the modules.
-        plain = isinstance(model, nn.Module) and not any(has_hooks(m) for m in model.modules())
-        return self._mode is True or plain
+        if self._mode is True:
+            return True
+        return isinstance(model, nn.Module) and not (has_global_hooks() or any(has_hooks(m) for m in model.modules()))
 
     def _device(self, device: torch.device) -> Device:
         if device not in self._devices:

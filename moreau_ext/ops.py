@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
+from collections import defaultdict
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -59,8 +61,13 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and _core.cuda_version is not None)
 
 
+# Streams of private_stream() that nobody has any more, by device. None is ever destroyed: torch's allocator remembers
+# the streams that it gave memory to, and waits for them.
+_spare_streams: defaultdict[int, list[int]] = defaultdict(list)
+
+
 def private_stream(device: torch.device) -> Any:
-    """A torch.cuda.Stream that nobody else has.
+    """A torch.cuda.Stream that nobody else has, as long as the object lives.
 
     Those of ``torch.cuda.Stream()`` are 32 per device, dealt out in turn: the 33rd is the first again, and torch lends
     cuBLAS one workspace per stream, in a capture and at once.
@@ -71,9 +78,14 @@ def private_stream(device: torch.device) -> Any:
     Raises:
         RuntimeError: CUDA could not create it.
     """
-    owned = _core.Stream(torch.cuda.current_device() if device.index is None else device.index)
-    stream: Any = torch.cuda.ExternalStream(owned.address, device=device)  # type: ignore[no-untyped-call]
-    stream.owned = owned  # ends with it
+    index = torch.cuda.current_device() if device.index is None else device.index
+    spare = _spare_streams[index]
+    try:
+        address = spare.pop()
+    except IndexError:
+        address = _core.make_stream(index)
+    stream: Any = torch.cuda.ExternalStream(address, device=device)  # type: ignore[no-untyped-call]
+    weakref.finalize(stream, spare.append, address).atexit = False
     return stream
 
 

@@ -454,7 +454,14 @@ def check_score_settings(score: str, unused_inputs: str) -> None:
         raise ValueError(f"unused_inputs: expected 'raise' or 'zero', got {unused_inputs!r}")
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module, not counting those inside it, runs more than its forward."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in names)
+    return any(getattr(module, name, None) for name in _HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """Whether calling any module does."""
+    return any(getattr(nn.modules.module, "_global" + name, None) for name in _HOOKS)

@@ -153,6 +153,30 @@ def test_a_model_that_waits_for_a_value_runs_one_by_one() -> None:
     assert other._graphs._captured
 
 
+def test_an_autocast_of_the_callers_that_comes_again() -> None:
+    """Its weights are cast anew each time, and the last ones may be anything by then."""
+    explainer, x = MoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 40), cuda_graphs="auto"), digits(6)
+    plain = MoreauGrad(net(), rho=0.1, solver=ProximalGradient(4, 40), cuda_graphs=False)
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            found, expected = explainer.attribute(x), plain.attribute(x)
+        assert torch.equal(found, expected)
+        spoil = [torch.full((n,), float("nan"), device=DEVICE) for n in (1 << 10, 1 << 14, 1 << 18) for _ in range(40)]
+        del spoil
+
+
+def test_a_number_of_the_cpu_is_not_frozen() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return (x.tanh() * scale).sum(1)
+
+    x = torch.randn(3, 5, device=DEVICE)
+    explainer = MoreauGrad(Scaled().eval(), solver=ProximalGradient(4, 40), cuda_graphs="auto")
+    plain = MoreauGrad(Scaled().eval(), solver=ProximalGradient(4, 40), cuda_graphs=False)
+    for scale in (torch.tensor(1.0), torch.tensor(2.0)):
+        assert torch.equal(explainer.attribute(x, None, scale), plain.attribute(x, None, scale))
+
+
 def test_what_is_lent_to_cublas_outlives_other_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch takes the workspaces of a stream back when a graph that was captured there is destroyed, and all of them
     when told to; graphs that go on must not write to what is then somebody else's memory, nor read it."""

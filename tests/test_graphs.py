@@ -281,6 +281,53 @@ def test_what_is_not_captured() -> None:
             MoreauGrad(model, cuda_graphs=wrong)  # type: ignore[arg-type]
 
 
+def test_what_a_replay_would_freeze_is_not_captured() -> None:
+    """Objects whose insides nobody sees, unless asked for; a model whose numbers or modules have changed."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.factor, self.table = small(), 1.0, torch.ones(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * self.factor * self.table
+
+    class Which:
+        index = 0
+
+        def __call__(self, output: Tensor) -> Tensor:
+            return output[:, self.index]
+
+    x, target = torch.randn(2, 6), Which()
+    model = Scale().eval()
+    explainer = MoreauGrad(model, solver=ProximalGradient(2, 20))
+    tapes = on_tape(explainer)
+
+    def right(target: Any) -> bool:
+        found = explainer.attribute(x, target)
+        return torch.equal(found, MoreauGrad(model, solver=ProximalGradient(2, 20)).attribute(x, target))
+
+    assert right(target)
+    target.index = 1
+    assert right(target)
+    assert not tapes
+    for change in (
+        lambda: None,
+        lambda: setattr(model, "factor", 3.0),
+        lambda: setattr(model, "table", torch.full((3,), 2.0)),
+        lambda: model.net.__setitem__(1, nn.Tanh().eval()),
+    ):
+        change()
+        assert right(0)
+        replays = tapes[-1].replays
+        assert right(0)
+        assert tapes[-1].replays > replays
+    assert len(tapes) == 4
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert right(0)
+    assert len(tapes) == 4
+
+
 def test_in_bfloat16() -> None:
     x = zoo.digits("test").inputs[:7]
     for solver in (SOLVERS["auto"], SOLVERS["fixed"]):
