@@ -561,7 +561,7 @@ def test_a_model_used_as_it_is_comes_back_in_its_mode() -> None:
 
 
 def test_a_scripted_model() -> None:
-    with pytest.warns(DeprecationWarning, match="deprecated"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="deprecated"):
         model = torch.jit.trace(shaken(Attributes()), IMAGES)
     prepared = prepare(model, IMAGES, max_batch=4)
     torch.testing.assert_close(prepared.model(IMAGES), model(IMAGES))
