@@ -76,7 +76,8 @@ def cases(device: str, quick: bool) -> list[Case]:
 
     def vit() -> nn.Module:
         model = vit_b_16()
-        nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision begins with zeros: a flat score, solved at once
+        # torchvision begins with zeros there: a flat score, solved at once.
+        nn.init.normal_(model.heads.head.weight, std=0.02)
         return model
 
     large = (("ResNet-50 3x224x224", resnet50), ("ViT-B/16 3x224x224", vit))

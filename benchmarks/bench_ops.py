@@ -16,15 +16,16 @@ call from Python counts. Then small sizes: called, as a replay, and as one of 20
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import ptxas_table
 import sass_table
 import torch
-from timing import interleaved, parser, replayed, report
+from timing import interleaved, parser, replayed, report, save
 from torch import Tensor
 
 from moreau_ext import Pixels, Tiles, ops, reference
@@ -185,10 +186,10 @@ def machine_code() -> dict[str, sass_table.Row]:
         return {r.kernel: r for r in sass_table.rows(ptxas_table.SOURCES / "prox_step.cu", sm, Path(folder))}
 
 
-def roofline(rounds: int) -> list[dict[str, Any]]:
-    """What each variant moves and how fast, at sizes where memory should be the limit."""
-    static = machine_code()
-    rows: list[dict[str, Any]] = []
+def roofline(rounds: int) -> Iterator[dict[str, Any]]:
+    """What each variant moves and how fast, at sizes where memory should be the limit. A graph holds several steps, so
+    that what passes between two replays is not counted as a step's."""
+    static, times = machine_code(), 8
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for size, (batch, samples, features) in LARGE.items():
@@ -214,8 +215,9 @@ def roofline(rounds: int) -> list[dict[str, Any]]:
                 "copy": partial(b.copy.copy_, b.gradients),
             }
             # But for the copy, which as a node of a graph may go another, slower way.
-            steps = {n: run if n == "copy" else replayed(run) for n, run in {**runs, **others}.items()}
-            seconds = interleaved(steps, "cuda", rounds)
+            steps = {n: partial(repeated, run, times) for n, run in {**runs, **others}.items()}
+            graphs = {n: run if n == "copy" else replayed(run) for n, run in steps.items()}
+            seconds = {n: s / times for n, s in interleaved(graphs, "cuda", rounds).items()}
             stored, state = b.gradients.element_size(), b.displacement.element_size()
             copy = 2 * stored * b.gradients.numel() / seconds["copy"]
             for variant in runs:
@@ -226,26 +228,24 @@ def roofline(rounds: int) -> list[dict[str, Any]]:
                 if kind != "no noise":
                     moved += stored * (b.gradients.numel() + b.x.numel())
                 code = static.get(f"prox_step_{'group_' if grouped else ''}kernel<{name}, 1>")
-                rows.append(
-                    {
-                        "[B,m,d]": size,
-                        "dtype": name,
-                        "variant": variant,
-                        "MB moved": moved / 1e6,
-                        "ms": seconds[variant] * 1e3,
-                        "GB/s": moved / seconds[variant] / 1e9,
-                        "share of copy": moved / seconds[variant] / copy,
-                        "L1's time / its": seconds[kind] / seconds[variant],
-                        # Neither knows groups: they are held against the L1 update.
-                        "eager / its": seconds[f"eager {kind}"] / seconds[variant],
-                        "compile / its": seconds[f"compile {kind}"] / seconds[variant],
-                        "registers": code and code.registers,
-                        "spilled": code and code.spilled,
-                        "occupancy": code and code.occupancy,
-                        "instructions": code and (code.antithetic if kind == "antithetic" else code.independent),
-                    }
-                )
-    return rows
+                yield {
+                    "[B,m,d]": size,
+                    "dtype": name,
+                    "variant": variant,
+                    "MB moved": moved / 1e6,
+                    "ms": seconds[variant] * 1e3,
+                    "GB/s": moved / seconds[variant] / 1e9,
+                    "share of copy": moved / seconds[variant] / copy,
+                    "L1's time / its": seconds[kind] / seconds[variant],
+                    # Neither knows groups: they are held against the L1 update.
+                    "eager / its": seconds[f"eager {kind}"] / seconds[variant],
+                    "compile / its": seconds[f"compile {kind}"] / seconds[variant],
+                    "registers": code and code.registers,
+                    "spilled": code and code.spilled,
+                    "occupancy": code and code.occupancy,
+                    "loads in flight": code and code.in_flight,
+                    "instructions": code and (code.antithetic if kind == "antithetic" else code.independent),
+                }
 
 
 def repeated(run: Callable[[], Any], times: int) -> None:
@@ -253,10 +253,9 @@ def repeated(run: Callable[[], Any], times: int) -> None:
         run()
 
 
-def small(rounds: int) -> list[dict[str, Any]]:
+def small(rounds: int) -> Iterator[dict[str, Any]]:
     """Microseconds of a step that cannot fill a GPU: called from Python; as a replay of a CUDA graph; and as one of 20
     in a graph, where nothing waits for the launch of a graph: there a solver's step has its own."""
-    rows: list[dict[str, Any]] = []
     for size, (batch, samples, features) in SMALL.items():
         torch.compiler.reset()
         b = Buffers(batch, samples, features, "cuda", torch.float32)
@@ -275,8 +274,7 @@ def small(rounds: int) -> list[dict[str, Any]]:
             micro = {f"{name} µs": s * 1e6 for name, s in seconds.items()}
             fast = seconds["fused"]
             ratios = {"eager / fused": seconds["eager"] / fast, "compile / fused": seconds["compile"] / fast}
-            rows.append({"[B,m,d]": size, "how": how, **micro, **ratios})
-    return rows
+            yield {"[B,m,d]": size, "how": how, **micro, **ratios}
 
 
 def main() -> None:
@@ -358,7 +356,9 @@ def main() -> None:
     )
     rows += momentum(device, rounds)
     if device == "cuda":
-        rows += roofline(rounds) + small(rounds)
+        for row in chain(roofline(rounds), small(rounds)):
+            rows.append(row)
+            save("ops", device, rows, arguments.json)
     report("ops", device, rows, arguments.json)
 
 

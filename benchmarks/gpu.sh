@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, without a network: builds, tests, sanitizes, measures, and writes one JSON
-# under benchmarks/results/, named after the GPU. Needs a Python that has a CUDA build of torch (2.11 or newer), numpy,
-# setuptools, pybind11, cmake, ninja and pytest (and scipy, hypothesis, scikit-learn for the tests that use them), and nvcc.
-# compute-sanitizer and ncu are used where they are found.
+# under benchmarks/results/, named after the GPU, the day and the commit, anew after every part. Needs a Python that has
+# a CUDA build of torch (2.11 or newer), numpy, setuptools, pybind11, cmake, ninja and pytest (and scipy, hypothesis,
+# scikit-learn for the tests that use them), and nvcc. compute-sanitizer and ncu are used where they are found.
 #
 #   PYTHON=python3 OPTIONS=--quick benchmarks/gpu.sh [part...]
 #
 # Parts: tests memcheck racecheck initcheck synccheck ops precision ncu explainers; all of them where none is named. The
 # build comes first, always. On a machine that is lent for minutes at a time, name a few: what other runs of the same day
 # and commit found stays in the file. OPTIONS go to the benchmarks; ONLY=TEXT leaves the explainers' models with TEXT in
-# their name; LIMIT=SECONDS ends a part; LOGS=FOLDER keeps what each part printed. A part that fails is recorded and the
-# next one runs; the exit status is 1 if any failed.
+# their name; LIMIT=SECONDS ends a part; LOGS=FOLDER keeps what the parts print; COMMIT=HASH where this is no git clone.
+# A part that fails is recorded and the next one runs; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 root=$PWD
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+logs=${LOGS:-$work}
 export OMP_WAIT_POLICY=PASSIVE
 # A crash shows the line that it came at.
 export PYTHONFAULTHANDLER=1
 failed=0
-declare -A status seconds
 
 for module in torch pybind11 cmake ninja pytest; do
   "$python" -c "import $module" 2>/dev/null || command -v "$module" >/dev/null ||
@@ -38,16 +38,61 @@ command -v nvcc >/dev/null || { echo "gpu.sh: nvcc was not found" >&2; exit 2; }
 read -r -a options <<<"${OPTIONS:-}"
 parts=${*:-tests memcheck racecheck initcheck synccheck ops precision ncu explainers}
 
+record() {  # name, status, seconds: adds a part to the JSON
+  RECORDED="$*" "$python" - "$work" "$root" "$logs" <<'PYTHON'
+import json, os, re, subprocess, sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+work, root, logs = map(Path, sys.argv[1:])
+name, status, seconds = os.environ["RECORDED"].split()
+
+
+def said(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # containers often come without nvidia-smi
+
+
+result = {
+    "date": date.today().isoformat(),
+    "gpu": torch.cuda.get_device_name(),
+    "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    "torch": torch.__version__,
+    "nvcc": (re.findall(r"release ([\d.]+)", said("nvcc", "--version") or "") or [None])[0],
+    "commit": os.environ.get("COMMIT") or said("git", "-C", str(root), "rev-parse", "HEAD"),
+    "parts": {},
+}
+slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
+target = root / "benchmarks" / "results" / f"{slug}-{result['date']}-{(result['commit'] or 'unknown')[:7]}.json"
+if target.exists():
+    earlier = json.loads(target.read_text())
+    result = {**earlier, **result, "parts": earlier["parts"]}
+result["parts"][name] = {"status": status, "seconds": int(seconds)}
+log, found = logs / f"{name}.log", work / f"{name}.json"
+if found.exists():
+    result[name] = json.loads(found.read_text())
+elif name == "ncu" and log.exists():
+    result[name] = [line for line in log.read_text().splitlines() if line.startswith('"') or "ERR" in line]
+elif name != "build" and log.exists():
+    result[name] = log.read_text().strip().splitlines()[-3:]
+target.parent.mkdir(parents=True, exist_ok=True)
+target.write_text(json.dumps(result, indent=2) + "\n")
+print(f"{name}: {status} in {seconds} s; in {target}")
+PYTHON
+}
+
 part() {  # name, command...
-  local name=$1 began=$SECONDS
+  local name=$1 status=passed began=$SECONDS
   [[ " build $parts " == *" $name "* ]] || return 0
   shift
   printf '\n--- %s\n' "$name"
-  if timeout "${LIMIT:-0}" "$@" >"$work/$name.log" 2>&1; then status[$name]=passed; else status[$name]=failed; failed=1; fi
-  seconds[$name]=$((SECONDS - began))
-  [[ -z ${LOGS:-} ]] || cp "$work/$name.log" "$LOGS/"
-  tail -n 25 "$work/$name.log"
-  echo "$name: ${status[$name]} in ${seconds[$name]} s"
+  timeout -k 15 "${LIMIT:-0}" "$@" >"$logs/$name.log" 2>&1 || { status=failed; failed=1; }
+  tail -n 25 "$logs/$name.log"
+  record "$name" "$status" $((SECONDS - began))
 }
 
 architecture=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
@@ -73,7 +118,7 @@ if command -v compute-sanitizer >/dev/null; then
       "${tests[@]}" "$root/tests/test_cuda.py" -k "cpu_gives or chunks_do_not or repeat or vector or group_norms"
   done
 else
-  status[sanitizer]="compute-sanitizer was not found"
+  record sanitizers not-found 0
 fi
 part ops "$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$work/ops.json" "${options[@]}"
 part precision "$python" "$root/benchmarks/bench_precision.py" --device cuda --json "$work/precision.json" "${options[@]}"
@@ -82,7 +127,7 @@ if command -v ncu >/dev/null; then
   metrics=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__inst_issued.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active
   part ncu env PYTHONPATH="$PYTHONPATH:$root/benchmarks" \
-    ncu --csv --kernel-name regex:prox_step --metrics "$metrics" "$python" -c "
+    ncu --csv --clock-control none --kernel-name regex:prox_step --metrics "$metrics" "$python" -c "
 import torch
 from bench_ops import Buffers, Tiles, fused
 for dtype in (torch.float32, torch.bfloat16):
@@ -92,58 +137,7 @@ for dtype in (torch.float32, torch.bfloat16):
             fused(b, noise=noise, structure=structure)()
 "
 else
-  status[ncu]="ncu was not found"
+  record ncu not-found 0
 fi
 part explainers "$python" "$root/benchmarks/bench_explainers.py" --device cuda --json "$work/explainers.json" --only "${ONLY:-}" "${options[@]}"
-
-for name in "${!status[@]}"; do
-  printf '%s\t%s\t%s\n' "$name" "${status[$name]}" "${seconds[$name]:-}"
-done >"$work/parts"
-"$python" - "$work" "$root" <<'PYTHON'
-import json, re, subprocess, sys
-from datetime import date
-from pathlib import Path
-
-import torch
-
-work, root = map(Path, sys.argv[1:])
-
-
-def said(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # containers often come without nvidia-smi
-
-
-result = {
-    "date": date.today().isoformat(),
-    "gpu": torch.cuda.get_device_name(),
-    "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-    "torch": torch.__version__,
-    "nvcc": (re.findall(r"release ([\d.]+)", said("nvcc", "--version") or "") or [None])[0],
-    "commit": said("git", "-C", str(root), "rev-parse", "HEAD"),
-    "parts": {},
-}
-slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
-target = root / "benchmarks" / "results" / f"{slug}-{result['date']}.json"
-if target.exists():
-    earlier = json.loads(target.read_text())
-    if earlier["commit"] == result["commit"]:
-        result = {**earlier, **result, "parts": earlier["parts"]}
-for line in (work / "parts").read_text().splitlines():
-    name, status, seconds = line.split("\t")
-    result["parts"][name] = {"status": status, "seconds": seconds}
-for name in ("tests", "memcheck", "racecheck", "initcheck", "synccheck"):
-    if (log := work / f"{name}.log").exists():
-        result[name] = log.read_text().strip().splitlines()[-3:]
-for name in ("ops", "precision", "explainers"):
-    if (path := work / f"{name}.json").exists():
-        result[name] = json.loads(path.read_text())
-if (log := work / "ncu.log").exists():
-    result["ncu"] = [line for line in log.read_text().splitlines() if line.startswith('"') or "ERR" in line]
-target.parent.mkdir(parents=True, exist_ok=True)
-target.write_text(json.dumps(result, indent=2) + "\n")
-print(f"wrote {target}")
-PYTHON
 exit $failed

@@ -5,9 +5,9 @@
 nvdisasm is looked for on PATH, beside nvcc, in the package nvidia-cuda-nvdisasm, and in triton.
 
 The columns: registers; warps that a multiprocessor holds at large sizes, and their share of what it could hold; 16-byte
-loads and stores, and accesses to local memory, in the whole kernel; instructions for each noisy feature written, in the
-loop that draws independent normals and in the loop of antithetic pairs. Those are all instructions of the loop, both
-ways of a branch too, so a warp issues no more.
+loads and stores, and accesses to local memory, in the whole kernel; loads of gradients that a thread issues before it
+waits for one; instructions for each noisy feature written, in the loop that draws independent normals and in the loop
+of antithetic pairs. Those are all instructions of the loop, both ways of a branch too, so a warp issues no more.
 
 Exits with 1 if a kernel that works on vectors touches local memory, or has no 16-byte load.
 """
@@ -49,6 +49,8 @@ LIMITS = {
 }
 # 0xD2511F53 of Philox, as nvdisasm may print it: ten times in a call, of which the compiler moves one out of the loop.
 MULTIPLIER = re.compile(r"0xd2511f53|-0x2daee0ad")
+# A load of so many bits to a register, whose line is the first to leave the caches.
+READ_ONCE = re.compile(r"\bLDG\.E\.EF(?:\.(64|128))?\S*\s+R(\d+)")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Row:
     loads: int  # of 16 bytes
     stores: int
     local: int
+    in_flight: int
     independent: float | None  # instructions a feature
     antithetic: float | None
 
@@ -86,16 +89,37 @@ def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
     return found, labels
 
 
-def drawing_loops(code: list[str], labels: dict[str, int]) -> list[list[str]]:
-    """The innermost loops with a call of Philox, by backward branches; those with fewer stores first."""
+def inner_loops(code: list[str], labels: dict[str, int], pattern: re.Pattern[str], least: int) -> list[list[str]]:
+    """The innermost of the loops, by backward branches, in which a pattern is found so often."""
     loops = []
     for end, instruction in enumerate(code):
         target = re.search(r"BRA.*\((\.L_\w+)\)", instruction)
         start = labels.get(target.group(1), end + 1) if target else end + 1
-        if start <= end and sum(bool(MULTIPLIER.search(i)) for i in code[start : end + 1]) >= 8:
+        if start <= end and sum(bool(pattern.search(i)) for i in code[start : end + 1]) >= least:
             loops.append((start, end))
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return sorted((code[a : b + 1] for a, b in inner), key=lambda loop: sum("STG" in i for i in loop))
+    return [code[a : b + 1] for a, b in inner]
+
+
+def drawing_loops(code: list[str], labels: dict[str, int]) -> list[list[str]]:
+    """The innermost loops with a call of Philox; those with fewer stores first."""
+    return sorted(inner_loops(code, labels, MULTIPLIER, 8), key=lambda loop: sum("STG" in i for i in loop))
+
+
+def in_flight(code: list[str], labels: dict[str, int]) -> int:
+    """The most loads marked as read once that a loop issues before an instruction needs what one of them brings."""
+    most = 0
+    for loop in inner_loops(code, labels, READ_ONCE, 1):
+        issued, awaited = 0, set[int]()
+        for instruction in loop:
+            if load := READ_ONCE.search(instruction):
+                first, words = int(load.group(2)), int(load.group(1) or 32) // 32
+                awaited.update(range(first, first + words))
+                issued += 1
+                most = max(most, issued)
+            elif awaited.intersection(int(r) for r in re.findall(r"\bR(\d+)", instruction)):
+                issued, awaited = 0, set()
+    return most
 
 
 def occupancy(kernel: Kernel, sm: str) -> tuple[int, float]:
@@ -133,6 +157,7 @@ def rows(source: Path, sm: str, folder: Path) -> list[Row]:
                 sum(bool(re.search(r"\bLDG\.E\S*\.128", i)) for i in code),
                 sum(bool(re.search(r"\bSTG\.E\S*\.128", i)) for i in code),
                 sum(bool(re.search(r"\b(LDL|STL)\b", i)) for i in code),
+                in_flight(code, labels),
                 *(each if len(each) == 2 else [None, None]),
             )
         )

@@ -83,14 +83,15 @@ def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
             run()  # what is loaded, chosen or compiled at first cannot be captured
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # A stream of its own, see _Cuda in moreau_ext/graphs.py.
-    with torch.cuda.graph(graph, stream=ops.private_stream(torch.device("cuda"))):
+    # A stream of its own, as long as the graph lives: see _Cuda in moreau_ext/graphs.py.
+    private = ops.private_stream(torch.device("cuda"))
+    with torch.cuda.graph(graph, stream=private):
         run()
 
     def replay() -> None:
         graph.replay()
 
-    replay.of = run  # type: ignore[attr-defined]  # a graph keeps no tensor that it works on
+    replay.of = run, private  # type: ignore[attr-defined]  # a graph keeps no tensor that it works on
     return replay
 
 
@@ -138,6 +139,11 @@ def report(name: str, device: str, rows: list[dict[str, Any]], path: Path | None
             if tuple(row) == columns:
                 print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
         print()
+    save(name, device, rows, path)
+
+
+def save(name: str, device: str, rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Writes JSON where asked: also what there is before the end, which may not come."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"benchmark": name, "machine": about, "rows": rows}, indent=2) + "\n")
+        path.write_text(json.dumps({"benchmark": name, "machine": machine(device), "rows": rows}, indent=2) + "\n")

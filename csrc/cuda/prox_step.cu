@@ -168,22 +168,37 @@ struct Work {
     }
   }
 
-  // The averaged gradient of a quad, in its place, for the first slice.
-  __device__ __forceinline__ Pack<S> average(const Quad& quad, bool mine, uint4* staged) const {
+  // The averaged gradients, in their place. That is one loop and the step another, which reads them again: with the
+  // step's sums beside them, fewer loads would fit in the registers.
+  __device__ __forceinline__ void average(uint4* staged) const {
     const T* gradients = static_cast<const T*>(a.gradients) + input * a.samples * features;
     S* gradient = static_cast<S*>(a.gradient) + input * features;
-    Pack<S> p{};
-    if (mine && team.slice == 0 && a.carry) p = load_quad<kVector>(gradient, quad);
-    if (team.slices > 1)
-      add_rows_together<kVector>(p.v, gradients, a.samples, features, quad, mine, team,
-                                 reinterpret_cast<Held<T>*>(staged));
-    else if (mine)
-      add_rows<kVector>(p.v, gradients, a.samples, features, quad);
-    if (!mine || team.slice > 0) return p;
+    walk([&](const Quad& quad, bool mine) {
+      Pack<S> p{};
+      if (mine && team.slice == 0 && a.carry) p = load_quad<kVector>(gradient, quad);
+      if (team.slices > 1)
+        add_rows_together<kVector>(p.v, gradients, a.samples, features, quad, mine, team,
+                                   reinterpret_cast<Held<T>*>(staged));
+      else if (mine)
+        add_rows<kVector>(p.v, gradients, a.samples, features, quad);
+      if (!mine || team.slice > 0) return;
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) p.v[lane] /= k.count;
-    store_quad<kVector>(gradient, quad, p.v);
-    return p;
+      for (int lane = 0; lane < kLanes; ++lane) p.v[lane] /= k.count;
+      store_quad<kVector>(gradient, quad, p.v);
+    });
+  }
+
+  // The step from them, with the rule of each quad.
+  template <class RuleOf>
+  __device__ __forceinline__ Sums step(const RuleOf& rule_of) const {
+    const int64_t row = input * features;
+    Sums sums;
+    walk([&](const Quad& quad, bool mine) {
+      if (!mine || team.slice > 0) return;
+      const Pack<S> p = load_quad<kVector>(static_cast<const S*>(a.gradient) + row, quad);
+      step_quad<kVector>(a, k, row, quad, p, rule_of(quad), sums);
+    });
+    return sums;
   }
 
   // The sums of all blocks, which have `before` others before them, then the copies. The barriers of the sums also let
@@ -209,13 +224,8 @@ __global__ void __launch_bounds__(kBound<T>, 1)
   for (int64_t item = blockIdx.x; item < a.extents.batch * blocks; item += gridDim.x) {
     const Division at = divide(item, blocks);
     const Work<T, kVector> work(a, quads, draws, at.quotient, at.remainder, blocks);
-    Sums sums;
-    work.walk([&](const Quad& quad, bool mine) {
-      const Pack<S> p = work.average(quad, mine, staged);
-      if (!mine || work.team.slice > 0) return;
-      const Thresholds<S> rule(a, work.k, work.input, quad);
-      step_quad<kVector>(a, work.k, work.input * work.features, quad, p, rule, sums);
-    });
+    work.average(staged);
+    Sums sums = work.step([&](const Quad& quad) { return Thresholds<S>(a, work.k, work.input, quad); });
     work.finish(sums, 0);
   }
 }
@@ -276,7 +286,7 @@ __global__ void __launch_bounds__(kBound<T>, 1)
     // 1. The averaged gradient.
     if (turn < blocks) {
       const Work<T, kVector> work(a, quads, draws, input, turn, blocks);
-      work.walk([&](const Quad& quad, bool mine) { work.average(quad, mine, staged); });
+      work.average(staged);
       arrive(arrivals);
       continue;
     }
@@ -314,15 +324,9 @@ __global__ void __launch_bounds__(kBound<T>, 1)
     // 3. The step.
     wait_for(arrivals, blocks + summing);
     const Work<T, kVector> work(a, quads, draws, input, turn - blocks - summing, blocks);
-    const int64_t first = input * work.features;
     const int32_t* labels = a.groups.labels + row * work.features;
-    Sums sums;
-    work.walk([&](const Quad& quad, bool mine) {
-      if (!mine || work.team.slice > 0) return;
-      const Pack<S> p = load_quad<kVector>(static_cast<const S*>(a.gradient) + first, quad);
-      const auto rule = Scales<S>::template load<kVector>(factors, labels, quad);
-      step_quad<kVector>(a, work.k, first, quad, p, rule, sums);
-    });
+    Sums sums =
+        work.step([&](const Quad& quad) { return Scales<S>::template load<kVector>(factors, labels, quad); });
     work.finish(sums, blocks + summing);
   }
 }
