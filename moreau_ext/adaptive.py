@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import check_count
 from .graphs import READ, Graphs, Steps
 from .groups import flat_rows
 from .penalties import Penalty, over_features
@@ -146,8 +147,8 @@ class AdaptiveProximalGradient:
     def __post_init__(self) -> None:
         if not 0 < self.tol < math.inf:
             raise ValueError(f"tol: expected a positive number, got {self.tol!r}")
-        if isinstance(self.max_gradients, bool) or not isinstance(self.max_gradients, int) or self.max_gradients < 1:
-            raise ValueError(f"max_gradients: expected a positive integer, got {self.max_gradients!r}")
+        check_count("max_gradients", self.max_gradients)
+        object.__setattr__(self, "max_gradients", int(self.max_gradients))  # numpy's too
 
     def solve(self, problem: Problem, *, max_batch: int | None = None, graphs: Graphs | None = None) -> Solution:
         """Solves a problem with at most ``max_batch`` noisy inputs in one forward pass. ``graphs``: captured steps to

@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar, Literal, overload
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_count
 from .groups import flat_rows, memory_layout
 from .memory import BLIND_ROWS, Footprint, Limit, budget
 from .noise import noise_keys
@@ -53,17 +55,12 @@ def check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
         raise ValueError(f"{name}: expected {expected} finite number, got {value!r}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
 @dataclass(frozen=True, eq=False)
 class Explainer(ABC):
     """What all explainers share: checking, and leaving the model as it was found.
 
-    An explainer is a frozen record of settings. Every call's state is local, so threads may share one.
+    An explainer is a frozen record of settings. A call's state is its own, so threads may share one; what calls share,
+    the rows that fit and the captured steps, is guarded.
     """
 
     model: Callable[..., Any] | Prepared
@@ -99,11 +96,26 @@ class Explainer(ABC):
         inputs and rows per pass (``max_batch``) makes and has alive at once; weights and inputs not counted, and
         nothing of what kernels take inside.
 
+        Args:
+            inputs, additional_forward_args: as in :meth:`attribute`; at least one input.
+
         Returns:
             None for a model that does not run under the counter (torch.compile's do not).
+
+        Raises:
+            ValueError, TypeError: see :meth:`attribute`; no inputs.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import MoreauGrad
+            >>> taken = MoreauGrad(torch.nn.Linear(3, 2)).footprint(torch.rand(8, 3))
+            >>> taken.peak(rows=64, inputs=8) < taken.peak(rows=1024, inputs=8)
+            True
         """
         with torch.inference_mode(False), torch.no_grad():
             tensors = self._check_inputs(inputs)
+            if tensors[0].shape[0] == 0:
+                raise ValueError("inputs: expected at least one to measure passes with, got none")
             with evaluating(self._module):
                 return self._footprint(self._unresolved(tensors, None, additional_forward_args), tensors)
 
@@ -127,11 +139,17 @@ class Explainer(ABC):
     def _fit(self, score: Score, inputs: Tensors) -> int:
         """Rows per pass for max_batch="auto": measured once for inputs and arguments of one kind."""
         kind = _kind(score, inputs)
+        if inputs[0].shape[0] == 0:
+            return _MAX_BATCH  # there is nothing to measure
         if kind not in self._fits:
             found = self._footprint(score, inputs)
             fitting = BLIND_ROWS if found is None else found.rows(budget(inputs[0].device))
             self._fits.setdefault(kind, min(_MAX_BATCH, fitting))
         return self._fits[kind]
+
+    def _lower(self, kind: Any, rows: int) -> None:
+        """What was found not to fit: another thread may know of less."""
+        self._fits[kind] = min(rows, self._fits.get(kind, rows))
 
     def _max_rows(self, problem: Problem) -> int | None:
         """Most noisy inputs in one pass."""
@@ -263,7 +281,7 @@ class Explainer(ABC):
         rows = self._fit(score, tensors) if self.max_batch == "auto" else self.max_batch
         kind = _kind(score, tensors)
         # What an earlier call found not to fit does not fail again.
-        limit = Limit(self._fits.get(kind), lambda fitting: self._fits.__setitem__(kind, fitting))
+        limit = Limit(self._fits.get(kind), partial(self._lower, kind))
         score, value = resolved(replace(score, limit=limit), tensors, rows)
         penalty = self._penalty(tensors)
         support, radius = self._support(tensors, penalty), self._radius(tensors)
@@ -427,11 +445,15 @@ class Noisy(Explainer):
         if self.sigma is not None:
             return tuple(per_input_setting("sigma", self.sigma, x) for x in inputs)
         sigmas = []
-        for x in inputs:
-            level = per_input_setting("noise_level", 0.1 if self.noise_level is None else self.noise_level, x)
+        for x, level in zip(inputs, self._levels(inputs), strict=True):
             flat = flat_rows(x).to(level.dtype)
             sigmas.append(level * (flat.amax(1) - flat.amin(1)))
         return tuple(sigmas)
+
+    def _levels(self, inputs: Tensors) -> Tensors:
+        """σ as a fraction of the range of each input."""
+        level = 0.1 if self.noise_level is None else self.noise_level
+        return tuple(per_input_setting("noise_level", level, x) for x in inputs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .base import Explainer, Noisy, Sparse, check_count
+from .base import Explainer, Noisy, Sparse
+from .checks import check_count
 from .groups import flat_rows
 from .penalties import Penalty
 from .solvers import NoisyCopies, Problem, ProximalGradient, Solution, assemble, check_finite, in_groups

@@ -328,9 +328,8 @@ def _implied(
     }
 
 
-def absolute(penalty: Penalty | None, eta: Tensors) -> Penalty | None:
+def absolute(penalty: Penalty, eta: Tensors) -> Penalty:
     """A penalty with the absolute η that a solution reports; infinite where the ratio to η_max was 1 or more."""
-    if penalty is None or not penalty.relative:
-        return penalty
-    used = tuple(e.masked_fill(over_features(r >= 1, e), math.inf) for e, r in zip(eta, penalty.eta, strict=True))
-    return replace(penalty, eta=used, relative=False)
+    if penalty.relative:
+        eta = tuple(e.masked_fill(over_features(r >= 1, e), math.inf) for e, r in zip(eta, penalty.eta, strict=True))
+    return replace(penalty, eta=eta, relative=False)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import ops
 from .adaptive import AdaptiveProximalGradient
-from .base import Noisy, Scalar, Sparse, Tensors, check_count, check_scalar, per_input_setting
+from .base import Noisy, Scalar, Sparse, Tensors, check_scalar, per_input_setting
 from .certificate import Certificate, absolute, certify
+from .checks import check_count
 from .curvature import METHODS, RHO_SAMPLES, Method, convex_rho
 from .graphs import Graphs, Mode, check_mode
 from .groups import Groups, Pixels, flat_rows
@@ -37,8 +38,9 @@ def _parts_of(solution: Solution, inputs: Any, tensors: Tensors) -> tuple[Tensor
         raise TypeError(
             f"solution: expected a Solution (attribute with return_solution=True), got {type(solution).__name__}"
         )
-    found = (solution.displacement,) if isinstance(inputs, Tensor) else solution.displacement
-    shapes = [tuple(d.shape) for d in found] if isinstance(found, tuple) else None
+    of_one = isinstance(solution.displacement, Tensor)
+    found = (solution.displacement,) if of_one else solution.displacement
+    shapes = [tuple(d.shape) for d in found] if of_one == isinstance(inputs, Tensor) else None
     expected = [tuple(x.shape) for x in tensors]
     if shapes != expected:
         raise ValueError(f"solution: expected displacements shaped as the inputs, {expected}, got {shapes}")
@@ -197,12 +199,14 @@ class MoreauGrad(Noisy):
         measured = RHO_SAMPLES if isinstance(self.rho, str) else 0
         return replace(solution, gradient_evaluations=solution.gradient_evaluations + measured)
 
-    def _solved(self, problem: Problem, solution: Solution) -> Problem:
-        """The problem that a solution belongs to, where its rho was found on the way."""
+    def _solved(self, problem: Problem, solution: Solution, eta: Tensors) -> Problem:
+        """The problem that a solution belongs to: with its eta, which may have been found on the way or be one of a
+        path, and with its rho where that was found."""
+        penalty = problem.penalty and absolute(problem.penalty, eta)
         if self._rho_is_given:
-            return replace(problem, tuning=None)
+            return replace(problem, penalty=penalty, tuning=None)
         rho = tuple(solution.rho.to(r) for r in problem.rho)
-        return replace(problem, rho=rho, tuning=None)
+        return replace(problem, rho=rho, penalty=penalty, tuning=None)
 
     def certificate(
         self,
@@ -229,8 +233,8 @@ class MoreauGrad(Noisy):
 
         Args:
             inputs, target, additional_forward_args, ids: as in the call of :meth:`attribute` that gave ``solution``.
-            solution: with ``return_solution=True``. Any :class:`Solution` of these inputs will do: its displacement and
-                (for ``eta_ratio``) its eta are used.
+            solution: with ``return_solution=True``. Any :class:`Solution` of these inputs will do, of
+                :meth:`eta_path` too: its displacement and its eta are used, and its rho where that was found.
             num_samples: gradients per input for the residual, and for the curvature of models with kinks; rounded up
                 to a multiple of 64.
             num_hvp_samples: samples of the curvature of smooth models, each about 2·lanczos_steps second derivatives;
@@ -280,11 +284,11 @@ class MoreauGrad(Noisy):
                 return Certificate.empty(tensors[0].device, num_samples, confidence)
             with evaluating(self._module):
                 problem = self._problem(tensors, target, additional_forward_args, names)
-                problem = self._solved(problem, solution)
+                problem = self._solved(problem, solution, eta)
                 return certify(
                     problem,
                     displacement,
-                    absolute(problem.penalty, eta),
+                    problem.penalty,
                     num_samples=num_samples,
                     num_hvp_samples=num_hvp_samples,
                     steps=lanczos_steps,
@@ -372,18 +376,16 @@ class MoreauGrad(Noisy):
                 own = (self.solver.num_samples, self.solver.antithetic)
             result = tensors
             if tensors[0].shape[0]:
-                levels = None
-                if self.noise_level is not None and not hold_settings:
-                    levels = tuple(per_input_setting("noise_level", self.noise_level, x) for x in tensors)
+                levels = None if hold_settings or self.sigma is not None else self._levels(tensors)
                 with evaluating(self._module):
                     problem = self._problem(tensors, target, additional_forward_args, names)
-                    problem = self._solved(problem, solution)
                     penalty = problem.penalty
+                    problem = self._solved(problem, solution, eta)
                     follows = penalty is not None and penalty.relative and not hold_settings
                     result = map_vjp(
                         problem,
                         displacement,
-                        absolute(penalty, eta),
+                        problem.penalty,
                         directions,
                         samples={name: -(-n // 4) * 4 for name, n in counts.items()},
                         own_bank=own,

@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -66,10 +67,10 @@ class _Cuda:
     """Two streams and a memory pool. All memory of the graphs is used on one stream, whatever stream the caller is on,
     so the caching allocator may free and give it anew without further care.
 
-    Captured is on the other. torch lends cuBLAS a workspace per stream, at its first use there, and takes it back when
-    any graph that was captured there is destroyed, or when it is told to clear them all (torch.compile does): a graph
-    would go on writing to it. On a stream that nobody else has and on which nothing ever runs, the first use is in a
-    capture, so the workspace comes from the pool, whose memory stays as long as one of the graphs.
+    Captures run on the second stream. torch lends cuBLAS a workspace per stream, at its first use there, and takes it
+    back when any graph that was captured there is destroyed, or when it is told to clear them all (torch.compile does):
+    a graph would go on writing to it. On a stream that nobody else has and on which nothing ever runs, the first use is
+    in a capture, so the workspace comes from the pool, whose memory stays as long as one of the graphs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -100,7 +101,7 @@ class _Cuda:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            # torch sets random numbers' seeds for the graph, which replays may be reading.
+            # capture_begin writes the seeds of the graphs' random numbers, which a replay may be reading.
             self._capturing_stream.wait_stream(self._stream)
             with torch.cuda.stream(self._capturing_stream):
                 # "thread_local": other threads may allocate meanwhile.
@@ -221,34 +222,52 @@ class _Weights:
             rest == self._rest
             and len(now) == len(self._tensors)
             and all(
-                t is known and t.is_set_to(alias)
+                t is known and t.layout == torch.strided and t.is_set_to(alias)
                 for t, known, alias in zip(now, self._tensors, self._aliases, strict=True)
             )
         )
 
     def on(self, device: torch.device) -> bool:
-        """Whether all of them are there: what lies elsewhere is a number to a graph."""
-        return all(t.device == device for t in self._tensors)
+        """Whether all of them are dense and there: what lies elsewhere is a number to a graph."""
+        return all(t.device == device and t.layout == torch.strided for t in self._tensors)
 
 
 def _made_of(model: Any) -> tuple[list[Tensor], list[Any]]:
     if not isinstance(model, nn.Module):
         return [], []
-    tensors, rest = [*model.parameters(), *model.buffers()], list[Any]()
+    tensors, rest, seen = [*model.parameters(), *model.buffers()], list[Any](), set[int]()
     for module in model.modules():
         rest.append((id(module), type(module).forward))
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                tensors.append(value)
-            elif callable(value):
-                rest.append((name, id(value)))
-            elif value is None or isinstance(value, (bool, int, float, str)) or _is_numbers(value):
-                rest.append((name, value))
+        own = {name: value for name, value in vars(module).items() if name not in _OF_ALL_MODULES}
+        rest.append(_settings_of(own, tensors, seen, _DEPTH))
     return tensors, rest
 
 
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(v, (bool, int, float, str)) for v in value)
+# What torch keeps in every module: parameters, modules, hooks, which are looked at by other ways.
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+# How deep and how far settings are followed: a configuration, not a vocabulary.
+_DEPTH, _MOST_ITEMS = 6, 256
+
+
+def _settings_of(value: Any, tensors: list[Tensor], seen: set[int], depth: int) -> Any:
+    """The numbers and names in a value, copied, so that a later change shows; its tensors are added to ``tensors``.
+    What was ``seen`` is not followed again."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return len(tensors)
+    items: Any = ()
+    if depth and id(value) not in seen and not callable(value) and not isinstance(value, nn.Module):
+        seen.add(id(value))
+        if isinstance(value, (tuple, list)):
+            items = enumerate(value)
+        else:
+            items = (value if isinstance(value, dict) else getattr(value, "__dict__", {})).items()
+        items = islice(items, _MOST_ITEMS)
+    # Containers of equal contents are equal.
+    same = type(value) if isinstance(value, (tuple, list, dict)) else id(value)
+    return (same, [(key, _settings_of(v, tensors, seen, depth - 1)) for key, v in items])
 
 
 def _settings(device: torch.device) -> Hashable:
@@ -390,7 +409,7 @@ class _Replayed(_Sized):
         if any(t.device != self._where for t in parts.tensors):
             return None, False  # a number of the CPU's would be frozen
         if graphs._mode == "auto" and any(o is not graphs._model for o in parts.opaque):
-            return None, False  # who knows what it holds
+            return None, False  # what it holds could change, and the signature would not
         known = graphs._captured.get(entry)
         if known is not None:
             graphs._captured.move_to_end(entry)

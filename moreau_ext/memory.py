@@ -172,20 +172,26 @@ def footprint(run: Callable[[int], Any], device: torch.device) -> Footprint | No
     1,000 do. Scratch inside a library's kernels is not seen.
 
     Args:
-        run: makes a pass of so many rows. Random generators are as before afterwards.
+        run: makes a pass of so many rows.
         device: of the pass.
 
     Returns:
-        None where a pass fails under the counter. Where two rows do not fit, what no budget holds two of.
+        None for what does not run under the counter. Where two rows do not fit, what no budget holds two of.
+
+    Raises:
+        Exception: what ``run`` raises without the counter.
     """
     counters = []
     for rows in (1, 2):
         counter = BytesAlive()
         try:
-            with same_random_numbers(device), counter:
+            with counter:
                 run(rows)
         except Exception as error:  # a model, or what it is made of, may fail in any way under a dispatch mode
-            return Footprint(0, sys.maxsize) if out_of_memory(error) else None
+            if out_of_memory(error):
+                return Footprint(0, sys.maxsize)
+            run(rows)  # if it is what runs that fails and not the counter, this says so
+            return None
         counters.append(counter.after)
     one, two = counters
     if len(one) != len(two):
@@ -196,11 +202,15 @@ def footprint(run: Callable[[int], Any], device: torch.device) -> Footprint | No
     return Footprint(max(0, fixed), max(1, per_row))
 
 
+_seeded = threading.RLock()
+
+
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """A model that draws draws the same in every pass that starts one of these; the generators are restored."""
+    """A model that draws draws the same in every pass that starts one of these; the generators are restored. They are
+    the process's: one thread at a time."""
     devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _seeded, torch.random.fork_rng(devices=devices):
         # Not torch.manual_seed, which would reseed every accelerator too.
         torch.default_generator.manual_seed(0)
         for index in devices:

@@ -109,6 +109,8 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if len(shape) == 1 and not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got stride {tensor.stride(0)}; call .contiguous()")
 
 
 def _layout(name: str, tensor: Tensor, like: tuple[int, int] | None = None) -> tuple[int, int]:

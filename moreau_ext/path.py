@@ -10,6 +10,7 @@ import torch
 
 from .graphs import Graphs
 from .penalties import Penalty
+from .scores import row_chunks
 from .solvers import NoisyCopies, Problem, Solution, Start, like_layout, squared_norm, states_like
 
 # Samples of p(0), which gives the eta_max that all ratios share.
@@ -37,11 +38,16 @@ def solve_path(
         graphs: captured steps to replay, and to keep.
     """
     batch = problem.keys.shape[0]
-    chunk = _AT_ZERO if max_batch is None else min(_AT_ZERO, max(1, max_batch // batch))
     total = states_like(problem.inputs)
-    score = torch.empty_like(problem.value, dtype=torch.float64)
     with (graphs or Graphs(False)).steps(problem.score.model, problem.keys.device) as steps:
-        NoisyCopies(problem, _AT_ZERO, True, chunk).total(None, total, score, steps)
+        for index in row_chunks(batch, max_batch, problem.keys.device):
+            some = problem if len(index) == batch else problem.take(index)
+            chunk = _AT_ZERO if max_batch is None else min(_AT_ZERO, max(1, max_batch // len(index)))
+            part = states_like(some.inputs)
+            score = torch.empty_like(some.value, dtype=torch.float64)
+            NoisyCopies(some, _AT_ZERO, True, chunk).total(None, part, score, steps)
+            for whole, of_some in zip(total, part, strict=True):
+                whole[index] = of_some
     p = tuple(t / _AT_ZERO for t in total)
     limit = penalty.eta_max(p)
     square = squared_norm(p)

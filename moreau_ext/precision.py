@@ -101,7 +101,7 @@ class _Flags:
 
     def __init__(self) -> None:
         self._turn = threading.Condition()
-        self._users = 0
+        self._users: list[int] = []  # their threads
         self._wanted = (False, False)
         self._restore = ExitStack()
 
@@ -109,20 +109,27 @@ class _Flags:
     def __call__(self, tf32: bool, without_cudnn: bool) -> Iterator[None]:
         wanted = (tf32, without_cudnn)
         with self._turn:
-            self._turn.wait_for(lambda: self._users == 0 or self._wanted == wanted)
-            if self._users == 0:
+            if threading.get_ident() in self._users and self._wanted != wanted:
+                raise RuntimeError(
+                    "precision: a pass at one precision began within a pass at another; explain neither inside the "
+                    "other's model, or give both the same precision"
+                )
+            self._turn.wait_for(lambda: not self._users or self._wanted == wanted)
+            if not self._users:
                 with ExitStack() as stack:
                     _switch(stack, *wanted)
                     self._wanted, self._restore = wanted, stack.pop_all()
-            self._users += 1
+            self._users.append(threading.get_ident())
         try:
             yield
         finally:
             with self._turn:
-                self._users -= 1
-                if self._users == 0:
-                    self._restore.close()
-                    self._turn.notify_all()
+                self._users.remove(threading.get_ident())
+                if not self._users:
+                    try:
+                        self._restore.close()
+                    finally:
+                        self._turn.notify_all()
 
 
 _flags = _Flags()

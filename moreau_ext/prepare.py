@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from .checks import check_count
 from .memory import BLIND_ROWS, BytesAlive, Footprint, attempt, footprint, out_of_memory, same_random_numbers
 from .memory import budget as default_budget
 from .precision import Precision, check_dtypes, check_precision
@@ -192,8 +193,9 @@ def prepare(
 
     What depends on timing, ``max_batch``, channels_last="auto" and whether inputs are converted with the weights, may
     differ from run to run, and results then by rounding; a number and channels_last=False give the same bits. Random
-    generators are as before afterwards. While a model that has BatchNorm is traced (milliseconds), no other thread may
-    run a module: torch.fx swaps ``nn.Module.__call__`` for the process. Memory for up to four more copies of the
+    generators are as before afterwards; what another thread draws from torch's default ones meanwhile, is drawn again.
+    A second call in another thread waits. While a model that has BatchNorm is traced (milliseconds), no other thread
+    may run a module: torch.fx swaps ``nn.Module.__call__`` for the process. Memory for up to four more copies of the
     weights is taken meanwhile.
     """
     inputs, args, per_row = _check_example(model, example, additional_forward_args)
@@ -205,8 +207,8 @@ def prepare(
     if not isinstance(compile, (bool, Mapping)):
         raise TypeError(f"compile: expected True, False or arguments of torch.compile, got {compile!r}")
     for name, count in (("max_batch", max_batch), ("memory_budget", memory_budget)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
-            raise ValueError(f"{name}: expected a positive integer or None, got {count!r}")
+        if count is not None:
+            check_count(name, count)
     check_precision(precision)
     check_dtypes(precision, inputs, "example")
     if tolerance is None:
@@ -467,11 +469,7 @@ def _peak_bytes(model: Model, rows: _Rows, count: int) -> int | None:
 
 def _footprint(model: Model, rows: _Rows) -> Footprint | None:
     """What passes take, or None for a model that does not run under the counter."""
-    found = footprint(lambda count: rows.run(model, *rows.take(count)), rows.device)
-    if found is None:
-        # If it is the model that fails and not the counter, this says so.
-        rows.run(model, *rows.take(1))
-    return found
+    return footprint(lambda count: rows.run(model, *rows.take(count)), rows.device)
 
 
 def _fitting(taken: Footprint | None, budget: int) -> int:

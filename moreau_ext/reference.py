@@ -27,9 +27,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def per_input(value: Tensor | float, x: Tensor) -> Tensor:
-    """A number as one per input of x, state dtype [B]; a tensor as it is."""
+    """A number as one per input of x, state dtype [B]; a tensor as it is, without gaps."""
     if isinstance(value, Tensor) and value.dim():
-        return value
+        return value.contiguous() if value.dim() == 1 else value
     return torch.full((x.shape[0],), float(value), dtype=state_dtype(x.dtype), device=x.device)
 
 

@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -50,6 +50,7 @@ class _Evaluation:
     def __call__(self, model: Callable[..., Any], depth: int = 1) -> Iterator[None]:
         """``depth``: functions between this and the caller whom a warning is to point at."""
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        modules = [m for m in modules if hasattr(m, "training")]  # those of torch.jit.freeze have no modes
         training = False
         with self._lock:
             for module in modules:
@@ -77,6 +78,33 @@ class _Evaluation:
 
 
 evaluating = _Evaluation()
+
+
+class _PlainAttention:
+    """torch's plain attention, which alone has second derivatives. The choice is the process's: the first thread that
+    needs it makes it, the last restores what was before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._chosen = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._chosen.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._chosen.close()
+
+
+_plain_attention = _PlainAttention()
 
 
 def _without_inference_tensors(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -309,8 +337,7 @@ class Score:
         return self._in_passes(Score._hvp, inputs, vectors)
 
     def _hvp(self, inputs: Tensors, vectors: Tensors) -> Tensors:
-        # The fused attention kernels have no second derivative; torch's plain one does.
-        with torch.enable_grad(), self.passing(inputs[0].device), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), self.passing(inputs[0].device), _plain_attention():
             leaves = [x.detach().requires_grad_() for x in inputs]
             scores = self.of_output(self.output(tuple(leaves)))
             slopes: list[tuple[Tensor, Tensor]] = []

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .checks import check_count
 from .graphs import READ, SCRATCH, Graphs, Steps
 from .groups import flat_rows, memory_layout, rows_like
 from .memory import attempt
@@ -43,10 +43,12 @@ class Solution:
             from above, with the error of its m samples. float64.
         envelope_gradient: p, the gradient of the envelope; dense where the map is sparse.
         score: f(x), without noise.
-        residual: ‖δ − y‖₂ of the last displacement evaluated; it includes the noise of its m samples. float64.
-        relative_residual: residual / max(‖δ‖, ‖y‖, 10⁻³·ρ·‖p(0)‖). float64.
+        residual: with ProximalGradient ‖δ − y‖₂ of the last displacement evaluated, the noise of its m samples
+            included; with AdaptiveProximalGradient an estimate of the answer's own, noise included. float64.
+        relative_residual: with ProximalGradient residual / max(‖δ‖, ‖y‖, 10⁻³·ρ·‖p(0)‖); with AdaptiveProximalGradient
+            a 95 % bound of the answer's residual, over the same. float64.
         steps: steps taken.
-        gradient_evaluations: gradients of the model: steps × samples.
+        gradient_evaluations: gradients of the model that the steps took, with those that ``rho="auto"`` did.
         converged: relative_residual ≤ tol. Never True for the gradient baselines, which solve nothing.
         nnz: non-zero entries of the map.
         support: non-zero features, or groups where there are groups.
@@ -493,9 +495,7 @@ class ProximalGradient:
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_steps", "average_last"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            check_count(name, getattr(self, name))
         if not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size: expected a positive number, got {self.step_size!r}")
         if not self.tol >= 0:

@@ -541,3 +541,35 @@ def test_a_solution_of_other_inputs_is_refused() -> None:
         e.certificate(points(3), s)
     with pytest.raises(TypeError, match="return_solution=True"):
         e.certificate(x, s.attribution)
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_an_eta_that_was_found_is_the_problems(groups: bool) -> None:
+    a = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.5]], dtype=torch.float64)
+    v = torch.tensor([[1.0, -2.0, 0.5, 1.0, 1.0, 1.0]], dtype=torch.float64)
+
+    def f(x: Tensor) -> Tensor:
+        return (x * a).sum(1) + 0.05 * x.square().sum(1)
+
+    def make(**settings: Any) -> Any:
+        if groups:
+            return GroupSparseMoreauGrad(f, sigma=0.1, groups=Labels(torch.tensor([0, 0, 1, 1, 2, 2])), **settings)
+        return SparseMoreauGrad(f, sigma=0.1, **settings)
+
+    for found_by, found in (
+        (make(support=2), make(support=2).attribute(a, return_solution=True)),
+        (make(eta=0.3), make(eta=0.3).eta_path(a, [0.5])[0]),
+    ):
+        told = make(eta=found.eta)
+        proof, expected = found_by.certificate(a, found), told.certificate(a, found)
+        assert proof.relative_residual < 1e-2
+        torch.testing.assert_close(proof.relative_residual, expected.relative_residual)
+        torch.testing.assert_close(found_by.vjp(a, found, v), told.vjp(a, found, v))
+
+
+def test_a_solution_of_a_tuple_is_not_one_of_a_tensor() -> None:
+    two = MoreauGrad(lambda x, y: (x * y).sum(1))
+    xs = (torch.rand(2, 3), torch.rand(2, 3))
+    found = two.attribute(xs, return_solution=True)
+    with pytest.raises(ValueError, match="displacements shaped as the inputs"):
+        two.certificate(xs[0], found)

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -281,6 +282,16 @@ def test_what_is_not_captured() -> None:
             MoreauGrad(model, cuda_graphs=wrong)  # type: ignore[arg-type]
 
 
+def test_a_model_with_a_sparse_buffer_runs_step_by_step() -> None:
+    model = small()
+    model.register_buffer("kept", torch.eye(3).to_sparse())
+    explainer = MoreauGrad(model, solver=ProximalGradient(2, 20))
+    tapes = on_tape(explainer)
+    x = torch.randn(2, 6)
+    assert torch.equal(explainer.attribute(x, 0), explainer.attribute(x, 0))
+    assert not tapes
+
+
 def test_what_a_replay_would_freeze_is_not_captured() -> None:
     """Objects whose insides nobody sees, unless asked for; a model whose numbers or modules have changed."""
 
@@ -288,9 +299,11 @@ def test_what_a_replay_would_freeze_is_not_captured() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.net, self.factor, self.table = small(), 1.0, torch.ones(3)
+            self.config = SimpleNamespace(scales=[1.0, {"last": 1.0}])
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) * self.factor * self.table
+            first, last = self.config.scales
+            return self.net(x) * self.factor * self.table * first * last["last"]
 
     class Which:
         index = 0
@@ -315,6 +328,8 @@ def test_what_a_replay_would_freeze_is_not_captured() -> None:
         lambda: None,
         lambda: setattr(model, "factor", 3.0),
         lambda: setattr(model, "table", torch.full((3,), 2.0)),
+        lambda: model.config.scales.__setitem__(0, 3.0),
+        lambda: model.config.scales[1].update(last=0.5),
         lambda: model.net.__setitem__(1, nn.Tanh().eval()),
     ):
         change()

@@ -39,6 +39,7 @@ class Net(nn.Module):
 
 CASES: dict[str, Callable[..., Any]] = {
     "moreau": lambda f, **k: MoreauGrad(f, sigma=0.4, **k),
+    "moreau, default sigma follows": lambda f, **k: MoreauGrad(f, **k),
     "moreau, sigma follows": lambda f, **k: MoreauGrad(f, noise_level=0.15, **k),
     "sparse": lambda f, **k: SparseMoreauGrad(f, sigma=0.4, eta=0.12, **k),
     "sparse, eta per feature": lambda f, **k: SparseMoreauGrad(

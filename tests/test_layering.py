@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "moreau_ext"
 FLOORS = {
     "_core": 0,
     "_library": 1,
+    "checks": 1,
     "files": 1,
     "noise": 1,
     "groups": 1,

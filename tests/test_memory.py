@@ -560,3 +560,40 @@ print([str(w.message).split(";")[0] for w in said])
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "['out of memory with 512 rows in a pass']" in done.stdout
+
+
+def test_measuring_neither_reads_nor_moves_random_numbers() -> None:
+    torch.manual_seed(3)
+    expected = torch.get_rng_state()
+    SmoothGrad(lambda x: x.square().sum(1)).attribute(torch.rand(2, 3, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_a_call_that_fails_leaves_the_next_ones_as_fast() -> None:
+    def model(x: Tensor, mode: str) -> Tensor:
+        if mode != "good":
+            raise RuntimeError("this mode is unknown")
+        return x.square().sum(1)
+
+    x = torch.rand(2, 3)
+    explainer = Gradient(model)
+    with pytest.raises(RuntimeError, match="this mode is unknown"):
+        explainer.attribute(x, None, "bad")
+    with pytest.raises(RuntimeError, match="this mode is unknown"):
+        explainer.footprint(x, "bad")
+    assert explainer.rows_per_pass(x[:0], "good") == explainer.rows_per_pass(x, "good") == 1024
+    with pytest.raises(ValueError, match="at least one"):
+        explainer.footprint(x[:0], "good")
+
+
+def test_a_path_keeps_to_max_batch() -> None:
+    seen = []
+
+    def model(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return (x * torch.tensor([3.0, 2.0, 1.0])).sum(1)
+
+    x = torch.rand(7, 3)
+    few = SparseMoreauGrad(model, max_batch=2).eta_path(x, [0.5])[0]
+    assert max(seen) == 2
+    torch.testing.assert_close(few.attribution, SparseMoreauGrad(model).eta_path(x, [0.5])[0].attribution)

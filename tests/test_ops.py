@@ -575,3 +575,21 @@ def test_a_build_without_cuda_says_so() -> None:
         pytest.skip("this build has CUDA kernels")
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
         _core.accumulate(0, _core.Extents(1, 1, 1), 0, 0, 0, False, 0, 0)
+
+
+@pytest.mark.parametrize("make", [lambda t: torch.stack([t, -t], 1)[:, 0], lambda t: t[:1].expand(3)])
+def test_numbers_per_input_may_lie_anywhere(make: Any) -> None:
+    x, keys, step = torch.zeros(3, 5), noise_keys(0, torch.arange(3)), torch.zeros(1, dtype=torch.int64)
+    numbers = make(torch.tensor([1.0, 2.0, 4.0]))
+    assert not numbers.is_contiguous()
+    dense = numbers.clone(memory_format=torch.contiguous_format)
+    copies = [ops.perturb(x, None, Noise(keys, step, sigma, 2)) for sigma in (numbers, dense)]
+    assert torch.equal(*copies)
+    results = []
+    for rho in (numbers, dense):
+        displacement = torch.ones(3, 5)
+        ops.prox_step(torch.ones(3, 5), torch.zeros(3, 5), displacement, count=1, rho=rho, step_size=0.1)
+        results.append(displacement)
+    assert torch.equal(*results)
+    with pytest.raises(ValueError, match="keys: expected a contiguous tensor"):
+        ops.perturb(x, None, Noise(torch.stack([keys, keys], 1)[:, 0], step, 0.1, 2))

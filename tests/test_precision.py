@@ -262,3 +262,14 @@ def test_inputs_of_another_dtype(precision: Any, dtype: torch.dtype) -> None:
         Gradient(model, precision=precision).attribute(X.to(dtype), 1)
     with pytest.raises(ValueError, match=r"and example is torch"):
         prepare(model, X.to(dtype), precision=precision)
+
+
+def test_one_precision_within_another_is_refused_not_waited_for() -> None:
+    flags = _Flags()
+    with flags(False, False):
+        with flags(False, False):
+            pass
+        with pytest.raises(RuntimeError, match="a pass at one precision began within"), flags(True, False):
+            pass
+    with flags(True, False):
+        pass

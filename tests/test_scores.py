@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moreau_ext import scores
 from moreau_ext.scores import Score, bind_score, check_score_settings, evaluating, row_chunks
 
 B, D, CLASSES = 4, 6, 5
@@ -476,3 +477,32 @@ def test_nothing_is_kept_of_a_model() -> None:
     with evaluating(nn.Linear(2, 2).eval()):
         pass
     assert len(evaluating._users) == 0
+
+
+def test_evaluating_passes_over_modules_without_a_mode() -> None:
+    frozen = nn.Linear(3, 3)
+    del frozen.training
+    model = nn.Sequential(nn.Dropout(), frozen, nn.Dropout())
+    with pytest.warns(UserWarning, match="train mode"), evaluating(model):
+        assert not any(model[i].training for i in (0, 2))
+    assert all(model[i].training for i in (0, 2))
+
+
+def test_plain_attention_is_restored_by_the_last_of_two_threads() -> None:
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with scores._plain_attention():
+            inside.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=other)
+    with scores._plain_attention():
+        thread.start()
+        assert inside.wait(30)
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    leave.set()
+    thread.join()
+    assert before == (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptive import AdaptiveProximalGradient
-from ..base import check_count
+from ..checks import check_count
 from ..groups import Pixels, Tiles
 from ..precision import Precision, check_precision
 from ..prepare import prepare

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..base import Explainer, check_count
+from ..base import Explainer
+from ..checks import check_count
 from ..prepare import Prepared
 from ..scores import bind_score, evaluating
 from ..solvers import Solution

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import Explainer, check_count
+from ..base import Explainer
 from ..baselines import unsolved
+from ..checks import check_count
 from ..solvers import Problem, Solution, in_groups
 
 

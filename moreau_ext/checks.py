@@ -1,0 +1,12 @@
+"""What every floor asks of settings."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
