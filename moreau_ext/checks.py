@@ -6,7 +6,9 @@ from numbers import Integral
 from typing import Any
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is a positive integer."""
+def check_count(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raises ValueError unless ``value`` is a positive integer, or None where it is ``optional``."""
+    if optional and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        raise ValueError(f"{name}: expected a positive integer{' or None' * optional}, got {value!r}")

@@ -132,11 +132,8 @@ class MoreauGrad(Noisy):
         for name in ("radius", "radius_ratio"):
             if getattr(self, name) is not None:
                 check_scalar(name, getattr(self, name), positive=True)
-        if self.radius is None and self.radius_ratio is None:
-            if self.rho is None:
-                object.__setattr__(self, "rho", 1.0)
-            if not isinstance(self.rho, str) or self.rho != "auto":
-                check_scalar("rho", self.rho, positive=True)
+        if self._asked_rho is not None and not (isinstance(self._asked_rho, str) and self._asked_rho == "auto"):
+            check_scalar("rho", self._asked_rho, positive=True)
         if self.solver == "auto":
             object.__setattr__(self, "solver", AdaptiveProximalGradient())
         if not isinstance(self.solver, Solver):
@@ -147,8 +144,13 @@ class MoreauGrad(Noisy):
             self._check_fixed(self.solver)
 
     @property
+    def _asked_rho(self) -> Any:
+        """A number, "auto", or None with a radius. Fields stay as they were given, for dataclasses.replace."""
+        return 1.0 if self.rho is None and self.radius is None and self.radius_ratio is None else self.rho
+
+    @property
     def _rho_is_given(self) -> bool:
-        return self.rho is not None and not isinstance(self.rho, str)
+        return self._asked_rho is not None and not isinstance(self._asked_rho, str)
 
     def _check_fixed(self, solver: ProximalGradient) -> None:
         if not self._rho_is_given:
@@ -157,7 +159,7 @@ class MoreauGrad(Noisy):
                 "each; give rho as a number, or use the adaptive solver"
             )
         # Where the score is flat a step multiplies the displacement by 1 - step_size/rho.
-        rho = torch.as_tensor(self.rho, dtype=torch.float64)
+        rho = torch.as_tensor(self._asked_rho, dtype=torch.float64)
         least = float(rho.min()) if rho.numel() else float("inf")
         if solver.max_steps > 1 and solver.step_size >= 2 * least:
             raise ValueError(
@@ -167,7 +169,7 @@ class MoreauGrad(Noisy):
 
     def _rho(self) -> Scalar:
         # What follows the solution, or is measured, begins anywhere.
-        return self.rho if self.rho is not None and not isinstance(self.rho, str) else 1.0
+        return self._asked_rho if self._rho_is_given else 1.0
 
     def _radius(self, inputs: Tensors) -> Tensor | None:
         if self.radius is not None:

@@ -207,8 +207,7 @@ def prepare(
     if not isinstance(compile, (bool, Mapping)):
         raise TypeError(f"compile: expected True, False or arguments of torch.compile, got {compile!r}")
     for name, count in (("max_batch", max_batch), ("memory_budget", memory_budget)):
-        if count is not None:
-            check_count(name, count)
+        check_count(name, count, optional=True)
     check_precision(precision)
     check_dtypes(precision, inputs, "example")
     if tolerance is None:

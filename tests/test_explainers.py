@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -1199,3 +1199,11 @@ def test_an_explainer_is_frozen() -> None:
     e = MoreauGrad(smooth())
     with pytest.raises(AttributeError):
         e.rho = 2.0  # type: ignore[misc]
+
+
+def test_settings_can_be_replaced() -> None:
+    first = MoreauGrad(lambda x: x.sum(1))
+    second = replace(first, radius=0.1)
+    assert (second.radius, second.rho) == (0.1, None)
+    assert replace(first, rho="auto").rho == "auto"
+    assert bool((first.attribute(torch.ones(1, 3), return_solution=True).rho == 1).all())
