@@ -108,7 +108,7 @@ class Explainer(ABC):
         Example:
             >>> import torch
             >>> from moreau_ext import MoreauGrad
-            >>> taken = MoreauGrad(torch.nn.Linear(3, 2)).footprint(torch.rand(8, 3))
+            >>> taken = MoreauGrad(torch.nn.Linear(3, 2).eval()).footprint(torch.rand(8, 3))
             >>> taken.peak(rows=64, inputs=8) < taken.peak(rows=1024, inputs=8)
             True
         """

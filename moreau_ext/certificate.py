@@ -134,7 +134,6 @@ class Certificate:
 def _residual(
     problem: Problem,
     displacement: Tensors,
-    penalty: Penalty | None,
     num_samples: int,
     confidence: float,
     max_batch: int | None,
@@ -163,7 +162,7 @@ def _residual(
         tensors = tuple(
             torch.empty_like(d).copy_(t) for t, d in zip(tensors_of(p, displacement), displacement, strict=True)
         )
-        return -rho * columns(tensors if penalty is None else penalty.prox(tensors), torch.float64)
+        return -rho * columns(tensors if problem.penalty is None else problem.penalty.prox(tensors), torch.float64)
 
     y = image(p)
     residual = delta - y
@@ -220,7 +219,6 @@ def _scale_at_zero(problem: Problem, max_batch: int | None) -> Tensor:
 def certify(
     problem: Problem,
     displacement: Tensors,
-    penalty: Penalty | None,
     *,
     num_samples: int,
     num_hvp_samples: int = 128,
@@ -234,9 +232,8 @@ def certify(
     """The certificate of a displacement; :meth:`moreau_ext.MoreauGrad.certificate` is the way to it.
 
     Args:
-        problem: inputs, score, noise, ρ.
+        problem: with an absolute η.
         displacement: δ per tensor, state dtype.
-        penalty: with an absolute η.
         num_samples: rounded up to a multiple of 64.
         num_hvp_samples: likewise.
         steps: of Lanczos.
@@ -251,9 +248,7 @@ def certify(
     parts = []
     for rows in row_chunks(problem.keys.shape[0], size, problem.keys.device):
         some, where = problem.take(rows), tuple(take_rows(d, rows) for d in displacement)
-        part = _residual(
-            some, where, None if penalty is None else penalty.take(rows), num_samples, confidence, max_batch
-        )
+        part = _residual(some, where, num_samples, confidence, max_batch)
         part["size"] = torch.maximum(part["size"], _scale_at_zero(some, max_batch))
         parts.append(part)
     found: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -274,7 +269,8 @@ def certify(
     )
     measured: dict[str, Any] = {k: v for k, v in vars(curvature).items() if k != "method"}
     rho = torch.stack([r.double() for r in problem.rho]).amax(0)
-    implied = _implied(found["residual_high"], rho, curvature, _known(problem, lipschitz, moduli), penalty is None)
+    known = _known(problem, lipschitz, moduli)
+    implied = _implied(found["residual_high"], rho, curvature, known, problem.penalty is None)
     return Certificate(
         **found,
         **relative,

@@ -290,7 +290,6 @@ class MoreauGrad(Noisy):
                 return certify(
                     problem,
                     displacement,
-                    problem.penalty,
                     num_samples=num_samples,
                     num_hvp_samples=num_hvp_samples,
                     steps=lanczos_steps,
@@ -387,7 +386,6 @@ class MoreauGrad(Noisy):
                     result = map_vjp(
                         problem,
                         displacement,
-                        problem.penalty,
                         directions,
                         samples={name: -(-n // 4) * 4 for name, n in counts.items()},
                         own_bank=own,

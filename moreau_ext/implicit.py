@@ -72,7 +72,8 @@ def _groups(penalty: Penalty, inputs: Tensors) -> _Groups | None:
 class _Support:
     """Where a displacement is not zero, and the derivatives of Ω there; float64 [B, D]."""
 
-    def __init__(self, problem: Problem, displacement: Tensors, penalty: Penalty | None) -> None:
+    def __init__(self, problem: Problem, displacement: Tensors) -> None:
+        penalty = problem.penalty
         delta = columns(displacement, torch.float64)
         self.groups = None if penalty is None else _groups(penalty, problem.inputs)
         self.mask = torch.ones_like(delta)
@@ -141,7 +142,6 @@ def _steepest(p: Tensor, groups: _Groups | None) -> Tensor:
 def map_vjp(
     problem: Problem,
     displacement: Tensors,
-    penalty: Penalty | None,
     vectors: Tensors,
     *,
     samples: dict[str, int],
@@ -156,9 +156,8 @@ def map_vjp(
     """vᵀ·DA(x) of every input; :meth:`moreau_ext.MoreauGrad.vjp` is the way to it.
 
     Args:
-        problem: inputs, score, noise, ρ.
+        problem: with an absolute η.
         displacement: δ of a solution, per tensor.
-        penalty: with an absolute η.
         vectors: v, shaped as the inputs.
         samples: of the bank, by method.
         own_bank: (samples, antithetic) of a solver with a fixed bank: where second derivatives exist they are taken
@@ -186,7 +185,6 @@ def map_vjp(
         piece = _Adjoint(
             part,
             tuple(take_rows(d, rows) for d in displacement),
-            None if penalty is None else penalty.take(rows),
             name,
             counts[name],
             part.keys if own else None,
@@ -221,7 +219,6 @@ class _Adjoint:
         self,
         problem: Problem,
         displacement: Tensors,
-        penalty: Penalty | None,
         method: str,
         num_samples: int,
         keys: Tensor | None,
@@ -234,7 +231,7 @@ class _Adjoint:
 
         self._hessian, self.problem = hessian, problem
         self.here = hessian(displacement)
-        self.support = _Support(problem, displacement, penalty)
+        self.support = _Support(problem, displacement)
         self.rho = torch.stack([r.double() for r in problem.rho]).amax(0)[:, None]
 
     def pull_back(
