@@ -21,6 +21,7 @@ from .groups import Groups, Pixels, flat_rows
 from .implicit import map_vjp
 from .path import solve_path
 from .penalties import GroupL2, Penalty
+from .precision import resolution
 from .scores import Target, evaluating
 from .solvers import Problem, ProximalGradient, Solution
 
@@ -132,7 +133,10 @@ class MoreauGrad(Noisy):
         for name in ("radius", "radius_ratio"):
             if getattr(self, name) is not None:
                 check_scalar(name, getattr(self, name), positive=True)
-        if self._asked_rho is not None and not (isinstance(self._asked_rho, str) and self._asked_rho == "auto"):
+        if isinstance(self._asked_rho, str):
+            if self._asked_rho != "auto":
+                raise ValueError(f"rho: expected a positive number or 'auto', got {self.rho!r}")
+        elif self._asked_rho is not None:
             check_scalar("rho", self._asked_rho, positive=True)
         if self.solver == "auto":
             object.__setattr__(self, "solver", AdaptiveProximalGradient())
@@ -203,7 +207,22 @@ class MoreauGrad(Noisy):
 
     def _solved(self, problem: Problem, solution: Solution, eta: Tensors) -> Problem:
         """The problem that a solution belongs to: with its eta, which may have been found on the way or be one of a
-        path, and with its rho where that was found."""
+        path, and with its rho where that was found.
+
+        Raises:
+            ValueError: the score is another one than the solution's.
+        """
+        # Far more than rounding, in a pass of other rows too, and less than classes differ by.
+        share = max(1e-3, 16 * max(resolution(self.precision, x) for x in problem.inputs))
+        here, there = problem.value.double(), solution.score.to(problem.value.device, torch.float64)
+        other = (here - there).abs() > share * torch.maximum(here.abs(), there.abs()) + 1e-4
+        if bool(other.any()):
+            row = int(other.nonzero()[0])
+            raise ValueError(
+                f"solution: its score of input {row} is {float(there[row]):.4g}, and the score here is "
+                f"{float(here[row]):.4g}: give the inputs, target and additional_forward_args of the call that it came "
+                "from (without a target the predicted class is meant). A model that draws random numbers has no score"
+            )
         penalty = problem.penalty and absolute(problem.penalty, eta)
         if self._rho_is_given:
             return replace(problem, penalty=penalty, tuning=None)
@@ -252,7 +271,7 @@ class MoreauGrad(Noisy):
             A :class:`Certificate`; print it for a table.
 
         Raises:
-            ValueError: a setting out of range, a solution of other shapes, or "stein" without noise.
+            ValueError: a setting out of range, a solution of other shapes or another score, or "stein" without noise.
 
         Example:
             >>> import torch
@@ -344,7 +363,8 @@ class MoreauGrad(Noisy):
             system was not solved to ``tol``.
 
         Raises:
-            ValueError: vectors or a solution of other shapes, a setting out of range, or "stein" without noise.
+            ValueError: vectors or a solution of other shapes, a solution of another score, a setting out of range, or
+                "stein" without noise.
 
         Example:
             >>> import torch
@@ -446,6 +466,8 @@ class SparseMoreau(Sparse, MoreauGrad):
             >>> [int(s.nnz) for s in f.eta_path(torch.ones(1, 3), [0.1, 0.4, 0.8])]
             [3, 2, 1]
         """
+        if isinstance(ratios, (int, float)):
+            raise TypeError(f"ratios: expected a list of numbers, got {ratios!r}")
         steps = [float(r) for r in ratios]
         if not steps or not all(0 <= r < math.inf for r in steps):
             raise ValueError(f"ratios: expected numbers >= 0, at least one, got {ratios!r}")

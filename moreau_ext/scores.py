@@ -406,6 +406,8 @@ def unresolved(
 ) -> Score:
     """The score of :func:`bind_score` before the model has run, which its target may have to wait for."""
     batch = inputs[0].shape[0]
+    if isinstance(additional_forward_args, dict):
+        raise TypeError("additional_forward_args: expected a value or a tuple of them, passed by position, got a dict")
     args = () if additional_forward_args is None else additional_forward_args
     args = args if isinstance(args, tuple) else (args,)
     args = tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)

@@ -291,9 +291,28 @@ def test_a_folder_with_other_things_is_refused(x: torch.Tensor, tmp_path: Path) 
         explain_dataset(sparse(), x, tmp_path)
 
 
-def test_two_processes_are_refused(x: torch.Tensor, tmp_path: Path) -> None:
+def test_two_processes_are_refused(x: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink, "_PATIENCE", 0.2)
     with sink.Output(tmp_path).locked(), pytest.raises(ValueError, match="another process is writing there"):
         explain_dataset(sparse(), x, tmp_path)
+
+
+def test_a_lock_that_opens_soon_is_waited_for(tmp_path: Path) -> None:
+    """Readers of a killed job hold it for some seconds."""
+    script = "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX); "
+    script += "print(flush=True); time.sleep(1)"
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with sink.Output(tmp_path).locked():
+            pass
+
+
+def test_a_job_that_came_to_nothing_leaves_the_folder_free(x: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target"):
+        explain_dataset(sparse(), x, tmp_path, target=99, **SETTINGS)
+    assert not list(tmp_path.glob("shard-*"))
+    assert explain_dataset(sparse(), x, tmp_path, target=1, **SETTINGS).explained == len(x)
 
 
 def test_what_the_clock_chose_is_kept(tmp_path: Path) -> None:

@@ -573,3 +573,14 @@ def test_a_solution_of_a_tuple_is_not_one_of_a_tensor() -> None:
     found = two.attribute(xs, return_solution=True)
     with pytest.raises(ValueError, match="displacements shaped as the inputs"):
         two.certificate(xs[0], found)
+
+
+def test_a_solution_of_another_target_is_refused() -> None:
+    model = nn.Linear(4, 3).eval()
+    x = torch.rand(2, 4)
+    explainer = MoreauGrad(model)
+    found = explainer.attribute(x, 0, return_solution=True)
+    for ask in (lambda **k: explainer.certificate(x, found, **k), lambda **k: explainer.vjp(x, found, x, **k)):
+        with pytest.raises(ValueError, match=r"its score of input 0 is .* give the inputs, target"):
+            ask(target=2)
+        ask(target=0)

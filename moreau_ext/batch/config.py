@@ -122,6 +122,11 @@ class Config:
             raise ValueError(f"prepare: expected 'auto' or 'none', got {self.prepare!r}")
 
     @property
+    def solves(self) -> bool:
+        """Whether the method solves a problem, so that its inputs converge or not."""
+        return self.method in _SOLVED
+
+    @property
     def target_column(self) -> str | None:
         """The column of the source that holds targets."""
         return None if isinstance(self.target, int) or self.target == "predicted" else self.target
@@ -157,10 +162,9 @@ class Config:
 
     def _solver(self) -> ProximalGradient | AdaptiveProximalGradient:
         if self.steps or self.samples:
-            counts: dict[str, Any] = {"max_steps": self.steps, "num_samples": self.samples}
+            fixed: dict[str, Any] = {"max_steps": self.steps, "num_samples": self.samples, "tol": self.tol}
             step_size = _STEP * (self.rho if isinstance(self.rho, (int, float)) else 1.0)
-            tol = 0.0 if self.tol is None else self.tol
-            return ProximalGradient(step_size=step_size, tol=tol, **{k: v for k, v in counts.items() if v is not None})
+            return ProximalGradient(step_size=step_size, **{k: v for k, v in fixed.items() if v is not None})
         adaptive: dict[str, Any] = {"tol": self.tol, "max_gradients": self.max_gradients}
         return AdaptiveProximalGradient(**{k: v for k, v in adaptive.items() if v is not None})
 

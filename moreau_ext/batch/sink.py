@@ -12,6 +12,7 @@ import fcntl
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 ERRORS = "errors.parquet"
 _PATTERN = "shard-*.parquet"
+# Seconds to wait for a lock: readers that a killed job started hold it until they see that it is gone, some 5 later.
+_PATIENCE = 10.0
 _ERRORS = ["id", "source", "reason"]
 
 # (name, Arrow type, what it is) of every column but the map's.
@@ -126,6 +129,19 @@ def _write_table(path: Path, made: Any) -> None:
     write(path, lambda file: pq.write_table(made, file, compression="zstd", use_dictionary=names))
 
 
+def _lock(handle: int) -> None:
+    """Locks an open file, or raises BlockingIOError after a while."""
+    last = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= last:
+                raise
+        time.sleep(0.1)
+
+
 class Output:
     """A folder of results.
 
@@ -142,8 +158,8 @@ class Output:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out for as long as this one lives; the kernel opens the lock however it ends. What a
-        killed one left half-written is removed.
+        """Keeps other processes out for as long as this one lives; the kernel opens the lock however it ends, when
+        those that it started to read have seen that too. What a killed one left half-written is removed.
 
         Raises:
             ValueError: another process is writing there, or the folder holds something else.
@@ -151,7 +167,7 @@ class Output:
         handle = os.open(self.folder, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle)
             except BlockingIOError:
                 raise ValueError(f"--out {self.folder}: another process is writing there") from None
             except OSError as error:  # some network file systems have no locks
@@ -177,7 +193,8 @@ class Output:
             path.unlink(missing_ok=True)
 
     def held(self, configuration: dict[str, Any]) -> dict[str, Any] | None:
-        """The manifest that is there, if its configuration is this one; None where nothing was begun.
+        """The manifest that is there, if its configuration is this one; None where nothing was begun, or nothing came
+        of it.
 
         Args:
             configuration: all that decides the results.
@@ -196,6 +213,8 @@ class Output:
         if manifest.get("format") != FORMAT:
             raise Differs(f"--out {self.folder}: has format {manifest.get('format')}, this version writes {FORMAT}")
         found = differences(before, json.loads(json.dumps(configuration)))
+        if found and not self.shards():
+            return None
         if found:
             more = f" and {len(found) - 4} more" if len(found) > 4 else ""
             raise Differs(

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from .. import __version__
 from . import demo, evaluate, explain, info, show, study
 from .common import Refused
 
@@ -70,6 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moreau-ext", description="Sparse saliency maps from the gradient of the Moreau envelope.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (demo, explain, show, evaluate, study, info):
         command.add_parser(commands)

@@ -143,7 +143,8 @@ def _explain(arguments: argparse.Namespace) -> None:
             prepare=arguments.prepare,
         )
     except ValueError as error:
-        raise Refused(f"--{error}") from error
+        name, _, rest = str(error).partition(":")
+        raise Refused(f"--{name.replace('_', '-')}:{rest}") from error
     job: dict[str, Any] = {
         "column": arguments.column,
         "batch": arguments.batch,
@@ -169,8 +170,9 @@ def _explain(arguments: argparse.Namespace) -> None:
     )
     if done.explained:
         print(
-            f"{done.explained / done.seconds:.1f} images/s, {done.converged:.0%} converged, "
-            f"{done.bytes / done.explained:,.0f} bytes per image, in {arguments.out}"
+            f"{done.explained / done.seconds:.1f} images/s, "
+            + (f"{done.converged:.0%} converged, " if config.solves else "")
+            + f"{done.bytes / done.explained:,.0f} bytes per image, in {arguments.out}"
         )
 
 

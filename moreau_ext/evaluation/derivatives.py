@@ -100,7 +100,7 @@ def _still(inputs: Tensor) -> Solution:
         displacement=zero,
         envelope=number,
         envelope_gradient=zero,
-        score=one,
+        score=one * torch.nan,  # of no call
         residual=number,
         relative_residual=number,
         steps=count,
