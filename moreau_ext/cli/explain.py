@@ -74,7 +74,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=positive, metavar="T", help="fixed steps, instead of the solver that adapts")
     parser.add_argument("--samples", type=positive, metavar="N", help="noisy copies per step")
     parser.add_argument("--tol", type=float, help="relative residual at which an input is done. default: 0.01")
-    parser.add_argument("--max-gradients", type=positive, metavar="N", help="budget per input. default: 2048")
+    parser.add_argument(
+        "--max-gradients",
+        type=positive,
+        metavar="N",
+        help="budget per input, beside what rho auto takes. default: 2048",
+    )
     parser.add_argument(
         "--target",
         default="predicted",
