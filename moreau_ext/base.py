@@ -306,8 +306,9 @@ class Explainer(ABC):
             name = "inputs" if isinstance(inputs, Tensor) else f"inputs[{i}]"
             if not x.is_floating_point():
                 raise TypeError(
-                    f"{name}: expected floating point, got {x.dtype}. Pixels: x.float() / 255, if the model takes them "
-                    "so. Token ids cannot be displaced: explain the embeddings, with a model that takes them as input"
+                    f"{name}: expected floating point, got {x.dtype}. Token ids cannot be displaced: explain the "
+                    "embeddings, with a model that takes them as input; pixels are, as x.float() / 255 or as the model "
+                    "takes them"
                 )
             if x.layout != torch.strided:
                 raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call .to_dense() first")

@@ -135,7 +135,7 @@ class MoreauGrad(Noisy):
                 check_scalar(name, getattr(self, name), positive=True)
         if isinstance(self._asked_rho, str):
             if self._asked_rho != "auto":
-                raise ValueError(f"rho: expected a positive number or 'auto', got {self.rho!r}")
+                raise TypeError(f"rho: expected a number, got {self.rho!r}; or 'auto', in small letters")
         elif self._asked_rho is not None:
             check_scalar("rho", self._asked_rho, positive=True)
         if self.solver == "auto":
