@@ -42,7 +42,7 @@ def main() -> None:
             exact = SparseMoreauGrad(doubled, **settings).attribute(x.double(), return_solution=True)
             explainers = {p: SparseMoreauGrad(model, precision=p, **settings) for p in PRECISIONS}
             seconds = interleaved(
-                {p: lambda e=e, x=x: e.attribute(x) for p, e in explainers.items()},  # type: ignore[misc]
+                {p: lambda e=e, x=x: e.attribute(x) for p, e in explainers.items()},
                 arguments.device,
                 rounds=2 if arguments.quick else 5,
             )

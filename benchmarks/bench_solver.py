@@ -117,7 +117,7 @@ class Bench:
         self.model: nn.Module = self.plain
         if case.net == "digits32_resnet20":
             ready = prepare(self.plain, self.x, channels_last=True, max_batch=128)
-            self.model = ready.model  # type: ignore[assignment]
+            self.model = ready.model
         with torch.no_grad():
             self.target = self.model(self.x).argmax(1)
         flat = self.x.flatten(1)
@@ -203,7 +203,7 @@ def quantiles(values: Tensor) -> tuple[float | None, float | None]:
     """(median, 90 %); None where it is not reached."""
     ordered = values.sort().values
     both = [float(ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)]) for q in (0.5, 0.9)]
-    return tuple(v if math.isfinite(v) else None for v in both)  # type: ignore[return-value]
+    return tuple(v if math.isfinite(v) else None for v in both)
 
 
 def run(case: Case, device: str) -> dict[str, Any]:

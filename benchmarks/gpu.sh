@@ -78,7 +78,8 @@ if found.exists():
 elif name == "ncu" and log.exists():
     result[name] = [line for line in log.read_text().splitlines() if line.startswith('"') or "ERR" in line]
 elif name != "build" and log.exists():
-    result[name] = log.read_text().strip().splitlines()[-3:]
+    # Without the folder that the tests lay in.
+    result[name] = [re.sub(r"[^ ]*/(?=tests/)", "", line) for line in log.read_text().strip().splitlines()[-3:]]
 target.parent.mkdir(parents=True, exist_ok=True)
 target.write_text(json.dumps(result, indent=2) + "\n")
 print(f"{name}: {status} in {seconds} s; in {target}")

@@ -76,7 +76,7 @@ class Timer:
 
 def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
     """The launches of one call, captured in a CUDA graph."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -91,7 +91,7 @@ def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
     def replay() -> None:
         graph.replay()
 
-    replay.of = run, private  # type: ignore[attr-defined]  # a graph keeps no tensor that it works on
+    replay.of = run, private  # a graph keeps no tensor that it works on
     return replay
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -28,6 +29,7 @@ Tensors = tuple[Tensor, ...]
 # One number, or one per input of the batch to come.
 Scalar = float | Tensor
 
+_lowering = threading.Lock()
 # Noisy inputs per pass at most: enough to fill small models.
 _MAX_BATCH = 1024
 # Maps that are held for each row of a pass and each input of a call, beside what the model makes in the pass. Measured:
@@ -149,7 +151,8 @@ class Explainer(ABC):
 
     def _lower(self, kind: Any, rows: int) -> None:
         """What was found not to fit: another thread may know of less."""
-        self._fits[kind] = min(rows, self._fits.get(kind, rows))
+        with _lowering:
+            self._fits[kind] = min(rows, self._fits.get(kind, rows))
 
     def _max_rows(self, problem: Problem) -> int | None:
         """Most noisy inputs in one pass."""

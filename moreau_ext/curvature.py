@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from statistics import NormalDist
 from typing import Literal
 
@@ -532,7 +533,7 @@ def _ends(hessian: SmoothedHessian, steps: int, confidence: float) -> dict[str, 
     whole, vectors, left = extreme_eigenvalues(hessian.product, start, steps)
     halves, across, variance = [], [], []
     for half in (0, 1):
-        value, chosen, _ = extreme_eigenvalues(lambda v, half=half: hessian.product(v, half), start, steps)  # type: ignore[misc]
+        value, chosen, _ = extreme_eigenvalues(partial(hessian.product, half=half), start, steps)
         forms = [hessian.quadratic_form(chosen[:, end], 1 - half) for end in (0, 1)]
         halves.append(value)
         across.append(torch.stack([form for form, _ in forms], dim=1))

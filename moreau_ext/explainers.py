@@ -426,8 +426,9 @@ class SparseMoreau(Sparse, MoreauGrad):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fixed = isinstance(self.solver, ProximalGradient)
-        if self.support is not None and fixed and self.solver.average_of == "displacement":  # type: ignore[union-attr]
+        solver = self.solver
+        averages = isinstance(solver, ProximalGradient) and solver.average_of == "displacement"
+        if self.support is not None and averages:
             raise ValueError(
                 "support: the published schedule averages displacements, which makes the union of their supports; use "
                 "another solver"

@@ -75,7 +75,7 @@ class _Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
         self._capturing_stream = ops.private_stream(device)
         # Shared: nothing in it outlives a replay, and replays of one stream do not overlap.
         self._pool = torch.cuda.graph_pool_handle()
@@ -238,8 +238,9 @@ def _made_of(model: Any) -> tuple[list[Tensor], list[Any]]:
     tensors, rest, seen = [*model.parameters(), *model.buffers()], list[Any](), set[int]()
     for module in model.modules():
         rest.append((id(module), type(module).forward))
-        own = {name: value for name, value in vars(module).items() if name not in _OF_ALL_MODULES}
-        rest.append(_settings_of(own, tensors, seen, _DEPTH))
+        for name, value in vars(module).items():
+            if name not in _OF_ALL_MODULES:
+                rest.append((name, _settings_of(value, tensors, seen, _DEPTH)))
     return tensors, rest
 
 

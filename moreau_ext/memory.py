@@ -96,12 +96,12 @@ def _left_by_cgroups() -> Iterator[int]:
 # What a pass takes.
 
 
-class BytesAlive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class BytesAlive(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Bytes of the tensors made inside that are alive, after every operation; this thread's alone, and no one's
     statistics. What was there before, weights and inputs, is not counted, nor are views of it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.after: list[int] = []
         self._now = 0
         self._alive: dict[int, weakref.ref[Any]] = {}

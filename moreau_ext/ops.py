@@ -84,7 +84,7 @@ def private_stream(device: torch.device) -> Any:
         address = spare.pop()
     except IndexError:
         address = _core.make_stream(index)
-    stream: Any = torch.cuda.ExternalStream(address, device=device)  # type: ignore[no-untyped-call]
+    stream: Any = torch.cuda.ExternalStream(address, device=device)  # type: ignore[no-untyped-call]  # torch's
     weakref.finalize(stream, spare.append, address).atexit = False
     return stream
 

@@ -489,7 +489,7 @@ def train(
             for rows in torch.split(torch.randperm(len(inputs), generator=order).to(device), batch_size):
                 optimizer.zero_grad()
                 loss = nn.functional.cross_entropy(model(inputs[rows]), targets[rows])
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's
                 optimizer.step()
                 schedule.step()
         optimizer.zero_grad()

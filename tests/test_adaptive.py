@@ -172,7 +172,7 @@ def test_a_gradient_that_is_not_finite_names_the_input() -> None:
 )
 def test_settings_are_checked(settings: dict[str, float], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        AdaptiveProximalGradient(**settings)  # type: ignore[arg-type]
+        AdaptiveProximalGradient(**settings)
 
 
 def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,7 +258,7 @@ def test_numpy_counts() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("settings", [{}, {"n_steps": 7}, {"baselines": 0.5}], ids=str)
 def test_integrated_gradients_are_captums(settings: dict[str, Any], dtype: torch.dtype) -> None:
-    captum = pytest.importorskip("captum.attr")
+    captum = pytest.importorskip("captum.attr", reason="Integrated Gradients are captum's")
     model, x = smooth(dtype), images(dtype)
     a = make_explainer("integrated_gradients", model, **settings).attribute(x, TARGET)
     assert a.dtype == dtype
@@ -272,7 +272,7 @@ def test_integrated_gradients_are_captums(settings: dict[str, Any], dtype: torch
 @pytest.mark.parametrize("score", ["log_prob", "prob", "margin"])
 def test_integrated_gradients_of_other_scores(score: Any) -> None:
     """Complete: the map sums to f(x) − f(0)."""
-    pytest.importorskip("captum")
+    pytest.importorskip("captum", reason="Integrated Gradients are captum's")
     model, x = smooth(), images()
     e = make_explainer("integrated_gradients", model, score=score, n_steps=200)
     s = e.attribute(x, TARGET, return_solution=True)
@@ -281,7 +281,7 @@ def test_integrated_gradients_of_other_scores(score: Any) -> None:
 
 
 def test_integrated_gradients_take_tuples_arguments_and_train_mode() -> None:
-    captum = pytest.importorskip("captum.attr")
+    captum = pytest.importorskip("captum.attr", reason="Integrated Gradients are captum's")
     x, y, gain = images(), torch.randn(B, 3, dtype=torch.float64), torch.tensor([1.0, 2.0, -3.0]).double()
 
     class Model(nn.Module):

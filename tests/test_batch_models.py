@@ -61,6 +61,7 @@ def test_the_model_says_how_it_was_trained(tmp_path: Path, monkeypatch: pytest.M
     [
         ("resnet50", "expected package.module:factory"),
         ("no_such_package:net", "cannot import no_such_package"),
+        ("mynet.py:net", r"cannot import mynet.py .*; a module is named without .py"),
         ("moreau_ext.zoo:nothing", "has no nothing"),
         ("moreau_ext.zoo:digits_cnn(print(1))", "must be literals"),
         ("moreau_ext.zoo:NAMES", "expected an nn.Module"),
@@ -140,7 +141,7 @@ def test_an_exported_program_with_a_pickle_is_refused(exported: Path, tmp_path: 
 
 
 def test_a_hugging_face_folder(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    transformers = pytest.importorskip("transformers", reason="no extra brings it", exc_type=ImportError)
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
     )

@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Config]]:
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="needs the extra [ray]")
     folder = tmp_path_factory.mktemp("ray")
     (folder / "nets_for_ray.py").write_text(NETS)
     np.save(folder / "x.npy", torch.randn(42, 3, 4, generator=torch.Generator().manual_seed(2)).numpy())

@@ -356,7 +356,7 @@ def test_precision_is_a_part_of_the_job(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", torch.rand(4, 3, 8, 8).numpy())
     found = {}
     for precision in ("float32", "bfloat16"):
-        config = Config(model="moreau_ext.zoo:resnet20", samples=2, steps=2, precision=precision, prepare="none")  # type: ignore[arg-type]
+        config = Config(model="moreau_ext.zoo:resnet20", samples=2, steps=2, precision=precision, prepare="none")
         explain_config(config, tmp_path / "x.npy", tmp_path / precision, workers=0)
         found[precision] = maps(tmp_path / precision)
         assert manifest(tmp_path / precision)["configuration"]["precision"] == precision

@@ -203,7 +203,7 @@ def test_bad_use_of_the_script(run) -> None:
     assert "--limit" in only_line(process)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a CUDA device")
 def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
     assert "torch finds no CUDA device" in capsys.readouterr().err

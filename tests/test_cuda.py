@@ -449,7 +449,7 @@ def test_group_steps_that_wait_for_their_blocks_share_the_card() -> None:
 
 def test_another_device_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device")
+        pytest.skip("needs two CUDA devices")
     written, others = step_case((2, 3, 8, 8), torch.float32, "tiles")
     expected = there(written)
     call(ops, expected, there(others))

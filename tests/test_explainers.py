@@ -941,7 +941,7 @@ def test_a_kept_graph_would_be_seen() -> None:
 
 def test_many_steps_hold_no_more_memory_than_few() -> None:
     """300 steps whose graphs hold 4 MiB each: kept, they would be 1.2 GiB."""
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="reads the peak of memory, on Unix alone")
     x = torch.randn(1, 1 << 17)
 
     def peak(steps: int) -> float:
@@ -1076,7 +1076,7 @@ def test_bad_settings(make: Any, bad: dict[str, Any], error: type[Exception], me
 
 def test_a_model_is_called() -> None:
     with pytest.raises(TypeError, match="model: expected a callable, got NoneType"):
-        MoreauGrad(None)  # type: ignore[arg-type]
+        MoreauGrad(None)
 
 
 @pytest.mark.parametrize(
@@ -1198,7 +1198,7 @@ def test_ids_in_other_forms(ids: Any) -> None:
 def test_an_explainer_is_frozen() -> None:
     e = MoreauGrad(smooth())
     with pytest.raises(AttributeError):
-        e.rho = 2.0  # type: ignore[misc]
+        e.rho = 2.0
 
 
 def test_settings_can_be_replaced() -> None:

@@ -30,7 +30,7 @@ from moreau_ext import (
     Tiles,
     zoo,
 )
-from moreau_ext.graphs import READ, SCRATCH, Graphs, Steps, _Parts, _Sized
+from moreau_ext.graphs import READ, SCRATCH, Graphs, Steps, _Parts, _Sized, _Weights
 
 SOLVERS = {
     "auto": AdaptiveProximalGradient(),
@@ -279,7 +279,26 @@ def test_what_is_not_captured() -> None:
     assert len(seen) == 23  # 20 steps, one pass for f(x), two that measure memory
     for wrong in ("always", 1, None):
         with pytest.raises(ValueError, match="cuda_graphs: expected 'auto', True or False"):
-            MoreauGrad(model, cuda_graphs=wrong)  # type: ignore[arg-type]
+            MoreauGrad(model, cuda_graphs=wrong)
+
+
+def test_a_change_shows_in_every_module() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factors = [1.0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factors[0]
+
+    model = nn.Sequential(*(Scale() for _ in range(9)), nn.Linear(6, 3)).eval()
+    known = _Weights(model)
+    assert known.unmoved(model)
+    for module in model[:9]:
+        module.factors[0] = 2.0
+        assert not known.unmoved(model)
+        module.factors[0] = 1.0
+        assert known.unmoved(model)
 
 
 def test_a_model_with_a_sparse_buffer_runs_step_by_step() -> None:

@@ -92,4 +92,4 @@ def test_per_input_partitions_can_be_taken_apart() -> None:
 )
 def test_what_is_refused(make: object, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        make()  # type: ignore[operator]
+        make()

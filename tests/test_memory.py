@@ -173,7 +173,7 @@ def test_paths_and_measured_rho() -> None:
 
 
 def test_integrated_gradients() -> None:
-    pytest.importorskip("captum")
+    pytest.importorskip("captum", reason="Integrated Gradients are captum's")
     x = images()
     expected = make_explainer("integrated_gradients", net(), n_steps=8).attribute(x, 1)
     with pytest.warns(UserWarning, match="out of memory"):
@@ -434,7 +434,7 @@ def test_the_probe_runs_once_and_only_for_auto() -> None:
     x = images()
     for setting, passes in (("auto", 2), (64, 0), (None, 0)):
         model: Any = Small(net(), 1000)
-        e = Gradient(model, max_batch=setting)  # type: ignore[arg-type]
+        e = Gradient(model, max_batch=setting)
         e.attribute(x, 1)
         assert len(model.seen) == passes + 2  # the inputs as they are, and their gradient
         e.attribute(x, 1)
@@ -534,7 +534,7 @@ def test_a_limit_only_falls() -> None:
     assert told == [8, 8]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS, which makes memory end, is Linux's")
 def test_a_real_limit() -> None:
     """256 MiB beyond what the process has: passes of 512 rows of 4 MiB fail, in torch's allocator, and smaller ones do
     what they would."""

@@ -572,7 +572,7 @@ def test_one_libgomp_and_no_torch_in_the_core() -> None:
 
 def test_a_build_without_cuda_says_so() -> None:
     if _core.cuda_version is not None:
-        pytest.skip("this build has CUDA kernels")
+        pytest.skip("is about builds without CUDA kernels; this one has them")
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
         _core.accumulate(0, _core.Extents(1, 1, 1), 0, 0, 0, False, 0, 0)
 

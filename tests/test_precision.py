@@ -231,7 +231,7 @@ def test_a_prepared_model_works_with_any() -> None:
 
 
 def test_integrated_gradients() -> None:
-    pytest.importorskip("captum")
+    pytest.importorskip("captum", reason="Integrated Gradients are captum's")
     model = Seen().eval()
     make_explainer("integrated_gradients", model, n_steps=4, precision="bfloat16").attribute(X, 1)
     assert set(model.products) == {torch.bfloat16}
@@ -249,9 +249,9 @@ def test_rounding() -> None:
 def test_an_unknown_precision() -> None:
     message = "precision: expected one of float32, tf32, bfloat16, got 'float16'"
     with pytest.raises(ValueError, match=message):
-        Gradient(zoo.digits_cnn(), precision="float16")  # type: ignore[arg-type]
+        Gradient(zoo.digits_cnn(), precision="float16")
     with pytest.raises(ValueError, match=message):
-        prepare(zoo.digits_cnn(), X, precision="float16")  # type: ignore[arg-type]
+        prepare(zoo.digits_cnn(), X, precision="float16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

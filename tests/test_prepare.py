@@ -113,7 +113,7 @@ class SharedConvolution(nn.Module):
         self.conv, self.norm, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.other(self.conv(self.norm(self.conv(x)).relu())).flatten(1)  # type: ignore[no-any-return]
+        return self.other(self.conv(self.norm(self.conv(x)).relu())).flatten(1)
 
 
 class ReadsItsWeight(nn.Module):
@@ -122,7 +122,7 @@ class ReadsItsWeight(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)).flatten(1) * self.conv.weight.square().sum()  # type: ignore[no-any-return]
+        return self.norm(self.conv(x)).flatten(1) * self.conv.weight.square().sum()
 
 
 IMAGES = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -193,7 +193,7 @@ def test_several_inputs_and_arguments_that_follow_the_rows() -> None:
             self.layer, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
 
         def forward(self, a: Tensor, b: Tensor, scale: Tensor, power: float) -> Tensor:
-            return (self.norm(self.layer(a)) + b) ** power * scale[:, None]  # type: ignore[no-any-return]
+            return (self.norm(self.layer(a)) + b) ** power * scale[:, None]
 
     model = shaken(Two())
     inputs = torch.rand(3, 4), torch.rand(3, 3)
@@ -250,8 +250,8 @@ def test_the_copy_never_ran() -> None:
     model = shaken(Counts())
     prepared = prepare(model, torch.rand(2, 4))
     assert all(by_name(prepared)[name].applied for name in ("fold_batchnorm", "freeze"))
-    assert int(model.calls) == int(prepared.model.calls) == 0  # type: ignore[attr-defined,arg-type]
-    assert prepared.model.kept is None  # type: ignore[attr-defined]
+    assert int(model.calls) == int(prepared.model.calls) == 0
+    assert prepared.model.kept is None
 
 
 def test_generators_threads_and_gradient_mode_stay() -> None:
@@ -261,7 +261,7 @@ def test_generators_threads_and_gradient_mode_stay() -> None:
             self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.layer(x)) * (1 + torch.rand(()))  # type: ignore[no-any-return]
+            return self.norm(self.layer(x)) * (1 + torch.rand(()))
 
     model, x = shaken(Draws()), torch.rand(2, 4)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -315,7 +315,7 @@ class TwoNames(nn.Module):
         self.also = self.norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.also(self.conv(x)).flatten(1)  # type: ignore[no-any-return]
+        return self.also(self.conv(x)).flatten(1)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -337,7 +337,7 @@ class Recurses(Untraceable):
     def forward(self, x: Tensor) -> Tensor:
         if float(x.detach().sum()) > 1e9:
             x = x / 2
-        return self.body(self.body(x)).flatten(1)  # type: ignore[no-any-return]
+        return self.body(self.body(x)).flatten(1)
 
 
 def hooked() -> nn.Module:
@@ -396,7 +396,7 @@ class CountsItsNorms(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Flatten())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) * (1 + sum(isinstance(m, nn.BatchNorm2d) for m in self.modules()))  # type: ignore[no-any-return]
+        return self.body(x) * (1 + sum(isinstance(m, nn.BatchNorm2d) for m in self.modules()))
 
 
 class LooksAtLayout(nn.Module):
@@ -417,7 +417,7 @@ class Views(LooksAtLayout):
 
 class WantsItsParametersGradient(LooksAtLayout):
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).flatten(1) * (2.0 if self.conv.weight.requires_grad else 3.0)  # type: ignore[no-any-return]
+        return self.conv(x).flatten(1) * (2.0 if self.conv.weight.requires_grad else 3.0)
 
 
 @pytest.mark.parametrize(
@@ -451,12 +451,12 @@ class WhenFrozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layer.weight.requires_grad:
-            return self.layer(x)  # type: ignore[no-any-return]
+            return self.layer(x)
         if self.what == "output":
-            return self.layer(x) + 1  # type: ignore[no-any-return]
+            return self.layer(x) + 1
         # The value of x, with twice its gradient: in all rows, or in those that begin with 1.
         twice = 2 * x - x.detach()
-        return self.layer(twice if self.what == "gradient" else torch.where(x[:, :1] == 1, twice, x))  # type: ignore[no-any-return]
+        return self.layer(twice if self.what == "gradient" else torch.where(x[:, :1] == 1, twice, x))
 
 
 def test_outputs_alone_refuse() -> None:
@@ -519,7 +519,7 @@ class CannotBeCopied(nn.Module):
         self.layer = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)  # type: ignore[no-any-return]
+        return self.layer(x)
 
     def __deepcopy__(self, memo: Any) -> nn.Module:
         raise RuntimeError("there is only one of me\nand a long story")
@@ -657,7 +657,7 @@ def test_the_layout_is_decided_by_measurement(monkeypatch: pytest.MonkeyPatch, r
     prepared = prepare(zoo.digits_cnn(), torch.rand(2, 1, 8, 8), max_batch=2)
     lever = by_name(prepared)["channels_last"]
     assert (lever.applied, lever.time_ratio) == (applied, ratio)
-    assert prepared.model[3].weight.is_contiguous(memory_format=torch.channels_last) is applied  # type: ignore[index]
+    assert prepared.model[3].weight.is_contiguous(memory_format=torch.channels_last) is applied
     # Weights alone already did it: inputs are taken as they come.
     assert prepared.memory_format == torch.preserve_format
 

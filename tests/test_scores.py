@@ -232,7 +232,7 @@ def test_settings_by_name() -> None:
     with pytest.raises(ValueError, match=r"score: expected one of logit, log_prob, prob, margin, got 'logits'"):
         check_score_settings("logits", "zero")
     with pytest.raises(ValueError, match=r"unused_inputs: expected 'raise' or 'zero', got None"):
-        check_score_settings("logit", None)  # type: ignore[arg-type]
+        check_score_settings("logit", None)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------

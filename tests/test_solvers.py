@@ -90,7 +90,7 @@ class Quadratic(nn.Module):
 
 
 def quadratic(eigenvalues: list[float]) -> Quadratic:
-    return Quadratic(eigenvalues).eval()  # type: ignore[return-value]
+    return Quadratic(eigenvalues).eval()
 
 
 def test_contraction_factor() -> None:
@@ -199,7 +199,7 @@ def test_a_fixed_bank_is_solved_to_rounding() -> None:
 )
 def test_settings_are_checked(settings: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        ProximalGradient(**settings)  # type: ignore[arg-type]
+        ProximalGradient(**settings)
 
 
 def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_the_split_never_changes() -> None:
 
 def test_an_unknown_split_is_named() -> None:
     with pytest.raises(ValueError, match="'validation'"):
-        zoo.digits("validation")  # type: ignore[arg-type]
+        zoo.digits("validation")
 
 
 @pytest.mark.parametrize("load", [zoo.digits, zoo.breast_cancer])
@@ -143,7 +143,7 @@ def test_resnet20_has_twenty_layers() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: zoo.digits_cnn("tanh"), "activation must be one of relu, gelu, softplus, silu, got 'tanh'"),  # type: ignore[arg-type]
+        (lambda: zoo.digits_cnn("tanh"), "activation must be one of relu, gelu, softplus, silu, got 'tanh'"),
         (lambda: zoo.tiny_vit(image_size=8, patch=3), "patches of 3 in images of 8"),
         (lambda: zoo.tiny_vit(dim=64, heads=5), "5 heads for a width of 64"),
         (lambda: zoo.trained("resnet20"), "name must be one of digits_cnn, .* got 'resnet20'"),

@@ -79,7 +79,8 @@ def _named(spec: str, option: str) -> Any:
     try:
         held = importlib.import_module(match["module"])
     except ImportError as error:
-        raise ImportError(f"{option} {spec}: cannot import {match['module']} ({error})") from error
+        hint = "; a module is named without .py" if match["module"].endswith(".py") else ""
+        raise ImportError(f"{option} {spec}: cannot import {match['module']} ({error}){hint}") from error
     for part in match["name"].split("."):
         if not hasattr(held, part):
             raise ValueError(f"{option} {spec}: {match['module']} has no {match['name']}")

@@ -153,7 +153,8 @@ class Preprocess:
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]  # tuples as lists
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples as lists
+        return found
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], where: str) -> Preprocess:
@@ -217,9 +218,10 @@ class Preprocess:
         """What timm's ``pretrained_cfg`` says: the shorter edge is ⌊size/crop_pct⌋, then the centre."""
         channels, *size = settings["input_size"]
         fraction = settings.get("crop_pct") or 1.0
+        height, width = (int(edge / fraction) for edge in size)
         return cls(
             mode="L" if channels == 1 else "RGB",
-            resize=int(size[0] / fraction) if size[0] == size[1] else tuple(int(s / fraction) for s in size),  # type: ignore[arg-type]
+            resize=height if size[0] == size[1] else (height, width),
             interpolation=settings.get("interpolation") or "bilinear",
             crop=(int(size[0]), int(size[1])),
             mean=settings.get("mean"),

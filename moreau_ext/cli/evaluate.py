@@ -229,7 +229,8 @@ def _model(arguments: argparse.Namespace, data: Dataset, out: Path) -> nn.Module
         write(weights, lambda file: torch.save(model.state_dict(), file))
     elif ":" not in name:
         raise Refused(f"--model {name} has no weights: give --weights FILE or --train EPOCHS")
-    return model  # type: ignore[no-any-return]
+    net: torch.nn.Module = model
+    return net
 
 
 def _summary(results: Results) -> str:

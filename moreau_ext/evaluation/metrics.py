@@ -65,10 +65,11 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float64 [B, features]."""
     if a.dim() < 1 or a.shape != b.shape:
         raise ValueError(f"b: expected the shape of a, {tuple(a.shape)}, with a batch axis, got {tuple(b.shape)}")
-    rows = a.shape[0]
-    return tuple(  # type: ignore[return-value]
-        t.detach().reshape(rows, -1).double() if t.numel() else t.new_zeros(rows, 1).double() for t in (a, b)
-    )
+
+    def flat(t: Tensor) -> Tensor:
+        return t.detach().reshape(len(t), -1).double() if t.numel() else t.new_zeros(len(t), 1).double()
+
+    return flat(a), flat(b)
 
 
 def support_fraction(maps: Tensor) -> Tensor:

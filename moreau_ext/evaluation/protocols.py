@@ -13,6 +13,7 @@ import math
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -432,9 +433,9 @@ def _parts(runner: _Runner, units: list[Unit], progress: bool) -> Iterator[tuple
             if part is None:
                 if bar is not None:
                     bar.set_postfix_str(unit.file.removesuffix(".npz"))
-                made = runner.make(unit)
+                made: dict[str, Any] = runner.make(unit)
                 path.parent.mkdir(exist_ok=True)
-                write(path, lambda file, made=made: np.savez(file, **made))  # type: ignore[misc]
+                write(path, partial(np.savez, **made))
                 part = made
             if bar is not None:
                 bar.update(unit.cost)
