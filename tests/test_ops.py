@@ -371,17 +371,23 @@ def test_threads_do_not_change_a_bit() -> None:
 def test_small_work_opens_no_parallel_region() -> None:
     """Under 1e5 elements a thread the sleeping worker is not woken; with more work it is."""
     program = """
-import os, threading, torch
+import os, time, torch
 from moreau_ext import ops
 from moreau_ext.noise import Noise, noise_keys
 torch.set_num_threads(2)
+def run_times(threads):
+    return [open(t).read().split()[0] for t in threads]
 def slept(features):
     noise = Noise(noise_keys(0, torch.arange(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1), 8)
     x, out = torch.zeros(1, features), torch.empty(8, features)
     others = [f"/proc/self/task/{t}/schedstat" for t in os.listdir("/proc/self/task") if int(t) != os.getpid()]
-    before = [open(t).read().split()[0] for t in others]
+    # On a busy machine a thread that was woken before may not yet have gone back to sleep.
+    before = None
+    while before != run_times(others):
+        before = run_times(others)
+        time.sleep(0.1)
     ops.perturb(x, None, noise, out=out)
-    return before == [open(t).read().split()[0] for t in others]
+    return before == run_times(others)
 print(slept(24_000), slept(24_000), slept(400_000))
 """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
