@@ -28,8 +28,9 @@ import torch
 from timing import interleaved, parser, replayed, report, save
 from torch import Tensor
 
-from moreau_ext import Pixels, Tiles, ops, reference
-from moreau_ext.noise import Noise, noise_keys
+from moreau_ext import Pixels, Tiles, ops
+from moreau_ext.ops import reference
+from moreau_ext.ops.noise import Noise, noise_keys
 
 SHAPES = {
     "[64,32,64]": (64, 32, (1, 8, 8)),

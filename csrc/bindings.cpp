@@ -1,5 +1,5 @@
 // The Python module _core: addresses in, kernels.h out, with the GIL released. Nothing is checked here:
-// moreau_ext/ops.py is the only caller. Every function takes a device index, -1 for the CPU, and a stream.
+// moreau_ext/ops/ is the only caller. Every function takes a device index, -1 for the CPU, and a stream.
 #include <pybind11/pybind11.h>
 
 #include "check.h"

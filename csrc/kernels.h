@@ -1,7 +1,7 @@
 // The surface of the core: every operation, declared once for cpu:: and cuda::.
 //
 // Kernels see addresses, extents and a stream; never a tensor. Everything here is unchecked:
-// moreau_ext/ops.py validates device, dtype, shape, layout and overlap before it calls.
+// moreau_ext/ops/ validates device, dtype, shape, layout and overlap before it calls.
 // No kernel allocates or synchronises; scratch memory comes from the caller.
 #pragma once
 
@@ -78,7 +78,7 @@ enum class Total : int { none = 0, gradient = 1, displacement = 2 };
 enum Statistic : int { residual2 = 0, displacement2 = 1, image2 = 2, gradient2 = 3, nonzero = 4 };
 constexpr int kStatistics = 5;
 
-// One step of the proximal gradient method, see prox_step in moreau_ext/reference.py.
+// One step of the proximal gradient method, see prox_step in moreau_ext/ops/reference.py.
 struct ProxStep {
   Dtype dtype;
   Extents extents;
@@ -106,7 +106,7 @@ struct ProxStep {
   int32_t* arrivals;         // scratch [batch], zero on entry and on return; CUDA only
 };
 
-// What a momentum step multiplies and adds up per input, float64: see PRODUCTS and SUMS of moreau_ext/reference.py.
+// What a momentum step multiplies and adds up per input, float64: see PRODUCTS and SUMS of moreau_ext/ops/reference.py.
 namespace product {
 enum : int { uphill = 0, turned = 1, length = 2, way = 3, bend = 4, square = 5 };
 }
@@ -116,7 +116,7 @@ enum : int { turned = 0, length = 1, differences = 2, norms = 3, norms2 = 4, len
 }
 constexpr int kSums = 8;
 
-// Momentum after a proximal step, and what is kept of the step, see momentum_step in moreau_ext/reference.py. All
+// Momentum after a proximal step, and what is kept of the step, see momentum_step in moreau_ext/ops/reference.py. All
 // tensors are state_t [batch, features] of one memory layout.
 struct Momentum {
   Dtype dtype;  // f32 or f64

@@ -33,24 +33,20 @@ from torch import Tensor
 from . import ops
 from .checks import check_count
 from .graphs import READ, Graphs, Steps
-from .groups import flat_rows
-from .penalties import Penalty, over_features
+from .ops.layout import Tensors, flat_rows, join_rows, over_features, states_like, take_rows
+from .penalties import Penalty
 from .solvers import (
     NoisyCopies,
     Problem,
     Solution,
-    Tensors,
     assemble,
     check_finite,
     in_groups,
     in_order,
-    join_rows,
     objective,
     progress_bar,
     residual_floor,
     rows_of,
-    states_like,
-    take_rows,
 )
 
 _BURN_IN = 12

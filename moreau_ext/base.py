@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from . import ops
 from .checks import check_count
-from .groups import flat_rows, memory_layout
 from .memory import BLIND_ROWS, Footprint, Limit, budget
-from .noise import noise_keys
+from .ops.layout import Tensors, flat_rows, memory_layout
+from .ops.noise import noise_keys
 from .penalties import L1, Penalty
 from .precision import Precision, check_dtypes, check_precision
 from .prepare import Prepared
 from .scores import Score, ScoreName, Target, UnusedInputs, check_score_settings, evaluating, resolved, unresolved
 from .solvers import Problem, Solution, Tuning
 
-Tensors = tuple[Tensor, ...]
 # One number, or one per input of the batch to come.
 Scalar = float | Tensor
 

@@ -11,11 +11,9 @@ from torch import Tensor
 from . import ops
 from .base import Explainer, Noisy, Sparse
 from .checks import check_count
-from .groups import flat_rows
+from .ops.layout import Tensors, flat_rows
 from .penalties import Penalty
 from .solvers import NoisyCopies, Problem, ProximalGradient, Solution, assemble, check_finite, in_groups
-
-Tensors = tuple[Tensor, ...]
 
 
 def at_zero(solution: Solution) -> Solution:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from .curvature import Bank, Curvature, Method, columns, measure_curvature, student_quantile, tensors_of
-from .penalties import Penalty, over_features
-from .scores import row_chunks
-from .solvers import Problem, residual_floor, take_rows
-
-Tensors = tuple[Tensor, ...]
+from .ops.layout import Tensors, over_features, row_chunks, take_rows
+from .penalties import Penalty
+from .solvers import Problem, residual_floor
 
 BOUND, MEASURED, FAILED = "bound", "measured locally", "premise not satisfied"
 # Blocks of samples whose means give the residual's standard error.

@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .groups import flat_rows
 from .memory import out_of_memory
-from .noise import Noise, noise_keys
+from .ops.layout import Tensors, flat_rows, like_layout, row_chunks, take_rows
+from .ops.noise import Noise, noise_keys
 from .precision import resolution
-from .scores import row_chunks
-from .solvers import Problem, like_layout, take_rows
+from .solvers import Problem
 
-Tensors = tuple[Tensor, ...]
 Method = Literal["auto", "autograd", "stein"]
 
 METHODS = ("auto", "autograd", "stein")

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from . import ops
 from .adaptive import AdaptiveProximalGradient
-from .base import Noisy, Scalar, Sparse, Tensors, check_scalar, per_input_setting
+from .base import Noisy, Scalar, Sparse, check_scalar, per_input_setting
 from .certificate import Certificate, absolute, certify
 from .checks import check_count
 from .curvature import METHODS, RHO_SAMPLES, Method, convex_rho
 from .graphs import Graphs, Mode, check_mode
-from .groups import Groups, Pixels, flat_rows
+from .groups import Groups, Pixels
 from .implicit import map_vjp
+from .ops.layout import Tensors, flat_rows
 from .path import solve_path
 from .penalties import GroupL2, Penalty
 from .precision import resolution

@@ -4,87 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .ops.layout import memory_layout
+from .ops.partition import Partition
+
 Weights = Literal["unit", "sqrt"]
-
-
-def memory_layout(x: Tensor) -> tuple[int, int] | None:
-    """(channels, positions) of a dense batch: channels = 1 for contiguous memory, > 1 for channels_last, else None.
-
-    Feature (c, s) lies at offset s·channels + c within its input and has the row-major index c·positions + s.
-    """
-    features = math.prod(x.shape[1:])
-    if x.is_contiguous():
-        return 1, features
-    if x.dim() >= 3 and x.movedim(1, -1).is_contiguous():
-        channels = x.shape[1]
-        return channels, features // channels
-    return None
-
-
-def flat_rows(x: Tensor) -> Tensor:
-    """[B, features] in row-major order; unlike flatten(1), also of a tensor whose only axis is the batch."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
-
-
-def in_memory_order(x: Tensor) -> Tensor:
-    """[B, features] view of a dense batch whose columns run through memory."""
-    layout = memory_layout(x)
-    if layout is None:
-        raise ValueError(
-            f"expected a contiguous or channels_last tensor, got strides {x.stride()}, shape {tuple(x.shape)}"
-        )
-    return (x if layout[0] == 1 else x.movedim(1, -1)).reshape(x.shape[0], layout[0] * layout[1])
-
-
-def rows_like(x: Tensor, rows: int) -> Tensor:
-    """An uninitialised [rows, *features] of the dtype, device and memory layout of x."""
-    layout = memory_layout(x)
-    if layout is None or layout[0] == 1:
-        return x.new_empty(rows, *x.shape[1:])
-    return x.new_empty(rows, *x.shape[2:], x.shape[1]).movedim(-1, 1)
-
-
-@dataclass(frozen=True)
-class Partition:
-    """Groups laid out for the kernels; built by :meth:`Groups.partition`, for one shape and memory layout.
-
-    Args:
-        labels: int32 [rows, features], group of each memory offset; rows is 1 (shared) or B (per input).
-        order: int32 [rows, features], memory offsets sorted by group, ascending within one.
-        offsets: int32 [rows, count + 1], where each group starts in ``order``.
-        weights: state dtype [rows, count], w_g.
-    """
-
-    labels: Tensor
-    order: Tensor
-    offsets: Tensor
-    weights: Tensor
-
-    @property
-    def count(self) -> int:
-        return self.weights.shape[1]
-
-    @property
-    def per_input(self) -> bool:
-        return self.labels.shape[0] > 1
-
-    def take(self, index: Tensor) -> Partition:
-        """The partition of some of the inputs."""
-        if not self.per_input:
-            return self
-        return replace(
-            self,
-            labels=self.labels[index],
-            order=self.order[index],
-            offsets=self.offsets[index],
-            weights=self.weights[index],
-        )
 
 
 def _partition(labels: Tensor, count: int, weights: Weights, dtype: torch.dtype) -> Partition:

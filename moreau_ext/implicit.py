@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from .curvature import Bank, Method, SmoothedHessian, by_method, columns, minimal_residual, tensors_of
-from .groups import Partition, flat_rows, memory_layout
+from .ops.layout import Tensors, flat_rows, memory_layout, take_rows
+from .ops.partition import Partition
 from .penalties import Penalty
-from .solvers import Problem, take_rows
-
-Tensors = tuple[Tensor, ...]
+from .solvers import Problem
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .graphs import Graphs
+from .ops.layout import like_layout, row_chunks, squared_norm, states_like
 from .penalties import Penalty
-from .scores import row_chunks
-from .solvers import NoisyCopies, Problem, Solution, Start, like_layout, squared_norm, states_like
+from .solvers import NoisyCopies, Problem, Solution, Start
 
 # Samples of p(0), which gives the eta_max that all ratios share.
 _AT_ZERO = 64

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .groups import Partition, flat_rows, in_memory_order
-
-Tensors = tuple[Tensor, ...]
-
-
-def over_features(value: Tensor, like: Tensor) -> Tensor:
-    """[B] viewed so that it broadcasts over [B, *features]."""
-    return value.view(-1, *[1] * (like.dim() - 1)) if value.dim() == 1 else value
+from .ops.layout import Tensors, flat_rows, in_memory_order, over_features
+from .ops.partition import Partition
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Tensors = tuple[Tensor, ...]
+from .ops.layout import Tensors
+
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 PRECISIONS = ("float32", "tf32", "bfloat16")

@@ -27,10 +27,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from .checks import check_count
 from .memory import BLIND_ROWS, BytesAlive, Footprint, attempt, footprint, out_of_memory, same_random_numbers
 from .memory import budget as default_budget
+from .ops.layout import Tensors
 from .precision import Precision, check_dtypes, check_precision
 from .scores import Score, evaluating, has_hooks
 
-Tensors = tuple[Tensor, ...]
 Model = Callable[..., Any]
 
 # Relative to the output's scale. A folded or re-laid-out float32 net of 20 layers differs by 1e-6; a wrong one by 1e-1.

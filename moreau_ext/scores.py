@@ -22,21 +22,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .memory import Footprint, Limit, attempt, footprint
+from .ops.layout import Tensors, row_chunks
 from .precision import Precision, autocast, flags
 
-Tensors = tuple[Tensor, ...]
 ScoreName = Literal["logit", "log_prob", "prob", "margin"]
+
 UnusedInputs = Literal["raise", "zero"]
+
 Target = int | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Callable[[Tensor], Tensor] | None
 
 _SCORES = ("logit", "log_prob", "prob", "margin")
-
-
-def row_chunks(batch: int, size: int | None, device: torch.device) -> list[Tensor]:
-    """The row numbers 0 .. batch - 1 in pieces of at most ``size``."""
-    rows = torch.arange(batch, device=device)
-    size = batch if size is None else size
-    return [rows[start : start + size] for start in range(0, batch, size)]
 
 
 class _Evaluation:

@@ -14,19 +14,29 @@ from torch import Tensor
 from . import ops
 from .checks import check_count
 from .graphs import READ, SCRATCH, Graphs, Steps
-from .groups import flat_rows, memory_layout, rows_like
 from .memory import attempt
-from .noise import Noise
-from .penalties import Penalty, over_features
-from .scores import Score, row_chunks
-
-Tensors = tuple[Tensor, ...]
+from .ops.layout import (
+    Tensors,
+    flat_rows,
+    like_layout,
+    over_features,
+    row_chunks,
+    rows_like,
+    squared_norm,
+    states_like,
+    take_rows,
+)
+from .ops.noise import Noise
+from .penalties import Penalty
+from .scores import Score
 
 # Steps between two looks at the residual: each look waits for the device once.
 _LOOK_EVERY = 10
+
 # The floor of the relative residual's denominator, as a fraction of rho*||p(0)||: where the solution is zero, the plain
 # ratio would stay at 1 until the last zero is exact.
 _FLOOR = 1e-3
+
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -200,34 +210,6 @@ class Problem:
         return problem
 
 
-def squared_norm(tensors: Tensors) -> Tensor:
-    """‖·‖² of every input over all its tensors, float64 [B]."""
-    return torch.stack([flat_rows(t).double().square().sum(1) for t in tensors]).sum(0)
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Some rows of a dense batch, in its memory layout."""
-    layout = memory_layout(x)
-    if layout is None or layout[0] == 1:
-        return x[index]
-    return x.movedim(1, -1)[index].movedim(-1, 1)
-
-
-def join_rows(parts: list[Tensor]) -> Tensor:
-    """Dense batches of one memory layout as one, in that layout."""
-    layout = memory_layout(parts[0])
-    if layout is None or layout[0] == 1:
-        return torch.cat(parts)
-    return torch.cat([x.movedim(1, -1) for x in parts]).movedim(-1, 1)
-
-
-def like_layout(gradient: Tensor, x: Tensor) -> Tensor:
-    """``gradient`` in the memory layout of x (a model may hand back another, or one expanded number)."""
-    if memory_layout(gradient) == memory_layout(x):
-        return gradient
-    return torch.empty_like(x).copy_(gradient)
-
-
 @dataclass(init=False)
 class NoisyCopies:
     """The noisy rows of a problem at a displacement, made chunk by chunk in buffers that are used again."""
@@ -313,11 +295,6 @@ class _Total:
         gradients = self.copies.chunked_gradients(self.displacement, self.into, self.score)
         for g, sum_of in zip(gradients, self.into, strict=True):
             ops.accumulate(g, sum_of, carry=len(self.copies.chunks) > 1)
-
-
-def states_like(inputs: Tensors) -> Tensors:
-    """Zeros of the inputs' shapes and layouts, in the state dtype."""
-    return tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in inputs)
 
 
 @dataclass

@@ -40,10 +40,8 @@ COMMITTED = Path(__file__).with_name("golden.json")
 
 def machine() -> dict[str, str]:
     """What the hashes depend on beside the code."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {"cpu": cpu, "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
 
 
@@ -101,15 +99,19 @@ def _cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                     lambda e=explainer, g=given: e.attribute(g, return_solution=True),
                 )
     yield "support", lambda: SparseMoreauGrad(net, support=20, max_batch=40).attribute(x, return_solution=True)
-    yield "support group", lambda: GroupSparseMoreauGrad(net, groups=Tiles(2), support=0.3).attribute(
-        x, return_solution=True
+    yield (
+        "support group",
+        lambda: GroupSparseMoreauGrad(net, groups=Tiles(2), support=0.3).attribute(x, return_solution=True),
     )
     yield "radius", lambda: SparseMoreauGrad(net, radius=0.5).attribute(x, return_solution=True)
     yield "radius plain", lambda: MoreauGrad(net, radius_ratio=0.3).attribute(x, return_solution=True)
     yield "rho auto", lambda: MoreauGrad(net, rho="auto", score="margin").attribute(x, return_solution=True)
     yield "float64", lambda: SparseMoreauGrad(_net().double()).attribute(x.double(), return_solution=True)
-    yield "ids", lambda: SparseMoreauGrad(net, seed=3).attribute(
-        x, target=2, ids=torch.tensor([9, 1, 7, 7, 0]), return_solution=True
+    yield (
+        "ids",
+        lambda: SparseMoreauGrad(net, seed=3).attribute(
+            x, target=2, ids=torch.tensor([9, 1, 7, 7, 0]), return_solution=True
+        ),
     )
     yield "path", lambda: SparseMoreauGrad(net).eta_path(x, [0.5, 0.1, 1.0])
     for name, kind, settings in (
@@ -161,7 +163,9 @@ def differences(known: dict[str, Any], now: dict[str, Any]) -> list[str]:
             found += [f"{name}: {field}" for field, digest in value.items() if other.get(field) != digest]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for i, item in enumerate(value):
-                found += [f"{name}[{i}]: {field}" for field, digest in item.items() if now[name][i].get(field) != digest]
+                found += [
+                    f"{name}[{i}]: {field}" for field, digest in item.items() if now[name][i].get(field) != digest
+                ]
         elif now.get(name) != value:
             found.append(name)
     return found

@@ -26,8 +26,8 @@ from moreau_ext import (
     SparsifiedSmoothGrad,
     make_explainer,
 )
-from moreau_ext.noise import Noise, noise_keys
-from moreau_ext.reference import normals
+from moreau_ext.ops.noise import Noise, noise_keys
+from moreau_ext.ops.reference import normals
 
 B, SHAPE, CLASSES = 3, (2, 5, 4), 4
 FEATURES = math.prod(SHAPE)

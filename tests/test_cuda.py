@@ -30,9 +30,11 @@ from test_ops import (
 )
 from torch import Tensor
 
-from moreau_ext import Labels, Pixels, Tiles, _core, ops, reference
-from moreau_ext.groups import Partition, memory_layout
-from moreau_ext.noise import Noise, noise_keys
+from moreau_ext import Labels, Pixels, Tiles, _core, ops
+from moreau_ext.ops import reference
+from moreau_ext.ops.layout import memory_layout
+from moreau_ext.ops.noise import Noise, noise_keys
+from moreau_ext.ops.partition import Partition
 
 DEVICE = torch.device("cuda", 0)
 

@@ -25,8 +25,8 @@ from moreau_ext import (
     SparseMoreauGrad,
     Tiles,
 )
-from moreau_ext.noise import Noise, noise_keys
-from moreau_ext.reference import normals
+from moreau_ext.ops.noise import Noise, noise_keys
+from moreau_ext.ops.reference import normals
 
 B, C, H, W = 3, 2, 5, 4
 FEATURES = C * H * W

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moreau_ext import Labels, Pixels, Tiles
-from moreau_ext.groups import Groups, in_memory_order
+from moreau_ext.groups import Groups
+from moreau_ext.ops.layout import in_memory_order
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moreau_ext import GroupSparseMoreauGrad, Labels, MoreauGrad, Pixels, ProximalGradient, SparseMoreauGrad, Tiles
-from moreau_ext.noise import Noise, noise_keys
-from moreau_ext.reference import normals
+from moreau_ext.ops.noise import Noise, noise_keys
+from moreau_ext.ops.reference import normals
 
 F64 = torch.float64
 SHAPE, FEATURES = (2, 4, 3), 24

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moreau_ext import ops, reference
-from moreau_ext.noise import Noise, noise_keys
+from moreau_ext import ops
+from moreau_ext.ops import reference
+from moreau_ext.ops.noise import Noise, noise_keys
 
 GOLDEN_KEYS = [5197578548964807871, -7061257010553836809, -954060565643939712, 4136705488814653760]
 GOLDEN_NORMALS = [

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moreau_ext import Labels, Pixels, Tiles, _core, ops, reference
-from moreau_ext.groups import Partition, memory_layout
-from moreau_ext.noise import Noise, noise_keys
+from moreau_ext import Labels, Pixels, Tiles, _core, ops
+from moreau_ext.ops import reference
+from moreau_ext.ops.layout import memory_layout
+from moreau_ext.ops.noise import Noise, noise_keys
+from moreau_ext.ops.partition import Partition
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [
@@ -373,7 +375,7 @@ def test_small_work_opens_no_parallel_region() -> None:
     program = """
 import os, time, torch
 from moreau_ext import ops
-from moreau_ext.noise import Noise, noise_keys
+from moreau_ext.ops.noise import Noise, noise_keys
 torch.set_num_threads(2)
 def run_times(threads):
     return [open(t).read().split()[0] for t in threads]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moreau_ext import scores
-from moreau_ext.scores import Score, bind_score, check_score_settings, evaluating, row_chunks
+from moreau_ext.ops.layout import row_chunks
+from moreau_ext.scores import Score, bind_score, check_score_settings, evaluating
 
 B, D, CLASSES = 4, 6, 5
 SCORES = ("logit", "log_prob", "prob", "margin")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moreau_ext import GroupSparseMoreauGrad, MoreauGrad, ProximalGradient, SparseMoreauGrad, Tiles
-from moreau_ext.noise import Noise, noise_keys
-from moreau_ext.reference import normals
+from moreau_ext.ops.noise import Noise, noise_keys
+from moreau_ext.ops.reference import normals
 
 
 def small_net(dtype: torch.dtype = torch.float64) -> nn.Module:

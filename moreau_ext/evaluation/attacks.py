@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..base import Explainer
 from ..baselines import Gradient
-from ..groups import flat_rows
+from ..ops.layout import flat_rows
 from ..solvers import Solution
 from .derivatives import Hessian, gradient_vjp, map_vjp
 from .faithfulness import drawn

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..noise import Noise, noise_keys
+from ..ops.noise import Noise, noise_keys
 
 __all__ = ["area", "max_sensitivity", "perturbation_curve", "randomised", "target_probability"]
 

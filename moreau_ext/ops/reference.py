@@ -11,19 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .groups import Partition, flat_rows, in_memory_order, memory_layout, rows_like
+from .layout import Tensors, flat_rows, in_memory_order, memory_layout, rows_like, state_dtype
 from .noise import Noise
-
-Tensors = tuple[Tensor, ...]
+from .partition import Partition
 
 STATISTICS = ("residual2", "displacement2", "image2", "gradient2", "nonzero")
+
 PRODUCTS = ("uphill", "turned", "length", "way", "bend", "square")
+
 SUMS = ("turned", "length", "differences", "norms", "norms2", "lengths", "weight", "steps")
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of displacement, averages and scalars for inputs of ``dtype``: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def per_input(value: Tensor | float, x: Tensor) -> Tensor:

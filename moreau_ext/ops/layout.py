@@ -1,0 +1,98 @@
+"""Batches of tensors: their memory layouts, their rows, and inner products over their features."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def memory_layout(x: Tensor) -> tuple[int, int] | None:
+    """(channels, positions) of a dense batch: channels = 1 for contiguous memory, > 1 for channels_last, else None.
+
+    Feature (c, s) lies at offset s·channels + c within its input and has the row-major index c·positions + s.
+    """
+    features = math.prod(x.shape[1:])
+    if x.is_contiguous():
+        return 1, features
+    if x.dim() >= 3 and x.movedim(1, -1).is_contiguous():
+        channels = x.shape[1]
+        return channels, features // channels
+    return None
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """[B, features] in row-major order; unlike flatten(1), also of a tensor whose only axis is the batch."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """[B, features] view of a dense batch whose columns run through memory."""
+    layout = memory_layout(x)
+    if layout is None:
+        raise ValueError(
+            f"expected a contiguous or channels_last tensor, got strides {x.stride()}, shape {tuple(x.shape)}"
+        )
+    return (x if layout[0] == 1 else x.movedim(1, -1)).reshape(x.shape[0], layout[0] * layout[1])
+
+
+def rows_like(x: Tensor, rows: int) -> Tensor:
+    """An uninitialised [rows, *features] of the dtype, device and memory layout of x."""
+    layout = memory_layout(x)
+    if layout is None or layout[0] == 1:
+        return x.new_empty(rows, *x.shape[1:])
+    return x.new_empty(rows, *x.shape[2:], x.shape[1]).movedim(-1, 1)
+
+
+def over_features(value: Tensor, like: Tensor) -> Tensor:
+    """[B] viewed so that it broadcasts over [B, *features]."""
+    return value.view(-1, *[1] * (like.dim() - 1)) if value.dim() == 1 else value
+
+
+Tensors = tuple[Tensor, ...]
+
+
+def squared_norm(tensors: Tensors) -> Tensor:
+    """‖·‖² of every input over all its tensors, float64 [B]."""
+    return torch.stack([flat_rows(t).double().square().sum(1) for t in tensors]).sum(0)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Some rows of a dense batch, in its memory layout."""
+    layout = memory_layout(x)
+    if layout is None or layout[0] == 1:
+        return x[index]
+    return x.movedim(1, -1)[index].movedim(-1, 1)
+
+
+def join_rows(parts: list[Tensor]) -> Tensor:
+    """Dense batches of one memory layout as one, in that layout."""
+    layout = memory_layout(parts[0])
+    if layout is None or layout[0] == 1:
+        return torch.cat(parts)
+    return torch.cat([x.movedim(1, -1) for x in parts]).movedim(-1, 1)
+
+
+def like_layout(gradient: Tensor, x: Tensor) -> Tensor:
+    """``gradient`` in the memory layout of x (a model may hand back another, or one expanded number)."""
+    if memory_layout(gradient) == memory_layout(x):
+        return gradient
+    return torch.empty_like(x).copy_(gradient)
+
+
+def states_like(inputs: Tensors) -> Tensors:
+    """Zeros of the inputs' shapes and layouts, in the state dtype."""
+    return tuple(torch.zeros_like(x, dtype=state_dtype(x.dtype)) for x in inputs)
+
+
+def row_chunks(batch: int, size: int | None, device: torch.device) -> list[Tensor]:
+    """The row numbers 0 .. batch - 1 in pieces of at most ``size``."""
+    rows = torch.arange(batch, device=device)
+    size = batch if size is None else size
+    return [rows[start : start + size] for start in range(0, batch, size)]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of displacement, averages and scalars for inputs of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,207 @@
+"""Momentum and running sums after a proximal step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._arguments import DTYPES, address, check_disjoint, expect, layout_of, stream_of
+from ._register import _core, register
+from .layout import Tensors
+from .reference import PRODUCTS, STATISTICS, SUMS
+
+
+class _Args(NamedTuple):
+    point: list[Tensor]
+    previous: list[Tensor]
+    here: list[Tensor]
+    before: list[Tensor]
+    gradient: list[Tensor]
+    last_gradient: list[Tensor]
+    change: list[Tensor]
+    squares: list[Tensor]
+    points: list[Tensor]
+    gradients: list[Tensor]
+    sums: Tensor
+    statistics: Tensor
+    samples: int
+    momentum: float
+    first: bool
+    arrivals: Tensor | None
+
+    def of_tensor(self, i: int) -> list[Tensor | None]:
+        """Everything over the features of the i-th tensor, in the order of _OVER_FEATURES."""
+        lists: Any = self[: len(_OVER_FEATURES)]
+        return [tensors[i] if tensors else None for tensors in lists]
+
+
+# Phases of the core's momentum, which tensors of a tuple need apart: what is multiplied is summed over all of them.
+_PRODUCTS, _UPDATE = 1, 2
+
+# Those before `squares` are needed.
+_OVER_FEATURES = _Args._fields[:10]
+
+_NEEDED = _OVER_FEATURES.index("squares")
+
+
+def _check(*args: Any) -> _Args:
+    a = _Args(*args)
+    count = len(a.point)
+    if count == 0:
+        raise ValueError("point: expected at least one tensor")
+    for i, name in enumerate(_OVER_FEATURES):
+        if len(args[i]) != count and (i < _NEEDED or args[i]):
+            raise ValueError(f"{name}: expected {count} tensors, as in point, got {len(args[i])}")
+    if bool(a.points) != bool(a.gradients):
+        raise ValueError("points, gradients: give both or neither")
+    if a.first and a.squares:
+        raise ValueError("squares: a first step has no change of the gradient")
+    if a.samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {a.samples}")
+    device = a.sums.device
+    batch = a.sums.shape[0]
+    for i, point in enumerate(a.point):
+        if point.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"point: expected float32 or float64, got {point.dtype}")
+        if not point.dim():
+            raise ValueError("point: expected a batch axis, got a tensor without axes")
+        shape, layout = (batch, *point.shape[1:]), layout_of("point", point)
+        for name, tensor in zip(_OVER_FEATURES, a.of_tensor(i), strict=True):
+            if tensor is not None:
+                expect(name, tensor, shape, point.dtype, device)
+                layout_of(name, tensor, layout)
+    expect("sums", a.sums, (batch, len(SUMS)), torch.float64, device)
+    expect("statistics", a.statistics, (batch, len(STATISTICS)), torch.float64, device)
+    if not a.sums.is_contiguous() or not a.statistics.is_contiguous():
+        raise ValueError("sums, statistics: expected contiguous tensors")
+    if a.arrivals is not None:
+        expect("arrivals", a.arrivals, (batch,), torch.int32, device)
+    return a
+
+
+def _empty_products(a: _Args) -> Tensor:
+    return a.sums.new_empty(a.sums.shape[0], len(PRODUCTS))
+
+
+def _fake(*args: Any) -> Tensor:
+    return _empty_products(_check(*args))
+
+
+def _kernel(*args: Any) -> Tensor:
+    a = _check(*args)
+    if not all(point.numel() for point in a.point):
+        return _reference(*args)  # an empty tensor's address is that of one which is not there
+    batch, count = a.sums.shape[0], len(a.point)
+    on_cuda = a.sums.device.type == "cuda"
+    arrivals = a.arrivals
+    if on_cuda and arrivals is None:
+        arrivals = torch.zeros(batch, dtype=torch.int32, device=a.sums.device)
+    target = stream_of(a.sums)
+
+    def run(i: int, phases: int, products: Tensor) -> None:
+        point = a.point[i]
+        features = math.prod(point.shape[1:])
+        partials = None
+        if phases & _PRODUCTS:
+            check_disjoint(**dict(zip(_OVER_FEATURES, a.of_tensor(i), strict=True)))
+            partials = a.sums.new_empty(batch, _core.momentum_partials(features, on_cuda), len(PRODUCTS))
+        _core.momentum(
+            phases,
+            DTYPES[point.dtype],
+            batch,
+            features,
+            *map(address, a.of_tensor(i)),
+            products.data_ptr(),
+            a.sums.data_ptr() if i == 0 else 0,
+            a.statistics.data_ptr(),
+            a.samples,
+            a.momentum,
+            a.first,
+            address(partials),
+            address(arrivals),
+            *target,
+        )
+
+    if count == 1:
+        products = _empty_products(a)
+        run(0, _PRODUCTS | _UPDATE, products)
+        return products
+    parts = a.sums.new_empty(count, batch, len(PRODUCTS))
+    for i in range(count):
+        run(i, _PRODUCTS, parts[i])
+    products = parts.sum(0)
+    for i in range(count):
+        run(i, _UPDATE, products)
+    return products
+
+
+def _reference(*args: Any) -> Tensor:
+    a = _check(*args)
+    return reference.momentum_step(
+        *(tuple(t) for t in a[:7]),
+        squares=tuple(a.squares),
+        points=tuple(a.points),
+        gradients=tuple(a.gradients),
+        sums=a.sums,
+        statistics=a.statistics,
+        samples=a.samples,
+        momentum=a.momentum,
+        first=a.first,
+    )
+
+
+def momentum_step(
+    point: Tensors,
+    previous: Tensors,
+    here: Tensors,
+    before: Tensors,
+    gradient: Tensors,
+    last_gradient: Tensors,
+    change: Tensors,
+    *,
+    sums: Tensor,
+    statistics: Tensor,
+    samples: int,
+    momentum: float,
+    squares: Tensors = (),
+    points: Tensors = (),
+    gradients: Tensors = (),
+    first: bool = False,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """Momentum after a proximal step, in place, and what is kept of the step; two launches on CUDA. Formula, arguments
+    and result: :func:`reference.momentum_step`. Deterministic as :func:`prox_step` is."""
+    products: Tensor = _momentum_step(
+        point,
+        previous,
+        here,
+        before,
+        gradient,
+        last_gradient,
+        change,
+        squares,
+        points,
+        gradients,
+        sums,
+        statistics,
+        samples,
+        momentum,
+        first,
+        arrivals,
+    )
+    return products
+
+
+_momentum_step = register(
+    "momentum_step(Tensor(a!)[] point, Tensor(b!)[] previous, Tensor(c!)[] here, Tensor(d!)[] before, "
+    "Tensor[] gradient, Tensor(e!)[] last_gradient, Tensor(f!)[] change, "
+    "Tensor(g!)[] squares, Tensor(h!)[] points, Tensor(i!)[] gradients, "
+    "Tensor(j!) sums, Tensor statistics, int samples, float momentum, bool first, Tensor(k!)? arrivals) -> Tensor",
+    kernel=_kernel,
+    reference=_reference,
+    fake=_fake,
+)

@@ -1,0 +1,262 @@
+"""The fused step of the proximal gradient method."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._arguments import (
+    DTYPES,
+    NO_GROUPS,
+    NO_NOISE,
+    address,
+    check_disjoint,
+    check_noise,
+    core_noise,
+    expect,
+    extents_of,
+    layout_of,
+    noise_arguments,
+    state_of,
+    stream_of,
+)
+from ._register import _core, register
+from .group_norms import check_groups, core_groups
+from .layout import state_dtype
+from .noise import Noise
+from .partition import Partition
+from .reference import STATISTICS, per_input
+
+
+class _Args(NamedTuple):
+    gradients: Tensor | None
+    gradient: Tensor
+    displacement: Tensor
+    summed: int
+    carry: bool
+    rho: Tensor
+    step_size: Tensor
+    eta: Tensor | None
+    labels: Tensor | None
+    order: Tensor | None
+    offsets: Tensor | None
+    weights: Tensor | None
+    total: Tensor | None
+    total_of_displacement: bool
+    x: Tensor | None
+    keys: Tensor | None
+    step: Tensor | None
+    sigma: Tensor | None
+    num_samples: int
+    element_offset: int
+    sample_offset: int
+    antithetic: bool
+    out: Tensor | None
+    arrivals: Tensor | None
+
+    @property
+    def groups(self) -> Partition | None:
+        if self.labels is None or self.order is None or self.offsets is None or self.weights is None:
+            return None
+        return Partition(self.labels, self.order, self.offsets, self.weights)
+
+    @property
+    def eta_per_feature(self) -> bool:
+        return self.eta is not None and self.eta.dim() > 1
+
+    @property
+    def storage(self) -> torch.dtype:
+        """Dtype of the model's side: gradients and noisy copies."""
+        if self.gradients is not None:
+            return self.gradients.dtype
+        return self.displacement.dtype if self.x is None else self.x.dtype
+
+
+def _check(*args: Any) -> _Args:
+    a = _Args(*args)
+    state, device, shape = a.displacement.dtype, a.displacement.device, tuple(a.displacement.shape)
+    if state not in (torch.float32, torch.float64):
+        raise TypeError(f"displacement: expected float32 or float64, got {state}")
+    if not shape:
+        raise ValueError("displacement: expected a batch axis, got a tensor without axes")
+    batch, layout = shape[0], layout_of("displacement", a.displacement)
+    if a.gradients is None and not a.carry:
+        raise ValueError("gradients: give the gradients of this step, or their sum in `gradient` with carry=True")
+    if a.summed < 1:
+        raise ValueError(f"count: expected the number of gradients summed, at least 1, got {a.summed}")
+    for name, tensor in (("gradient", a.gradient), ("total", a.total)):
+        if tensor is not None:
+            expect(name, tensor, shape, state, device)
+            layout_of(name, tensor, layout)
+    if a.gradients is not None:
+        if state_of("gradients", a.gradients) != state:
+            expected = state_dtype(a.gradients.dtype)
+            raise TypeError(f"gradients: {a.gradients.dtype} goes with a displacement of {expected}, got {state}")
+        rows = a.gradients.shape[0] // batch if batch else 0
+        expect("gradients", a.gradients, (batch * rows, *shape[1:]), a.storage, device)
+        layout_of("gradients", a.gradients, layout)
+    for name, scalar in (("rho", a.rho), ("step_size", a.step_size)):
+        expect(name, scalar, (batch,), state, device)
+    if a.eta is not None and a.eta_per_feature:
+        if a.labels is not None:
+            raise ValueError("eta: the group penalty takes one per input, [B]")
+        expect("eta", a.eta, (1 if a.eta.shape[0] == 1 else batch, *shape[1:]), state, device)
+        layout_of("eta", a.eta, layout)
+    elif a.eta is not None:
+        expect("eta", a.eta, (batch,), state, device)
+    if a.labels is not None:
+        if a.eta is None or a.groups is None:
+            raise ValueError("groups: need eta and a whole partition")
+        check_groups(a.displacement, state, a.groups)
+    if a.num_samples:
+        if a.x is None:
+            raise ValueError("noise: writing noisy copies needs x")
+        if state_of("x", a.x) != state or a.x.dtype != a.storage:
+            raise TypeError(f"x: expected the dtype of the gradients, {a.storage}, got {a.x.dtype}")
+        expect("x", a.x, shape, a.x.dtype, device)
+        layout_of("x", a.x, layout)
+        check_noise(a.x, state, a)
+    if a.arrivals is not None:
+        expect("arrivals", a.arrivals, (batch,), torch.int32, device)
+    return a
+
+
+def _empty_statistics(a: _Args) -> Tensor:
+    return a.displacement.new_empty(a.displacement.shape[0], len(STATISTICS), dtype=torch.float64)
+
+
+def _fake(*args: Any) -> Tensor:
+    return _empty_statistics(_check(*args))
+
+
+def _kernel(*args: Any) -> Tensor:
+    a = _check(*args)
+    statistics = _empty_statistics(a)
+    if a.displacement.numel() == 0:
+        return statistics.zero_()
+    check_disjoint(
+        gradients=a.gradients, gradient=a.gradient, displacement=a.displacement, total=a.total, x=a.x, out=a.out
+    )
+    batch, extents, groups = a.displacement.shape[0], extents_of(a.displacement), a.groups
+    on_cuda = a.displacement.device.type == "cuda"
+    penalty = 0 if a.eta is None else 1 if groups is None else 2
+    factors = None if groups is None else a.displacement.new_empty(batch, groups.count, 2)
+    eta_input, eta_feature = 1, 0
+    if a.eta is not None and a.eta_per_feature:
+        eta_input, eta_feature = (0 if a.eta.shape[0] == 1 else a.displacement[0].numel()), 1
+    pieces = _core.prox_step_partials(extents, on_cuda)
+    partials = statistics.new_empty(batch, pieces, len(STATISTICS))
+    arrivals = a.arrivals
+    if on_cuda and arrivals is None:
+        arrivals = torch.zeros(batch, dtype=torch.int32, device=statistics.device)
+    _core.prox_step(
+        DTYPES[a.storage],
+        extents,
+        address(a.gradients),
+        0 if a.gradients is None else a.gradients.shape[0] // batch,
+        a.summed,
+        a.carry,
+        a.gradient.data_ptr(),
+        a.displacement.data_ptr(),
+        address(a.total),
+        0 if a.total is None else 2 if a.total_of_displacement else 1,
+        a.rho.data_ptr(),
+        a.step_size.data_ptr(),
+        penalty,
+        address(a.eta),
+        eta_input,
+        eta_feature,
+        NO_GROUPS if groups is None else core_groups(groups),
+        address(a.x),
+        core_noise(a) if a.num_samples else NO_NOISE,
+        address(a.out),
+        statistics.data_ptr(),
+        partials.data_ptr(),
+        address(factors),
+        address(arrivals),
+        *stream_of(a.displacement),
+    )
+    return statistics
+
+
+def _reference(*args: Any) -> Tensor:
+    a = _check(*args)
+    noise = None
+    if a.num_samples and a.keys is not None and a.step is not None:
+        noise = Noise(a.keys, a.step, a.sigma, a.num_samples, a.antithetic, a.element_offset, a.sample_offset)
+    return reference.prox_step(
+        a.gradients,
+        a.gradient,
+        a.displacement,
+        count=a.summed,
+        carry=a.carry,
+        rho=a.rho,
+        step_size=a.step_size,
+        eta=a.eta,
+        groups=a.groups,
+        total=a.total,
+        total_of="displacement" if a.total_of_displacement else "gradient",
+        x=a.x,
+        noise=noise,
+        out=a.out,
+    )
+
+
+def prox_step(
+    gradients: Tensor | None,
+    gradient: Tensor,
+    displacement: Tensor,
+    *,
+    count: int,
+    rho: Tensor | float,
+    step_size: Tensor | float,
+    carry: bool = False,
+    eta: Tensor | float | None = None,
+    groups: Partition | None = None,
+    total: Tensor | None = None,
+    total_of: Literal["gradient", "displacement"] = "gradient",
+    x: Tensor | None = None,
+    noise: Noise | None = None,
+    out: Tensor | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """One fused step of the proximal gradient method, in place: one pass over memory on the CPU, one launch on CUDA.
+    Formula, arguments and result: :func:`reference.prox_step`.
+
+    Deterministic: the same bits for any number of threads and on any CPU of one build; on CUDA no float atomics.
+    """
+    no_groups, no_noise = (None,) * 4, (None, None, None, 0, 0, 0, False)
+    statistics: Tensor = _prox_step(
+        gradients,
+        gradient,
+        displacement,
+        count,
+        carry,
+        per_input(rho, displacement),
+        per_input(step_size, displacement),
+        None if eta is None else per_input(eta, displacement),
+        *(no_groups if groups is None else (groups.labels, groups.order, groups.offsets, groups.weights)),
+        total,
+        total_of == "displacement",
+        x,
+        *(no_noise if noise is None else noise_arguments(noise, displacement)),
+        out,
+        arrivals,
+    )
+    return statistics
+
+
+_prox_step = register(
+    "prox_step(Tensor? gradients, Tensor(a!) gradient, Tensor(b!) displacement, int summed, bool carry, "
+    "Tensor rho, Tensor step_size, Tensor? eta, "
+    "Tensor? labels, Tensor? order, Tensor? offsets, Tensor? weights, "
+    "Tensor(c!)? total, bool total_of_displacement, "
+    "Tensor? x, Tensor? keys, Tensor? step, Tensor? sigma, int num_samples, int element_offset, int sample_offset, "
+    "bool antithetic, Tensor(d!)? out, Tensor(e!)? arrivals) -> Tensor",
+    kernel=_kernel,
+    reference=_reference,
+    fake=_fake,
+)
