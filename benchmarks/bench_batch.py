@@ -27,7 +27,7 @@ from timing import parser, report
 
 from moreau_ext import Gradient, ProximalGradient, SparseMoreauGrad, zoo
 from moreau_ext.batch import Preprocess, explain_dataset, open_source
-from moreau_ext.prepare import prepare
+from moreau_ext.preparation.prepare import prepare
 
 PREPROCESS = Preprocess(resize=32)
 BATCH = 16

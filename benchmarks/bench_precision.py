@@ -18,7 +18,7 @@ import torch
 from timing import interleaved, parser, report
 
 from moreau_ext import AdaptiveProximalGradient, ProximalGradient, SparseMoreauGrad, zoo
-from moreau_ext.precision import PRECISIONS
+from moreau_ext.model.precision import PRECISIONS
 
 # (net, inputs)
 CASES = [("digits_cnn", 32), ("digits_cnn_softplus", 32), ("digits_vit", 16), ("digits32_resnet20", 4)]

@@ -19,7 +19,8 @@ from timing import interleaved, parser, report
 from torch import Tensor, nn
 
 from moreau_ext import zoo
-from moreau_ext.prepare import Prepared, prepare
+from moreau_ext.preparation.prepare import prepare
+from moreau_ext.preparation.report import Prepared
 
 ROWS = 32
 OFF: dict[str, Any] = {"fold_batchnorm": False, "channels_last": False, "freeze": False, "probe": False}

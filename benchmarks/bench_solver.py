@@ -46,8 +46,8 @@ from moreau_ext import (
     Tiles,
     zoo,
 )
-from moreau_ext.penalties import L1, GroupL2, Penalty
-from moreau_ext.prepare import prepare
+from moreau_ext.preparation.prepare import prepare
+from moreau_ext.solvers.penalties import L1, GroupL2, Penalty
 
 TARGETS = (0.01, 0.005, 0.002)
 BUDGETS = (480, 960, 1920)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moreau_ext.penalties import Penalty
+from moreau_ext.solvers.penalties import Penalty
 
 
 def published(

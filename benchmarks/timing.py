@@ -83,7 +83,7 @@ def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
             run()  # what is loaded, chosen or compiled at first cannot be captured
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # A stream of its own, as long as the graph lives: see _Cuda in moreau_ext/graphs.py.
+    # A stream of its own, as long as the graph lives: see CudaDevice in moreau_ext/capture/cuda.py.
     private = ops.private_stream(torch.device("cuda"))
     with torch.cuda.graph(graph, stream=private):
         run()

@@ -11,54 +11,65 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .adaptive import AdaptiveProximalGradient as AdaptiveProximalGradient
-    from .base import Explainer as Explainer
-    from .baselines import Gradient as Gradient
-    from .baselines import SmoothGrad as SmoothGrad
-    from .baselines import SoftThresholdedSmoothGrad as SoftThresholdedSmoothGrad
-    from .baselines import SparsifiedSmoothGrad as SparsifiedSmoothGrad
-    from .certificate import Certificate as Certificate
-    from .explainers import GroupSparseMoreauGrad as GroupSparseMoreauGrad
-    from .explainers import MoreauGrad as MoreauGrad
-    from .explainers import SparseMoreauGrad as SparseMoreauGrad
-    from .groups import Groups as Groups
-    from .groups import Labels as Labels
-    from .groups import Pixels as Pixels
-    from .groups import Tiles as Tiles
-    from .registry import METHODS as METHODS
-    from .registry import make_explainer as make_explainer
-    from .solvers import ProximalGradient as ProximalGradient
-    from .solvers import Solution as Solution
+    from . import batch as batch
+    from . import evaluation as evaluation
+    from . import plots as plots
+    from . import zoo as zoo
+    from .analysis.certificate import Certificate as Certificate
+    from .explainers.base import Explainer as Explainer
+    from .explainers.gradients import Gradient as Gradient
+    from .explainers.gradients import SmoothGrad as SmoothGrad
+    from .explainers.gradients import SoftThresholdedSmoothGrad as SoftThresholdedSmoothGrad
+    from .explainers.gradients import SparsifiedSmoothGrad as SparsifiedSmoothGrad
+    from .explainers.moreau import GroupSparseMoreauGrad as GroupSparseMoreauGrad
+    from .explainers.moreau import MoreauGrad as MoreauGrad
+    from .explainers.moreau import SparseMoreauGrad as SparseMoreauGrad
+    from .explainers.registry import METHODS as METHODS
+    from .explainers.registry import make_explainer as make_explainer
+    from .preparation.prepare import prepare as prepare
+    from .preparation.report import Prepared as Prepared
+    from .solvers.adaptive import AdaptiveProximalGradient as AdaptiveProximalGradient
+    from .solvers.fixed import ProximalGradient as ProximalGradient
+    from .solvers.groups import Groups as Groups
+    from .solvers.groups import Labels as Labels
+    from .solvers.groups import Pixels as Pixels
+    from .solvers.groups import Tiles as Tiles
+    from .solvers.solution import Solution as Solution
 
 _WHERE = {
-    "AdaptiveProximalGradient": "adaptive",
-    "METHODS": "registry",
-    "Certificate": "certificate",
-    "Explainer": "base",
-    "Gradient": "baselines",
-    "GroupSparseMoreauGrad": "explainers",
-    "Groups": "groups",
-    "Labels": "groups",
-    "MoreauGrad": "explainers",
-    "Pixels": "groups",
-    "ProximalGradient": "solvers",
-    "SmoothGrad": "baselines",
-    "SoftThresholdedSmoothGrad": "baselines",
-    "Solution": "solvers",
-    "SparseMoreauGrad": "explainers",
-    "SparsifiedSmoothGrad": "baselines",
-    "Tiles": "groups",
-    "make_explainer": "registry",
+    "AdaptiveProximalGradient": "solvers.adaptive",
+    "Certificate": "analysis.certificate",
+    "Explainer": "explainers.base",
+    "Gradient": "explainers.gradients",
+    "GroupSparseMoreauGrad": "explainers.moreau",
+    "Groups": "solvers.groups",
+    "Labels": "solvers.groups",
+    "METHODS": "explainers.registry",
+    "MoreauGrad": "explainers.moreau",
+    "Pixels": "solvers.groups",
+    "Prepared": "preparation.report",
+    "ProximalGradient": "solvers.fixed",
+    "SmoothGrad": "explainers.gradients",
+    "SoftThresholdedSmoothGrad": "explainers.gradients",
+    "Solution": "solvers.solution",
+    "SparseMoreauGrad": "explainers.moreau",
+    "SparsifiedSmoothGrad": "explainers.gradients",
+    "Tiles": "solvers.groups",
+    "make_explainer": "explainers.registry",
+    "prepare": "preparation.prepare",
 }
+_MODULES = ("batch", "evaluation", "plots", "zoo")
 
-__all__ = ["__version__", *_WHERE]
+__all__ = ["__version__", *_WHERE, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_WHERE[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])
+    return sorted([*globals(), *__all__])

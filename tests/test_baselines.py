@@ -358,7 +358,7 @@ def test_a_setting_that_a_method_lacks() -> None:
 
 
 def test_captum_is_only_needed_for_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moreau_ext.integrations.captum.find_spec", lambda name: None)
+    monkeypatch.setattr("moreau_ext.explainers.integrated.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"integrated_gradients is captum's: pip install captum"):
         make_explainer("integrated_gradients", smooth())
 

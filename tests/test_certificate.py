@@ -11,19 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from moreau_ext import Certificate, GroupSparseMoreauGrad, Labels, MoreauGrad, ProximalGradient, SparseMoreauGrad
-from moreau_ext.certificate import BOUND, FAILED, MEASURED
-from moreau_ext.curvature import (
-    Bank,
-    SmoothedHessian,
-    extreme_eigenvalues,
-    find_methods,
-    lanczos,
-    minimal_residual,
-    student_quantile,
-    tridiagonal,
-)
-from moreau_ext.scores import bind_score
-from moreau_ext.solvers import Problem
+from moreau_ext.analysis.certificate import BOUND, FAILED, MEASURED
+from moreau_ext.analysis.curvature import student_quantile
+from moreau_ext.analysis.hessian import Bank, SmoothedHessian, find_methods
+from moreau_ext.analysis.krylov import extreme_eigenvalues, lanczos, minimal_residual, tridiagonal
+from moreau_ext.model.score import bind_score
+from moreau_ext.solvers.problem import Problem
 
 D, SIGMA, RHO, ETA = 12, 0.5, 0.8, 0.3
 F64 = torch.float64

@@ -15,7 +15,7 @@ from test_graphs import SOLVERS, explainers, one_by_one, same
 from torch import Tensor, nn
 
 from moreau_ext import MoreauGrad, ProximalGradient, SparseMoreauGrad, zoo
-from moreau_ext.graphs import Steps
+from moreau_ext.capture.runner import Steps
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(REASON is not None, reason=st
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captures at the first use, so that the second explanation replays all there is."""
-    monkeypatch.setattr("moreau_ext.graphs._WORTH", 1)
+    monkeypatch.setattr("moreau_ext.capture.runner._WORTH", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +180,7 @@ def test_a_number_of_the_cpu_is_not_frozen() -> None:
 def test_what_is_lent_to_cublas_outlives_other_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch takes the workspaces of a stream back when a graph that was captured there is destroyed, and all of them
     when told to; graphs that go on must not write to what is then somebody else's memory, nor read it."""
-    monkeypatch.setattr("moreau_ext.graphs._KEPT", 2)
+    monkeypatch.setattr("moreau_ext.capture.runner._KEPT", 2)
     torch.manual_seed(0)
     # Long rows and few of them: products that are split and added up in a workspace.
     model = nn.Sequential(nn.Linear(16384, 64), nn.Softplus(), nn.Linear(64, 10)).eval().to(DEVICE)

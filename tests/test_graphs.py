@@ -30,7 +30,9 @@ from moreau_ext import (
     Tiles,
     zoo,
 )
-from moreau_ext.graphs import READ, SCRATCH, Graphs, Steps, _Parts, _Sized, _Weights
+from moreau_ext.capture.records import READ, SCRATCH, Parts
+from moreau_ext.capture.runner import Graphs, Steps, _Sized
+from moreau_ext.capture.weights import Weights
 
 SOLVERS = {
     "auto": AdaptiveProximalGradient(),
@@ -45,7 +47,7 @@ SOLVERS = {
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captures at the first use, so that the second explanation replays all there is."""
-    monkeypatch.setattr("moreau_ext.graphs._WORTH", 1)
+    monkeypatch.setattr("moreau_ext.capture.runner._WORTH", 1)
 
 
 def on_tape(explainer: Any, mode: Any = "auto") -> list[Tape]:
@@ -292,7 +294,7 @@ def test_a_change_shows_in_every_module() -> None:
             return x * self.factors[0]
 
     model = nn.Sequential(*(Scale() for _ in range(9)), nn.Linear(6, 3)).eval()
-    known = _Weights(model)
+    known = Weights(model)
     assert known.unmoved(model)
     for module in model[:9]:
         module.factors[0] = 2.0
@@ -451,7 +453,7 @@ def test_what_is_given_out_stays() -> None:
 
 
 def test_memory_goes_with_the_explainer_and_old_graphs_with_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moreau_ext.graphs._KEPT", 6)  # two for every size: the first pass, and steps
+    monkeypatch.setattr("moreau_ext.capture.runner._KEPT", 6)  # two for every size: the first pass, and steps
     model = small()
     explainer = MoreauGrad(model, solver=ProximalGradient(2, 20, average_last=1))
     on_tape(explainer)
@@ -497,7 +499,7 @@ def test_results() -> None:
 
 
 def test_a_graph_is_made_for_what_comes_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moreau_ext.graphs._WORTH", 4)
+    monkeypatch.setattr("moreau_ext.capture.runner._WORTH", 4)
     explainer = MoreauGrad(small(), solver=ProximalGradient(2, 4, average_last=1))
     tapes = on_tape(explainer)
     x = torch.randn(2, 6)
@@ -557,7 +559,7 @@ def test_records() -> None:
 
     a, b, c = (torch.full((2,), float(i)) for i in range(3))
     record = Record(Inner(a, b), (c, b), {"a": [a, 1, "x"]})
-    parts = _Parts(record)
+    parts = Parts(record)
     assert [t is u for t, u in zip(parts.tensors, (a, b, c), strict=True)] == [True] * 3
     assert parts.roles == [2, 2, 2], "the strongest role of any of its places"
     mine = parts.copied(record, [a + 10, b + 10, c + 10])
@@ -567,12 +569,12 @@ def test_records() -> None:
     assert mine.other["a"][1:] == [1, "x"]
     assert record.inner.table is a
     again = Record(Inner(a.clone(), b.clone()), (c.clone(), b), {"a": [a, 1, "x"]})
-    assert _Parts(again).signature != parts.signature, "one tensor fewer is shared"
+    assert Parts(again).signature != parts.signature, "one tensor fewer is shared"
     for other in (
         Record(Inner(a, b), (c, b), {"a": [a, 2, "x"]}),
         Record(Inner(a, b), (c.double(), b), {"a": [a, 1, "x"]}),
         Record(Inner(a, b), (c[None], b), {"a": [a, 1, "x"]}),
         Record(Inner(a, b), (c, b), {"a": [a, 1, "x", object()]}),
     ):
-        assert _Parts(other).signature != parts.signature
-    assert _Parts(copy.deepcopy(record)).signature == parts.signature
+        assert Parts(other).signature != parts.signature
+    assert Parts(copy.deepcopy(record)).signature == parts.signature

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moreau_ext import Labels, Pixels, Tiles
-from moreau_ext.groups import Groups
 from moreau_ext.ops.layout import in_memory_order
+from moreau_ext.solvers.groups import Groups
 
 CPU = torch.device("cpu")
 

@@ -26,12 +26,12 @@ from moreau_ext import (
     SparseMoreauGrad,
     SparsifiedSmoothGrad,
     make_explainer,
-    memory,
     zoo,
 )
-from moreau_ext.memory import BytesAlive, Footprint, Limit, attempt, budget, footprint, out_of_memory
-from moreau_ext.prepare import prepare
-from moreau_ext.scores import bind_score
+from moreau_ext.model import memory
+from moreau_ext.model.memory import BytesAlive, Footprint, Limit, attempt, budget, footprint, out_of_memory
+from moreau_ext.model.score import bind_score
+from moreau_ext.preparation.prepare import prepare
 
 CPU = torch.device("cpu")
 FIXED = ProximalGradient(num_samples=8, max_steps=5, step_size=0.05, tol=0.0)
@@ -260,11 +260,11 @@ def test_a_group_that_does_not_fit_is_solved_in_halves(
     method: str, max_batch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noisy copies of more than a few rows cannot be allocated."""
-    from moreau_ext import solvers
+    from moreau_ext.solvers import samples
 
     x = images()
     expected = METHODS[method](net(), max_batch=64).attribute(x, 1, return_solution=True)
-    real, asked = solvers.rows_like, list[int]()
+    real, asked = samples.rows_like, list[int]()
 
     def small(like: Tensor, rows: int) -> Tensor:
         asked.append(rows)
@@ -272,7 +272,7 @@ def test_a_group_that_does_not_fit_is_solved_in_halves(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(like, rows)
 
-    monkeypatch.setattr(solvers, "rows_like", small)
+    monkeypatch.setattr(samples, "rows_like", small)
     e = METHODS[method](net(), max_batch=max_batch)
     with pytest.warns(UserWarning, match=r"out of memory with 5 inputs at once; went on with half of them") as said:
         found = e.attribute(x, 1, return_solution=True)
@@ -282,12 +282,12 @@ def test_a_group_that_does_not_fit_is_solved_in_halves(
 
 
 def test_a_group_that_never_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moreau_ext import solvers
+    from moreau_ext.solvers import samples
 
     def never(like: Tensor, rows: int) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(solvers, "rows_like", never)
+    monkeypatch.setattr(samples, "rows_like", never)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         MoreauGrad(net(), rho=0.1, solver=FIXED, max_batch=64).attribute(images(), 1)
 
@@ -394,7 +394,7 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert e.rows_per_pass(x) == 1024  # as it was before anything was measured
     found = e.footprint(x)
     assert found is not None
-    from moreau_ext import base
+    from moreau_ext.explainers import base
 
     for rows in (1, 2, 100, 512):
         monkeypatch.setattr(base, "budget", lambda device, rows=rows: found.peak(rows))
@@ -406,7 +406,7 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_is_kept_by_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moreau_ext import base
+    from moreau_ext.explainers import base
 
     model = Small(net(), 1000)
     expected = SmoothGrad(net(), num_samples=12).attribute(images(), 1)

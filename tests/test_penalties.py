@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moreau_ext import Labels, Pixels, Tiles
-from moreau_ext.penalties import L1, GroupL2, Penalty
+from moreau_ext.solvers.penalties import L1, GroupL2, Penalty
 
 SHAPE = (1, 3, 5, 4)
 STRUCTURES = {

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moreau_ext import Gradient, MoreauGrad, ProximalGradient, SmoothGrad, SparseMoreauGrad, make_explainer, zoo
-from moreau_ext.precision import PRECISIONS, _Flags, flags, resolution
-from moreau_ext.prepare import prepare
-from moreau_ext.scores import bind_score
+from moreau_ext.model.precision import PRECISIONS, _Flags, flags, resolution
+from moreau_ext.model.score import bind_score
+from moreau_ext.preparation.prepare import prepare
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 X = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import doctest
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moreau_ext import ProximalGradient, SparseMoreauGrad, memory, zoo
-from moreau_ext.prepare import Lever, Prepared, prepare
-
-module = importlib.import_module("moreau_ext.prepare")
+from moreau_ext import ProximalGradient, SparseMoreauGrad, zoo
+from moreau_ext.model import memory
+from moreau_ext.preparation import passes, probe
+from moreau_ext.preparation import prepare as module
+from moreau_ext.preparation.prepare import prepare
+from moreau_ext.preparation.report import Lever, Prepared
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timings decide nothing here that a test looks at."""
-    monkeypatch.setattr(module, "_ROUNDS", 1)
-    monkeypatch.setattr(module, "_PASS_SECONDS", 1e-4)
-    monkeypatch.setattr(module, "_PROBE_SECONDS", 0.02)
-    monkeypatch.setattr(module, "_LONGEST_PASS_SECONDS", 0.03)
+    monkeypatch.setattr(probe, "_ROUNDS", 1)
+    monkeypatch.setattr(probe, "_PASS_SECONDS", 1e-4)
+    monkeypatch.setattr(probe, "_PROBE_SECONDS", 0.02)
+    monkeypatch.setattr(probe, "_LONGEST_PASS_SECONDS", 0.03)
 
 
 def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -501,7 +502,7 @@ def test_the_tolerance_is_the_users_too() -> None:
 
 
 def test_outputs_that_are_not_finite_differ_only_where_they_differ() -> None:
-    compare = module._compare
+    compare = passes.compare
     one = torch.tensor([[1.0, float("inf"), float("nan")]]).double(), (torch.zeros(1, 3).double(),)
     assert compare(one, one) == (0.0, 0.0, 0.0)
     other = torch.tensor([[1.0, float("nan"), float("nan")]]).double(), one[1]
@@ -653,7 +654,7 @@ def test_every_lever_can_be_switched_off() -> None:
 
 @pytest.mark.parametrize(("ratio", "applied"), [(0.5, True), (0.98, False), (2.0, False)])
 def test_the_layout_is_decided_by_measurement(monkeypatch: pytest.MonkeyPatch, ratio: float, applied: bool) -> None:
-    monkeypatch.setattr(module, "_alternating", lambda one, other: (1.0, ratio))
+    monkeypatch.setattr(module, "alternating", lambda one, other: (1.0, ratio))
     prepared = prepare(zoo.digits_cnn(), torch.rand(2, 1, 8, 8), max_batch=2)
     lever = by_name(prepared)["channels_last"]
     assert (lever.applied, lever.time_ratio) == (applied, ratio)
@@ -664,7 +665,7 @@ def test_the_layout_is_decided_by_measurement(monkeypatch: pytest.MonkeyPatch, r
 
 def test_inputs_are_converted_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = iter([0.9, 0.5])
-    monkeypatch.setattr(module, "_alternating", lambda one, other: (1.0, next(ratios)))
+    monkeypatch.setattr(module, "alternating", lambda one, other: (1.0, next(ratios)))
     prepared = prepare(zoo.digits_cnn(), torch.rand(2, 1, 8, 8), freeze=False, max_batch=2)
     lever = by_name(prepared)["channels_last"]
     assert (lever.applied, lever.time_ratio, lever.reason) == (True, 0.5, "weights and inputs converted")

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moreau_ext import scores
+from moreau_ext.model import modes
+from moreau_ext.model.modes import evaluating
+from moreau_ext.model.score import Score, bind_score, check_score_settings
 from moreau_ext.ops.layout import row_chunks
-from moreau_ext.scores import Score, bind_score, check_score_settings, evaluating
 
 B, D, CLASSES = 4, 6, 5
 SCORES = ("logit", "log_prob", "prob", "margin")
@@ -494,12 +495,12 @@ def test_plain_attention_is_restored_by_the_last_of_two_threads() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with scores._plain_attention():
+        with modes.plain_attention():
             inside.set()
             leave.wait(30)
 
     thread = threading.Thread(target=other)
-    with scores._plain_attention():
+    with modes.plain_attention():
         thread.start()
         assert inside.wait(30)
         assert not torch.backends.cuda.flash_sdp_enabled()

@@ -21,7 +21,7 @@ from moreau_ext import (
     SparseMoreauGrad,
     Tiles,
 )
-from moreau_ext.penalties import L1, GroupL2
+from moreau_ext.solvers.penalties import L1, GroupL2
 
 
 def linear(weights: Tensor) -> Any:

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adaptive import AdaptiveProximalGradient
-from ..checks import check_count
-from ..groups import Pixels, Tiles
-from ..precision import Precision, check_precision
-from ..prepare import prepare
-from ..registry import make_explainer
-from ..solvers import ProximalGradient
+from .._checks import check_count
+from ..explainers.registry import make_explainer
+from ..model.precision import Precision, check_precision
+from ..preparation.prepare import prepare
+from ..solvers.adaptive import AdaptiveProximalGradient
+from ..solvers.fixed import ProximalGradient
+from ..solvers.groups import Pixels, Tiles
 from .models import fingerprint, load_model, load_preprocess
 from .preprocess import Preprocess
 

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..base import Explainer
-from ..checks import check_count
-from ..prepare import Prepared
-from ..scores import bind_score, evaluating
-from ..solvers import Solution
+from .._checks import check_count
+from ..explainers.base import Explainer
+from ..model.modes import evaluating
+from ..model.score import bind_score
+from ..preparation.report import Prepared
+from ..solvers.solution import Solution
 from .config import Config, settled
 from .models import fingerprint
 from .preprocess import Preprocess

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write
+from .._files import write
 from .sources import reason
 
 FORMAT = 1

@@ -8,7 +8,7 @@ import platform
 import tempfile
 from pathlib import Path
 
-from ..files import write as write
+from .._files import write as write
 
 
 class Refused(Exception):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..explainers import Solver
+    from ..explainers.moreau import Solver
     from ..zoo import Dataset
 
 # The demo's problem. At rho = 0.1 a digit moves by 0.2 to 0.4 of its norm, so the maps tell of its neighbourhood; at
@@ -65,7 +65,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     import torch
 
     from .. import zoo
-    from ..prepare import prepare
+    from ..preparation.prepare import prepare
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..base import Explainer
-from ..baselines import Gradient
+from ..explainers.base import Explainer
+from ..explainers.gradients import Gradient
 from ..ops.layout import flat_rows
-from ..solvers import Solution
+from ..solvers.solution import Solution
 from .derivatives import Hessian, gradient_vjp, map_vjp
 from .faithfulness import drawn
 from .metrics import topk_mask

@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..base import Explainer
-from ..baselines import Gradient, SmoothGrad, SoftThresholdedSmoothGrad, SparsifiedSmoothGrad
-from ..explainers import MoreauGrad, SparseMoreauGrad
-from ..integrations.captum import IntegratedGradients
-from ..solvers import Solution
+from ..explainers.base import Explainer
+from ..explainers.gradients import Gradient, SmoothGrad, SoftThresholdedSmoothGrad, SparsifiedSmoothGrad
+from ..explainers.integrated import IntegratedGradients
+from ..explainers.moreau import MoreauGrad, SparseMoreauGrad
+from ..solvers.solution import Solution
 from .faithfulness import drawn
 
 __all__ = ["find_hessian", "gradient_vjp", "map_vjp"]

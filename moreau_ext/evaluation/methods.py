@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adaptive import AdaptiveProximalGradient
-from ..base import Explainer
-from ..baselines import unsolved
-from ..groups import Groups, Labels, Tiles
-from ..registry import make_explainer
-from ..scores import ScoreName
-from ..solvers import Problem, ProximalGradient, Solution
+from ..explainers.base import Explainer
+from ..explainers.gradients import unsolved
+from ..explainers.registry import make_explainer
+from ..model.score import ScoreName
+from ..solvers.adaptive import AdaptiveProximalGradient
+from ..solvers.fixed import ProximalGradient
+from ..solvers.groups import Groups, Labels, Tiles
+from ..solvers.problem import Problem
+from ..solvers.solution import Solution
 from .faithfulness import drawn
 
 __all__ = ["DEFAULT", "PUBLISHED", "Method", "Settings", "methods", "superpixels"]

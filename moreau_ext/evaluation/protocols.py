@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..files import write
-from ..scores import evaluating
-from ..solvers import Solution
+from .._files import write
+from ..model.modes import evaluating
+from ..solvers.solution import Solution
 from ..zoo import Dataset
 from .attacks import ATTACKS, Attack, Norm
 from .derivatives import Hessian, find_hessian

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import write
+from .._files import write
 from ..plots import bands
 from .methods import OURS, Method, methods
 from .metrics import gini, normalised_distance, ssim, support_fraction, topk_intersection

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import zoo
-from ..explainers import MoreauGrad
-from ..files import write
+from .._files import write
+from ..explainers.moreau import MoreauGrad
 from ..plots import bars
-from ..solvers import ProximalGradient, Solution
+from ..solvers.fixed import ProximalGradient
+from ..solvers.solution import Solution
 from .attacks import Attack
 from .derivatives import find_hessian
 from .faithfulness import area, drawn, perturbation_curve, target_probability

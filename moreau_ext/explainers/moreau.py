@@ -10,21 +10,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import ops
-from .adaptive import AdaptiveProximalGradient
-from .base import Noisy, Scalar, Sparse, check_scalar, per_input_setting
-from .certificate import Certificate, absolute, certify
-from .checks import check_count
-from .curvature import METHODS, RHO_SAMPLES, Method, convex_rho
-from .graphs import Graphs, Mode, check_mode
-from .groups import Groups, Pixels
-from .implicit import map_vjp
-from .ops.layout import Tensors, flat_rows
-from .path import solve_path
-from .penalties import GroupL2, Penalty
-from .precision import resolution
-from .scores import Target, evaluating
-from .solvers import Problem, ProximalGradient, Solution
+from .. import ops
+from .._checks import check_count
+from ..analysis.certificate import Certificate, absolute, certify
+from ..analysis.curvature import RHO_SAMPLES, convex_rho
+from ..analysis.derivative import map_vjp
+from ..analysis.hessian import METHODS, Method
+from ..capture.runner import Graphs, Mode, check_mode
+from ..model.modes import evaluating
+from ..model.precision import resolution
+from ..model.target import Target
+from ..ops.layout import Tensors, flat_rows
+from ..solvers.adaptive import AdaptiveProximalGradient
+from ..solvers.fixed import ProximalGradient
+from ..solvers.groups import Groups, Pixels
+from ..solvers.path import solve_path
+from ..solvers.penalties import GroupL2, Penalty
+from ..solvers.problem import Problem
+from ..solvers.solution import Solution
+from .base import Noisy, Sparse
+from .settings import Scalar, check_scalar, per_input_setting
 
 Solver = ProximalGradient | AdaptiveProximalGradient
 
@@ -60,7 +65,7 @@ class MoreauGrad(Noisy):
 
     Args:
         model: an nn.Module or any callable that maps inputs [n, ...] to outputs [n, ...]. It is run in eval mode and
-            left as it was found. It must not mix the inputs of a batch. Or what :func:`moreau_ext.prepare.prepare` made
+            left as it was found. It must not mix the inputs of a batch. Or what :func:`moreau_ext.prepare` made
             of one: a faster copy, with the number of rows and the memory layout that were measured fastest.
         rho: ρ > 0, a number or one per input [B]: how far to look; 1 by default. Units of x²/score. The problem has one
             solution where ρλ < 1, λ the weak-convexity constant of f_σ. "auto": ρ = ½/max(λ, β/10), with λ and the

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -30,74 +30,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .checks import check_count
-from .graphs import READ, Graphs, Steps
-from .ops.layout import Tensors, flat_rows, join_rows, over_features, states_like, take_rows
+from .. import ops
+from .._checks import check_count
+from ..capture.records import READ
+from ..capture.runner import Graphs, Steps
+from ..ops.layout import Tensors, join_rows, over_features, states_like, take_rows
+from .batching import check_finite, in_groups, progress_bar
+from .bound import DAMPING, DIFFERENCES, LENGTHS, Answer, Seen, Window, best_answer, inner, minus
 from .penalties import Penalty
-from .solvers import (
-    NoisyCopies,
-    Problem,
-    Solution,
-    assemble,
-    check_finite,
-    in_groups,
-    in_order,
-    objective,
-    progress_bar,
-    residual_floor,
-    rows_of,
-)
+from .problem import Problem, objective
+from .samples import NoisyCopies
+from .solution import Solution, assemble, in_order, rows_of
 
 _BURN_IN = 12
+
 # The same where eta or rho follow the solution, on twice the samples: few samples overstate the largest entries.
 _TUNED_BURN_IN = 24
+
 # Steps of a level where nothing else is wanted, and the gradients of the shortest.
 _STEPS, _LEAST = 16, 128
+
 # A level costs this share of what was spent before it: little is wasted on an input that was nearly done.
 _GROWTH = 0.5
+
 # Windows that are kept: memory, each is two maps.
 _WINDOWS = 4
+
 # Samples of the burn-in; the first averaging level has twice as many.
 _FEWEST = 4
+
 # Samples at either end of the difference p(y) - p(mean point).
 _AT_ENDS = 8
+
 # p(0) gives eta_max when eta is a fraction of it, and the largest of noisy entries is biased: more samples there.
 _AT_ZERO = 32
-# gamma = 0.7/(1/rho + L): the largest curvature met is a lower bound of the largest there is.
-_DAMPING = 0.7
+
 # Before any curvature is known.
 _FIRST_STEP = 0.25
+
 # Of the displacement's length: a shorter way shows no curvature.
 _SHORT = 1e-3
+
 # Halves the burn-in (measured on digits: 0.5 against 0 and 0.7).
 _MOMENTUM = 0.5
-# Over points that wander the gradient is not linear, so its mean there is not the gradient at their mean. On digits the
-# residual this leaves was 0.3 to 1 times the radius of the points.
-_ALLOWANCE = 0.5
+
 # Successive changes of the displacement that turn back by half mean that the step is too long; noise alone turns back
 # by a third at most.
 _TURNING = -0.5
-# Where in ops.SUMS begin those of all squared differences, and those of a window.
-_DIFFERENCES, _LENGTHS = ops.SUMS.index("differences"), ops.SUMS.index("lengths")
+
 _WAY, _BEND = ops.PRODUCTS.index("way"), ops.PRODUCTS.index("bend")
+
 # Numbers that the end of a level works on, for each feature: about as many maps.
 _WORKING = 16
-# One-sided 95 % of a normal.
-_QUANTILE = 1.645
-
-
-def _sums(tensors: Tensors) -> Tensor:
-    """Sum over all features of all tensors, float64 [B]."""
-    return torch.stack([flat_rows(t).sum(1, dtype=torch.float64) for t in tensors]).sum(0)
-
-
-def _inner(a: Tensors, b: Tensors) -> Tensor:
-    return _sums(tuple(u.double() * v.double() for u, v in zip(a, b, strict=True)))
-
-
-def _minus(a: Tensors, b: Tensors) -> Tensors:
-    return tuple(u - v for u, v in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True)
@@ -194,37 +178,6 @@ class AdaptiveProximalGradient:
 
 
 @dataclass
-class _Window:
-    """Sums over some successive steps, weighted by their samples."""
-
-    points: Tensors
-    gradients: Tensors
-    counts: Tensor  # float64 [B, 3], the last of ops.SUMS: of ‖point‖², of 1, and how many steps
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.counts[:, 0]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.counts[:, 1]
-
-    @property
-    def steps(self) -> Tensor:
-        return self.counts[:, 2]
-
-    def __add__(self, other: _Window) -> _Window:
-        """Over the steps of both."""
-
-        def sums(a: Tensors, b: Tensors) -> Tensors:
-            return tuple(u + v for u, v in zip(a, b, strict=True))
-
-        return _Window(
-            sums(self.points, other.points), sums(self.gradients, other.gradients), self.counts + other.counts
-        )
-
-
-@dataclass
 class _State:
     """What is carried from step to step, for the inputs that are still in it."""
 
@@ -239,7 +192,7 @@ class _State:
     at_zero: Tensor  # float64 [B], ‖p(0)‖²
     steps: Tensor  # int64 [B]
     real: int  # inputs; the rows behind them fill up to a size that has a graph
-    windows: tuple[_Window, ...] = ()  # the steps with fresh noise, oldest first
+    windows: tuple[Window, ...] = ()  # the steps with fresh noise, oldest first
     eta: Tensors | None = None  # as reported
     level: int = 0
     samples: int = _FEWEST
@@ -249,123 +202,6 @@ class _State:
 
 # Some of the inputs of a state, by their rows.
 _Piece = tuple[_State, Tensor]
-
-
-@dataclass
-class _Answer:
-    """What the averages of a window say. settled, spread, noise: the parts of the residual's square; float64 [B]."""
-
-    point: Tensors
-    gradient: Tensors
-    maps: Tensors
-    displacement: Tensors
-    rho: Tensors
-    eta: Tensors  # empty without a penalty
-    settled: Tensor
-    spread: Tensor
-    noise: Tensor
-    most_noise: Tensor  # what noise is with a probability of 95 %
-    size: Tensor  # what the residual is compared with
-
-    @property
-    def bound(self) -> Tensor:
-        """Of the relative residual."""
-        upper = (self.settled + self.spread + self.most_noise).sqrt()
-        return torch.where(upper == 0, 0.0, upper / self.size)
-
-    def or_better(self, other: _Answer) -> _Answer:
-        """For each input this answer, or the other where its bound is smaller."""
-        mine = self.bound <= other.bound
-
-        def pick(a: Any, b: Any) -> Any:
-            if isinstance(a, tuple):
-                return tuple(pick(u, v) for u, v in zip(a, b, strict=True))
-            # An eta that serves all inputs has one row, and no tuning: it is the same in both.
-            return a if a.shape[0] != mine.shape[0] else torch.where(mine.view(-1, *[1] * (a.dim() - 1)), a, b)
-
-        return _Answer(**{f.name: pick(getattr(self, f.name), getattr(other, f.name)) for f in fields(_Answer)})
-
-    def problem(self, problem: Problem) -> Problem:
-        """The problem that this answers."""
-        if problem.tuning is None:
-            return problem
-        penalty = None if problem.penalty is None else replace(problem.penalty, eta=self.eta)
-        return replace(problem, rho=self.rho, penalty=penalty)
-
-
-@dataclass
-class _Seen:
-    """What the end of a level is judged by; see :class:`_State`."""
-
-    problem: Problem
-    windows: tuple[_Window, ...]
-    squares: Tensors
-    sums: Tensor
-    curvature: Tensor
-    at_zero: Tensor
-
-
-def _answer(seen: _Seen) -> _Answer:
-    """The answer of each input's best window."""
-    total = seen.windows[-1]
-    best = _judge(seen, total)
-    for window in reversed(seen.windows[:-1]):
-        total = total + window
-        best = best.or_better(_judge(seen, total))
-    return best
-
-
-def _judge(seen: _Seen, window: _Window) -> _Answer:
-    p = tuple(g / over_features(window.weight.to(g.dtype), g) for g in window.gradients)
-    point = tuple(d / over_features(window.weight.to(d.dtype), d) for d in window.points)
-    problem = seen.problem.tuned(p)
-    maps = p if problem.penalty is None else problem.penalty.prox(p)
-    y = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
-    # Variance of rho * S(p̄) per feature.
-    gain = tuple(torch.ones_like(a) for a in p) if problem.penalty is None else problem.penalty.gain(p, maps)
-    variance = tuple(
-        (q * c).double() * over_features(r.double().square() / (seen.sums[:, _DIFFERENCES] * window.weight), q)
-        for c, q, r in zip(gain, seen.squares, problem.rho, strict=True)
-    )
-    noise = _sums(variance)
-    gap = _minus(point, y)
-    point2, y2 = _inner(point, point), _inner(y, y)
-    # Noise alone spreads the points by (γ/ρ) times its variance in a step; a gradient is nearly linear over that.
-    rho = torch.stack([r.double() for r in problem.rho]).amax(0)
-    scatter = _DAMPING / (1 + rho * seen.curvature) * noise * window.steps
-    return _Answer(
-        point=point,
-        gradient=p,
-        maps=maps,
-        displacement=y,
-        rho=problem.rho,
-        eta=() if problem.penalty is None else problem.penalty.eta,
-        settled=_inner(gap, gap),
-        spread=_ALLOWANCE**2 * (window.lengths / window.weight - point2 - scatter).clamp_min(0),
-        noise=noise,
-        most_noise=_upper(seen, noise, _inner(variance, variance)),
-        size=torch.maximum(torch.maximum(point2, y2).sqrt(), residual_floor(problem, seen.at_zero)),
-    )
-
-
-def _upper(seen: _Seen, noise: Tensor, crossed: Tensor) -> Tensor:
-    """The 95 % quantile of ‖ρε̄‖², about noise·χ²_r/r: features that are noisy together count as one.
-
-    r = 2·mean²/variance of the squared norms of the differences, at most what independent features would give. The χ²
-    by Wilson and Hilferty; that its scale is only known from the differences widens it as it does an F distribution.
-    """
-    count, norms, norms2 = seen.sums[:, _DIFFERENCES : _DIFFERENCES + 3].unbind(1)
-    mean = norms / count
-    variance = (norms2 - count * mean.square()) / (count - 1)
-    tiny = torch.finfo(torch.float64).tiny
-    independent = noise.square() / crossed.clamp_min(tiny)
-    rank = torch.where(variance > 0, 2 * mean.square() / variance.clamp_min(tiny), independent)
-    rank = torch.minimum(rank, independent).clamp_min(1)
-    ninth = 2 / (9 * rank)
-    quantile = (1 - ninth + _QUANTILE * ninth.sqrt()) ** 3
-    # Successive differences share a gradient: three of them tell as much as two.
-    freedom = (rank * count / 1.5).clamp_min(4)
-    return noise * quantile * freedom / (freedom - 2)
 
 
 def _mean_gradient(state: _State, copies: NoisyCopies, samples: int, place: Tensors | None, steps: Steps) -> Tensors:
@@ -379,7 +215,7 @@ def _look(
 ) -> tuple[Solution, Tensor]:
     """What the inputs would return after a level, and how many samples a step each wants in the next one, int64 [B]."""
     problem, many = state.problem, _WORKING * sum(x.numel() for x in state.problem.inputs)
-    seen = _Seen(problem, state.windows, state.squares, state.sums, state.curvature, state.at_zero)
+    seen = Seen(problem, state.windows, state.squares, state.sums, state.curvature, state.at_zero)
     answer, stretch, places = steps.result(_answer_and_ends, seen, key="answer", elements=many)
     copies = NoisyCopies(problem, _AT_ENDS, True, _chunk(state, _AT_ENDS, max_batch))
     copies.step.fill_(_first_draw(state.level) + state.length)  # the walk has drawn those before
@@ -403,13 +239,13 @@ def _look(
     return solution, samples
 
 
-def _answer_and_ends(seen: _Seen) -> tuple[_Answer, Tensor, tuple[Tensors, ...]]:
+def _answer_and_ends(seen: Seen) -> tuple[Answer, Tensor, tuple[Tensors, ...]]:
     """The answer, and where to take the two gradients that are compared: how many times δ̄ − y apart, and the places."""
-    answer = _answer(seen)
-    way = _minus(answer.displacement, answer.point)
+    answer = best_answer(seen)
+    way = minus(answer.displacement, answer.point)
     sigma = torch.stack([s.double() for s in seen.problem.sigma]).amin(0)
     # Way below rounding there is nothing left to settle, whatever a difference says.
-    stretch = (sigma / _inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
+    stretch = (sigma / inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
     places = tuple(
         tuple(d + over_features((side * stretch).to(d.dtype), d) * w for d, w in zip(answer.point, way, strict=True))
         for side in (-0.5, 0.5)
@@ -422,7 +258,7 @@ class _Ended:
     """A level that has ended, with the gradients at two places about its answer."""
 
     problem: Problem
-    answer: _Answer
+    answer: Answer
     stretch: Tensor
     ends: tuple[Tensors, ...]
     before: Tensors  # the last point at which gradients were taken
@@ -433,7 +269,7 @@ class _Ended:
     evaluations: int
     spend: int  # gradients of the next level
 
-    def measured(self) -> _Answer:
+    def measured(self) -> Answer:
         """The answer with the residual that y itself has where δ̄ has ‖δ̄ − y‖.
 
         ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, and p(y) = p̄ + H(y − δ̄). A bound by ρβ‖δ̄ − y‖ would be many times as
@@ -449,9 +285,9 @@ class _Ended:
         )
         maps = there if problem.penalty is None else problem.penalty.prox(there)
         moved = tuple(over_features(r, a) * (a - b) for a, b, r in zip(maps, answer.maps, problem.rho, strict=True))
-        return replace(answer, settled=_inner(moved, moved))
+        return replace(answer, settled=inner(moved, moved))
 
-    def next_samples(self, answer: _Answer) -> Tensor:
+    def next_samples(self, answer: Answer) -> Tensor:
         """Samples per step of each input's next level, int64 [B]: powers of two; 0 where there is none."""
         if self.spend == 0:
             return torch.zeros_like(self.steps)
@@ -461,7 +297,7 @@ class _Ended:
         return torch.where(answer.settled > answer.noise, self.samples, samples).clamp_max(most)
 
 
-def _judged(ended: _Ended, tol: float) -> tuple[_Answer, Solution, Tensor]:
+def _judged(ended: _Ended, tol: float) -> tuple[Answer, Solution, Tensor]:
     """The answer, what the inputs would return now, with the bound of their residuals, and the samples they want."""
     answer = ended.measured()
     problem = answer.problem(ended.problem)
@@ -541,7 +377,7 @@ def _first_gamma(problem: Problem) -> Tensors:
 
 def _damped(problem: Problem, curvature: Tensor) -> Tensors:
     """γ = 0.7/(1/ρ + L), per tensor [B]."""
-    return tuple((_DAMPING / (1 / r.double() + curvature)).to(r.dtype) for r in problem.rho)
+    return tuple((DAMPING / (1 / r.double() + curvature)).to(r.dtype) for r in problem.rho)
 
 
 def _resolve(state: _State, max_batch: int | None, steps: Steps) -> None:
@@ -584,7 +420,7 @@ def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
     problem, burning = state.problem, state.level == 0
     gamma = _first_gamma(problem) if burning else _damped(problem, state.curvature)
     batch = problem.keys.shape[0]
-    state.sums[:, :_DIFFERENCES] = 0
+    state.sums[:, :DIFFERENCES] = 0
     nothing = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
     walk = _Walk(
         problem=problem,
@@ -641,7 +477,7 @@ def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
     state.steps = state.steps + state.length
     if not burning:
         steeper = 2 * state.curvature + 1 / torch.stack([r.double() for r in problem.rho]).amin(0)
-        turned, length = walk.sums[:, :_DIFFERENCES].unbind(1)
+        turned, length = walk.sums[:, :DIFFERENCES].unbind(1)
         state.curvature = torch.where(turned < _TURNING * length, steeper, state.curvature)
     if state.level == 2:
         # The first half of the level before was not settled; it stood in while there was nothing else.
@@ -652,12 +488,12 @@ def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
     return walk
 
 
-def _close(windows: list[_Window], walk: _Walk) -> None:
+def _close(windows: list[Window], walk: _Walk) -> None:
     """Ends the window of a walk, if there is one."""
     if walk.points:
-        windows.append(_Window(walk.points, walk.gradients, walk.sums[:, _LENGTHS:].clone()))
+        windows.append(Window(walk.points, walk.gradients, walk.sums[:, LENGTHS:].clone()))
         walk.points = walk.gradients = ()
-        walk.sums[:, _LENGTHS:] = 0
+        walk.sums[:, LENGTHS:] = 0
 
 
 def _step(walk: _Walk, *, samples: int, burning: bool, settled: bool) -> None:
@@ -739,8 +575,8 @@ def _joined(begun: _State, pieces: list[_Piece], samples: int, length: int, step
         taken = [[take_rows(t, keep) for t in of(state)] for state, keep in pieces]
         return tuple(join_rows(list(parts)) for parts in zip(*taken, strict=True))
 
-    def window(i: int) -> _Window:
-        return _Window(
+    def window(i: int) -> Window:
+        return Window(
             rows(lambda state: state.windows[i].points),
             rows(lambda state: state.windows[i].gradients),
             numbers(lambda state: state.windows[i].counts),

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from .graphs import Graphs
-from .ops.layout import like_layout, row_chunks, squared_norm, states_like
+from ..capture.runner import Graphs
+from ..ops.layout import like_layout, row_chunks, squared_norm, states_like
 from .penalties import Penalty
-from .solvers import NoisyCopies, Problem, Solution, Start
+from .problem import Problem, Start
+from .samples import NoisyCopies
+from .solution import Solution
 
 # Samples of p(0), which gives the eta_max that all ratios share.
 _AT_ZERO = 64

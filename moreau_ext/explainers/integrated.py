@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import Explainer
-from ..baselines import unsolved
-from ..checks import check_count
-from ..solvers import Problem, Solution, in_groups
+from .._checks import check_count
+from ..solvers.batching import in_groups
+from ..solvers.problem import Problem
+from ..solvers.solution import Solution
+from .base import Explainer
+from .gradients import unsolved
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
+from .._checks import check_count
+from ..ops.layout import Tensors, flat_rows
+from ..solvers.batching import check_finite, in_groups
+from ..solvers.fixed import ProximalGradient
+from ..solvers.penalties import Penalty
+from ..solvers.problem import Problem
+from ..solvers.samples import NoisyCopies
+from ..solvers.solution import Solution, assemble
 from .base import Explainer, Noisy, Sparse
-from .checks import check_count
-from .ops.layout import Tensors, flat_rows
-from .penalties import Penalty
-from .solvers import NoisyCopies, Problem, ProximalGradient, Solution, assemble, check_finite, in_groups
 
 
 def at_zero(solution: Solution) -> Solution:

@@ -14,23 +14,26 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .checks import check_count
-from .memory import BLIND_ROWS, Footprint, Limit, budget
-from .ops.layout import Tensors, flat_rows, memory_layout
-from .ops.noise import noise_keys
-from .penalties import L1, Penalty
-from .precision import Precision, check_dtypes, check_precision
-from .prepare import Prepared
-from .scores import Score, ScoreName, Target, UnusedInputs, check_score_settings, evaluating, resolved, unresolved
-from .solvers import Problem, Solution, Tuning
-
-# One number, or one per input of the batch to come.
-Scalar = float | Tensor
+from .. import ops
+from .._checks import check_count
+from ..model.memory import BLIND_ROWS, Footprint, Limit, budget
+from ..model.modes import evaluating
+from ..model.precision import Precision, check_dtypes, check_precision
+from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings, resolved, unresolved
+from ..model.target import Target
+from ..ops.layout import Tensors, flat_rows, memory_layout
+from ..ops.noise import noise_keys
+from ..preparation.report import Prepared
+from ..solvers.penalties import L1, Penalty
+from ..solvers.problem import Problem, Tuning
+from ..solvers.solution import Solution
+from .settings import Scalar, check_scalar, per_feature, per_input_setting
 
 _lowering = threading.Lock()
+
 # Noisy inputs per pass at most: enough to fill small models.
 _MAX_BATCH = 1024
+
 # Maps that are held for each row of a pass and each input of a call, beside what the model makes in the pass. Measured:
 # 3.5 a row and 5.9 an input by the adaptive solver, 9.7 and 4.3 by Gradient, whose every row is an input.
 _PER_ROW, _PER_INPUT = 10, 7
@@ -41,19 +44,6 @@ def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
     tensors = [(x.shape[1:], x.dtype, x.device) for x in inputs]
     args = [a.shape[per:] for a, per in zip(score.args, score.per_row, strict=True) if isinstance(a, Tensor)]
     return (*tensors, *args)
-
-
-def check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    low = tensor <= 0 if positive else tensor < 0
-    if bool((low | ~torch.isfinite(tensor)).any()):
-        expected = "a positive" if positive else "a non-negative"
-        raise ValueError(f"{name}: expected {expected} finite number, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,18 +348,6 @@ def _own(x: Tensor, layout: torch.memory_format) -> Tensor:
     return copy if memory_layout(copy) is not None else copy.contiguous()
 
 
-def per_input_setting(name: str, value: Scalar | None, x: Tensor) -> Tensor:
-    """A setting as state dtype [B] for one tensor."""
-    state, batch = ops.state_dtype(x.dtype), x.shape[0]
-    # In the state dtype at once: a Python number would otherwise pass through float32.
-    tensor = torch.as_tensor(value, dtype=state, device=x.device)
-    if tensor.dim() == 0:
-        return tensor.expand(batch).contiguous()
-    if tensor.shape != (batch,):
-        raise ValueError(f"{name}: expected a number or one per input, [{batch}], got shape {tuple(tensor.shape)}")
-    return tensor.contiguous()
-
-
 def _in_form(solution: Solution, single: bool) -> Solution:
     """A solver's tuples as the inputs were given: one tensor, or a tuple."""
     if single:
@@ -408,19 +386,6 @@ def _nothing(inputs: Tensors) -> Solution:
         rho=scalars[0],
         sigma=scalars,
     )
-
-
-def _per_feature(eta: Tensor, inputs: Tensors) -> Tensor:
-    if len(inputs) > 1:
-        raise ValueError("eta: one per feature is for a single input tensor, not for a tuple")
-    x = inputs[0]
-    if eta.shape not in ((1, *x.shape[1:]), tuple(x.shape)):
-        raise ValueError(
-            f"eta: expected a number, one per input [{x.shape[0]}], or one per feature {(1, *x.shape[1:])} or "
-            f"{tuple(x.shape)}, got shape {tuple(eta.shape)}"
-        )
-    like = torch.empty_like(x[: eta.shape[0]], dtype=ops.state_dtype(x.dtype))
-    return like.copy_(eta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -495,7 +460,7 @@ class Sparse(Explainer):
 
     def _l1(self, inputs: Tensors) -> L1:
         if self.eta is not None and torch.as_tensor(self.eta).dim() > 1:
-            return L1((_per_feature(torch.as_tensor(self.eta, dtype=ops.state_dtype(inputs[0].dtype)), inputs),))
+            return L1((per_feature(torch.as_tensor(self.eta, dtype=ops.state_dtype(inputs[0].dtype)), inputs),))
         return L1(*self._strength(inputs))
 
     def _strength(self, inputs: Tensors) -> tuple[Tensors, bool]:

@@ -22,18 +22,19 @@ Result = TypeVar("Result")
 
 # Rows per pass where memory cannot be measured: the published number of samples.
 BLIND_ROWS = 32
+
 # What may be planned for of what is free. On CUDA a captured step has its passes in a pool of its own, beside what its
 # warm-up left in the cache; hence half. On the CPU too much is answered by the kernel, with a kill, and second
 # derivatives, which a certificate takes, need up to three times what is measured here; a GPU says no, and a pass is
 # halved then.
 _CUDA_SHARE, _CPU_SHARE = 1 / 2, 1 / 4
+
 # Where the system does not say what is free.
 _CPU_BLIND = 4 << 30
+
 _REFUSED = ("allocate memory", "STATUS_ALLOC_FAILED")
+
 _CGROUPS = Path("/sys/fs/cgroup")
-
-
-# What there is.
 
 
 def budget(device: torch.device) -> int:
@@ -91,9 +92,6 @@ def _left_by_cgroups() -> Iterator[int]:
                 yield max(0, int(limit) - int(used) + int(counts.get(names[2], 0)))
             except (OSError, ValueError):
                 continue
-
-
-# What a pass takes.
 
 
 class BytesAlive(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
@@ -216,9 +214,6 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(0)
         yield
-
-
-# When it was not enough.
 
 
 def out_of_memory(error: BaseException) -> bool:

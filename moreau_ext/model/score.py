@@ -5,150 +5,26 @@ The only place that runs a model and the only caller of torch.autograd.
 
 from __future__ import annotations
 
-import copy
-import threading
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..ops.layout import Tensors, row_chunks
 from .memory import Footprint, Limit, attempt, footprint
-from .ops.layout import Tensors, row_chunks
+from .modes import plain_attention, without_inference_tensors
 from .precision import Precision, autocast, flags
+from .target import Target, target_index
 
 ScoreName = Literal["logit", "log_prob", "prob", "margin"]
 
 UnusedInputs = Literal["raise", "zero"]
 
-Target = int | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Callable[[Tensor], Tensor] | None
-
 _SCORES = ("logit", "log_prob", "prob", "margin")
-
-
-class _Evaluation:
-    """Counts who needs a module in eval mode, so that threads may share it: the first switches, the last restores."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
-
-    @contextmanager
-    def __call__(self, model: Callable[..., Any], depth: int = 1) -> Iterator[None]:
-        """``depth``: functions between this and the caller whom a warning is to point at."""
-        modules = list(model.modules()) if isinstance(model, nn.Module) else []
-        modules = [m for m in modules if hasattr(m, "training")]  # those of torch.jit.freeze have no modes
-        training = False
-        with self._lock:
-            for module in modules:
-                users, flag = self._users.get(module, (0, module.training))
-                training = training or (users == 0 and flag)
-                self._users[module] = (users + 1, flag)
-                # The flag alone: train() may be overridden to do more, and could not be undone exactly.
-                module.training = False
-        try:
-            if training:
-                warnings.warn(
-                    "the model is in train mode: it is explained in eval mode and restored afterwards",
-                    stacklevel=3 + depth,
-                )
-            yield
-        finally:
-            with self._lock:
-                for module in modules:
-                    users, flag = self._users[module]
-                    if users == 1:
-                        module.training = flag
-                        del self._users[module]
-                    else:
-                        self._users[module] = (users - 1, flag)
-
-
-evaluating = _Evaluation()
-
-
-class _PlainAttention:
-    """torch's plain attention, which alone has second derivatives. The choice is the process's: the first thread that
-    needs it makes it, the last restores what was before."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._chosen = ExitStack()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if self._users == 0:
-                self._chosen.enter_context(sdpa_kernel(SDPBackend.MATH))
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._chosen.close()
-
-
-_plain_attention = _PlainAttention()
-
-
-def _without_inference_tensors(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model, or a copy of one that was made under torch.inference_mode, whose tensors autograd refuses."""
-    if isinstance(model, nn.Module) and any(t.is_inference() for t in chain(model.parameters(), model.buffers())):
-        return copy.deepcopy(model)
-    return model
-
-
-def _index(target: Any, batch: int) -> Tensor:
-    """A target as int64 [B, k], k indices into the axes behind the batch."""
-    if isinstance(target, (bool, np.bool_)):
-        raise TypeError(f"target: expected a class index, got {target!r}")
-    if isinstance(target, (int, np.integer)):
-        return torch.full((batch, 1), int(target), dtype=torch.int64)
-    if isinstance(target, tuple):
-        return _indices([target], "a tuple").expand(batch, -1)
-    if isinstance(target, list) and target and isinstance(target[0], tuple):
-        index = _indices(target, "a list of tuples")
-    else:
-        try:
-            values = torch.as_tensor(target)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, "
-                f"or a callable, got {target!r}"
-            ) from None
-        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            if values.numel():
-                raise TypeError(f"target: expected integers, got {values.dtype}")
-            values = values.to(torch.int64)
-        if values.dim() > 2 or (values.dim() == 2 and values.shape[1] != 1):
-            raise ValueError(f"target: expected shape [{batch}] or [{batch}, 1], got {tuple(values.shape)}")
-        index = values.to(torch.int64).reshape(-1, 1)
-        if values.dim() == 0:
-            index = index.expand(batch, 1)
-    if index.shape[0] != batch:
-        raise ValueError(f"target: expected one per input, {batch}, got {index.shape[0]}")
-    return index
-
-
-def _indices(tuples: list[Any], what: str) -> Tensor:
-    if not all(isinstance(t, tuple) for t in tuples):
-        raise TypeError(f"target: expected {what}, got {tuples!r}")
-    if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for t in tuples for i in t):
-        raise TypeError(f"target: expected {what} of integers, got {tuples[0]!r}")
-    if len({len(t) for t in tuples}) > 1:
-        raise ValueError("target: the tuples of a list must all have the same length")
-    return torch.tensor(tuples, dtype=torch.int64).reshape(len(tuples), -1)
 
 
 @dataclass(frozen=True)
@@ -316,14 +192,14 @@ class Score:
         """∇²f·v of every row, by two backward passes: one tensor per input, shaped as ``inputs``.
 
         Exact where f is twice differentiable. Kinks (ReLU, maxima) contribute nothing to it, so for a piecewise linear
-        model it is zero; :mod:`moreau_ext.curvature` says when that means something.
+        model it is zero; :mod:`moreau_ext.analysis.hessian` says when that means something.
 
         Raises:
             RuntimeError: from torch, where an operation of the model has no second derivative.
 
         Example:
             >>> import torch
-            >>> from moreau_ext.scores import bind_score
+            >>> from moreau_ext.model.score import bind_score
             >>> x = (torch.tensor([[1.0, 2.0]]),)
             >>> bound, _ = bind_score(lambda x: x.pow(3).sum(1), x, None)
             >>> bound.hvp(x, (torch.ones(1, 2),))[0]
@@ -332,7 +208,7 @@ class Score:
         return self._in_passes(Score._hvp, inputs, vectors)
 
     def _hvp(self, inputs: Tensors, vectors: Tensors) -> Tensors:
-        with torch.enable_grad(), self.passing(inputs[0].device), _plain_attention():
+        with torch.enable_grad(), self.passing(inputs[0].device), plain_attention():
             leaves = [x.detach().requires_grad_() for x in inputs]
             scores = self.of_output(self.output(tuple(leaves)))
             slopes: list[tuple[Tensor, Tensor]] = []
@@ -408,8 +284,8 @@ def unresolved(
     args = tuple(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args)
     per_row = tuple(isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch for a in args)
     index: Tensor | Callable[[Tensor], Tensor] | None
-    index = target if target is None or callable(target) else _index(target, batch).to(inputs[0].device)
-    return Score(_without_inference_tensors(model), score, index, args, per_row, unused_inputs, precision)
+    index = target if target is None or callable(target) else target_index(target, batch).to(inputs[0].device)
+    return Score(without_inference_tensors(model), score, index, args, per_row, unused_inputs, precision)
 
 
 def resolved(score: Score, inputs: Tensors, max_batch: int | None) -> tuple[Score, Tensor]:
@@ -476,16 +352,3 @@ def check_score_settings(score: str, unused_inputs: str) -> None:
         raise ValueError(f"score: expected one of {', '.join(_SCORES)}, got {score!r}")
     if unused_inputs not in ("raise", "zero"):
         raise ValueError(f"unused_inputs: expected 'raise' or 'zero', got {unused_inputs!r}")
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module, not counting those inside it, runs more than its forward."""
-    return any(getattr(module, name, None) for name in _HOOKS)
-
-
-def has_global_hooks() -> bool:
-    """Whether calling any module does."""
-    return any(getattr(nn.modules.module, "_global" + name, None) for name in _HOOKS)

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .ops.layout import memory_layout
-from .ops.partition import Partition
+from ..ops.layout import memory_layout
+from ..ops.partition import Partition
 
 Weights = Literal["unit", "sqrt"]
 

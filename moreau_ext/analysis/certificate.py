@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .curvature import Bank, Curvature, Method, columns, measure_curvature, student_quantile, tensors_of
-from .ops.layout import Tensors, over_features, row_chunks, take_rows
-from .penalties import Penalty
-from .solvers import Problem, residual_floor
+from ..ops.layout import Tensors, over_features, row_chunks, take_rows
+from ..solvers.penalties import Penalty
+from ..solvers.problem import Problem, residual_floor
+from .curvature import Curvature, measure_curvature, student_quantile
+from .hessian import Bank, Method, columns, tensors_of
 
 BOUND, MEASURED, FAILED = "bound", "measured locally", "premise not satisfied"
+
 # Blocks of samples whose means give the residual's standard error.
 _BLOCKS = 32
 
@@ -41,7 +43,8 @@ class Certificate:
         residual, residual_low, residual_high: r, with the sampling noise subtracted from its square, and its interval.
         relative_residual, relative_low, relative_high: the same over max(‖δ‖, ‖y‖, 10⁻³·ρ·‖p(0)‖).
         noise_floor: what r would read on this bank at an exact solution, before the noise is subtracted.
-        weak_convexity, weak_convexity_low, weak_convexity_high: λ at δ, see :class:`moreau_ext.curvature.Curvature`.
+        weak_convexity, weak_convexity_low, weak_convexity_high: λ at δ, see
+            :class:`moreau_ext.analysis.curvature.Curvature`.
         smoothness, smoothness_low, smoothness_high: β at δ.
         rho: ρ.
         premise: bool; whether ρλ < 1 is shown, for the λ that the label is about.
@@ -235,7 +238,7 @@ def certify(
         num_samples: rounded up to a multiple of 64.
         num_hvp_samples: likewise.
         steps: of Lanczos.
-        method: see :func:`moreau_ext.curvature.measure_curvature`.
+        method: see :func:`moreau_ext.analysis.curvature.measure_curvature`.
         confidence: of the intervals.
         lipschitz: L of f, [B], where known: then λ, β ≤ L·√(2/π)/σ everywhere.
         moduli: (λ, β) of f_σ, [B] each, where known to hold everywhere.

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .curvature import Bank, Method, SmoothedHessian, by_method, columns, minimal_residual, tensors_of
-from .ops.layout import Tensors, flat_rows, memory_layout, take_rows
-from .ops.partition import Partition
-from .penalties import Penalty
-from .solvers import Problem
+from ..ops.layout import Tensors, flat_rows, memory_layout, take_rows
+from ..ops.partition import Partition
+from ..solvers.penalties import Penalty
+from ..solvers.problem import Problem
+from .hessian import Bank, Method, SmoothedHessian, by_method, columns, tensors_of
+from .krylov import minimal_residual
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def map_vjp(
         samples: of the bank, by method.
         own_bank: (samples, antithetic) of a solver with a fixed bank: where second derivatives exist they are taken
             on that bank, so that the result is the derivative of what was computed.
-        method: see :func:`moreau_ext.curvature.measure_curvature`.
+        method: see :func:`moreau_ext.analysis.curvature.measure_curvature`.
         ratio: η/η_max per tensor, [B], where η follows x.
         levels: σ over the range of the input, per tensor, [B], where σ follows x.
         tol, max_steps: of the solve.

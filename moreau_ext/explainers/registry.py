@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .baselines import Gradient, SmoothGrad, SoftThresholdedSmoothGrad, SparsifiedSmoothGrad
-from .explainers import GroupSparseMoreauGrad, MoreauGrad, SparseMoreauGrad
+from .gradients import Gradient, SmoothGrad, SoftThresholdedSmoothGrad, SparsifiedSmoothGrad
+from .moreau import GroupSparseMoreauGrad, MoreauGrad, SparseMoreauGrad
 
 
 def _integrated_gradients(model: Callable[..., Any], **settings: Any) -> Any:
-    from .integrations.captum import IntegratedGradients
+    from .integrated import IntegratedGradients
 
     return IntegratedGradients(model, **settings)
 

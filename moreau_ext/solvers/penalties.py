@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import ops
-from .ops.layout import Tensors, flat_rows, in_memory_order, over_features
-from .ops.partition import Partition
+from .. import ops
+from ..ops.layout import Tensors, flat_rows, in_memory_order, over_features
+from ..ops.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class L1(Penalty):
 
     Example:
         >>> import torch
-        >>> from moreau_ext.penalties import L1
+        >>> from moreau_ext.solvers.penalties import L1
         >>> L1((torch.tensor([1.0]),)).prox((torch.tensor([[3.0, -0.5]]),))[0]
         tensor([[2., 0.]])
     """

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .ops.layout import Tensors
+from ..ops.layout import Tensors
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
+
 # The spacing of numbers at 1 of what is multiplied.
 _EPS = {"bfloat16": 2.0**-7, "tf32": 2.0**-10}
 

@@ -1,4 +1,4 @@
-"""The curvature of the smoothed score: products with H = ∇²f_σ(x + δ), and its extreme eigenvalues.
+"""Products with H = ∇²f_σ(x + δ), the second derivative of the smoothed score.
 
 Two estimates of the same matrix, on a noise bank z_1 .. z_m:
 
@@ -13,52 +13,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from functools import partial
-from statistics import NormalDist
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .memory import out_of_memory
-from .ops.layout import Tensors, flat_rows, like_layout, row_chunks, take_rows
-from .ops.noise import Noise, noise_keys
-from .precision import resolution
-from .solvers import Problem
+from .. import ops
+from ..model.memory import out_of_memory
+from ..model.precision import resolution
+from ..ops.layout import Tensors, flat_rows, like_layout, row_chunks, take_rows
+from ..ops.noise import Noise, noise_keys
+from ..solvers.problem import Problem
 
 Method = Literal["auto", "autograd", "stein"]
 
 METHODS = ("auto", "autograd", "stein")
+
 # Seeds of the banks that a solver does not see, mixed with its own keys.
-_INDEPENDENT, _KINKS, _START = 0x5EED_CE47, 0x5EED_0C1A, 0x5EED_57A7
+_INDEPENDENT, _KINKS, SEED_START = 0x5EED_CE47, 0x5EED_0C1A, 0x5EED_57A7
+
 # Gradients kept between products: 2^26 float32 numbers are 256 MiB. Beyond, they are computed again for every product.
 _KEPT = 1 << 26
+
 # Blocks of samples from which the spread within half a bank is estimated.
 BLOCKS = 16
+
 # Pairs of noisy copies on which kinks are looked for; the share of a jump's square that may stay unexplained. Measured
 # on the zoo: smooth nets miss less than 1e-4 at the median pair, ReLU nets all, and 2e-3 or more under a log-softmax.
 _PAIRS, _KINKED = 16, 1e-3
+
 # Gauss-Legendre in three points on each of the four panels of [0, 1]; a node stands for itself and its negative.
 _NODES = tuple(
     ((2 * panel + 1 + at) / 8, weight / 8)
     for panel in range(4)
     for at, weight in ((0.0, 8 / 9), (-math.sqrt(0.6), 5 / 9), (math.sqrt(0.6), 5 / 9))
 )
-
-
-def student_quantile(confidence: float, freedom: int) -> float:
-    """t with P(|T| <= t) = confidence, by the expansion of Cornish and Fisher (0.2 % off at 5 degrees of freedom).
-
-    Example:
-        >>> round(student_quantile(0.95, 15), 2)
-        2.13
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + (z**3 + z) / (4 * freedom) + second / freedom**2 + third / freedom**3
 
 
 def columns(tensors: Tensors, dtype: torch.dtype) -> Tensor:
@@ -321,137 +310,6 @@ class SmoothedHessian:
         return each.mean(1), blocks.std(1, correction=1) / math.sqrt(blocks.shape[1])
 
 
-def lanczos_process(
-    operator: Callable[[Tensor], Tensor], start: Tensor, steps: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """:func:`lanczos`, handed out after every step, so that a caller may stop."""
-    batch, features = start.shape
-    basis = torch.zeros(batch, steps, features, dtype=torch.float64, device=start.device)
-    diagonal, coupling = (torch.zeros(batch, steps, dtype=torch.float64, device=start.device) for _ in range(2))
-    tiny = torch.finfo(torch.float64).tiny
-    q = start.double()
-    norm = q.norm(dim=1, keepdim=True)
-    q = torch.where(norm > 0, q / norm.clamp_min(tiny), 0.0)
-    for k in range(steps):
-        basis[:, k] = q
-        w = operator(q).double() * (norm > 0)
-        diagonal[:, k] = (w * q).sum(1)
-        size = w.norm(dim=1, keepdim=True)
-        known = basis[:, : k + 1]
-        for _ in range(2):  # once leaves what rounding made of the large components
-            w = w - torch.einsum("bk,bkd->bd", torch.einsum("bkd,bd->bk", known, w), known)
-        norm = w.norm(dim=1, keepdim=True)
-        # Below the rounding of what was subtracted nothing is left to go on with.
-        norm = torch.where(norm > 1e-14 * size, norm, 0.0)
-        coupling[:, k] = norm[:, 0]
-        q = torch.where(norm > 0, w / norm.clamp_min(tiny), 0.0)
-        yield known, diagonal[:, : k + 1], coupling[:, : k + 1]
-
-
-def lanczos(operator: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The Lanczos process for a batch of symmetric matrices: QᵀAQ = T, tridiagonal.
-
-    Args:
-        operator: [B, D] -> [B, D], A_b v_b for every b.
-        start: [B, D], the first vectors; need not be of unit length. A row of zeros gives zeros.
-        steps: k >= 1; no more than D are useful.
-
-    Returns:
-        Qᵀ float64 [B, k, D], orthonormal rows (twice orthogonalised), zero where an invariant subspace ended the
-        process; the diagonal float64 [B, k] and the off-diagonal float64 [B, k] of T, its last entry the coupling to
-        the vector that would follow. Rows that ended add zeros to the spectrum of T.
-
-    Example:
-        >>> import torch
-        >>> from moreau_ext.curvature import lanczos, tridiagonal
-        >>> a = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
-        >>> _, diagonal, coupling = lanczos(lambda v: v @ a, torch.ones(1, 3, dtype=torch.float64), 3)
-        >>> torch.linalg.eigvalsh(tridiagonal(diagonal, coupling))[0].round(decimals=6).tolist()
-        [1.0, 2.0, 5.0]
-    """
-    for state in lanczos_process(operator, start, steps):  # noqa: B007 (the last one is wanted)
-        pass
-    return state
-
-
-def minimal_residual(operator: Callable[[Tensor], Tensor], right: Tensor, tol: float, max_steps: int) -> Tensor:
-    """x with A x = b for a batch of symmetric matrices, definite or not, by minimal residuals on the Lanczos basis.
-
-    Args:
-        operator: [B, D] -> [B, D].
-        right: b, [B, D].
-        tol: stop where ‖b − Ax‖ ≤ tol·‖b‖ for every row; looked at every five steps.
-        max_steps: products at most.
-
-    Returns:
-        x, float64 [B, D]: the best within the Krylov space.
-    """
-    norm = right.double().norm(dim=1)
-    x = torch.zeros_like(right, dtype=torch.float64)
-    steps = min(max_steps, right.shape[1])
-    for basis, diagonal, coupling in lanczos_process(operator, right, steps):
-        k = diagonal.shape[1]
-        if k % 5 and k < steps:
-            continue
-        last = torch.zeros(1, k, dtype=torch.float64, device=x.device)
-        last[0, -1] = 1
-        tall = torch.cat([tridiagonal(diagonal, coupling), coupling[:, -1:, None] * last], dim=1)
-        target = torch.zeros(*tall.shape[:2], 1, dtype=torch.float64, device=x.device)
-        target[:, 0, 0] = norm
-        y = torch.linalg.pinv(tall) @ target
-        x = torch.einsum("bk,bkd->bd", y[:, :, 0], basis)
-        if bool(((target - tall @ y).norm(dim=(1, 2)) <= tol * norm).all()):
-            break
-    return x
-
-
-def tridiagonal(diagonal: Tensor, coupling: Tensor) -> Tensor:
-    """T [B, k, k] of :func:`lanczos`."""
-    off = coupling[:, :-1]
-    return torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-
-
-def extreme_eigenvalues(
-    operator: Callable[[Tensor], Tensor], start: Tensor, steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The least and the largest Ritz value of a batch of symmetric matrices.
-
-    Returns:
-        Values float64 [B, 2], vectors float64 [B, 2, D] of unit length, and how far from an eigenvalue each value can
-        be, ‖A u − θu‖, float64 [B, 2]. Ritz values lie within the spectrum.
-    """
-    basis, diagonal, coupling = lanczos(operator, start, min(steps, start.shape[1]))
-    values, vectors = torch.linalg.eigh(tridiagonal(diagonal, coupling))
-    ends = [0, values.shape[1] - 1]
-    ritz = torch.einsum("bkj,bkd->bjd", vectors[:, :, ends], basis)
-    return values[:, ends], ritz, (coupling[:, -1:] * vectors[:, -1, ends]).abs()
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """λ and β of the smoothed score at one displacement, measured; all float64 [B].
-
-    An eigenvalue of a noisy estimate of H is on average further out than H's own, and the value of uᵀHu on samples that
-    did not choose u is on average further in. ``high`` is the first on the whole bank, ``low`` the second across its
-    halves; each is moved outwards by the standard error of its quadratic form, times Student's t, and ``high`` by what
-    Lanczos left open. The value between them is the jackknife of the first.
-
-    Args:
-        weak_convexity: λ = max(−λ_min(H), 0).
-        smoothness: β = max |λ(H)|.
-        weak_convexity_low, weak_convexity_high, smoothness_low, smoothness_high: see above.
-        method: "autograd", "stein", or "none" (not measurable: NaN), per input.
-    """
-
-    weak_convexity: Tensor
-    weak_convexity_low: Tensor
-    weak_convexity_high: Tensor
-    smoothness: Tensor
-    smoothness_low: Tensor
-    smoothness_high: Tensor
-    method: tuple[str, ...]
-
-
 def by_method(
     problem: Problem,
     displacement: Tensors,
@@ -477,116 +335,3 @@ def by_method(
         if len(rows):
             size = len(rows) if max_batch is None else max(1, max_batch // group(name))
             yield from ((name, piece) for piece in torch.split(rows, size))
-
-
-def measure_curvature(
-    problem: Problem,
-    displacement: Tensors,
-    *,
-    num_samples: int,
-    num_hvp_samples: int = 128,
-    steps: int = 20,
-    method: Method = "auto",
-    confidence: float = 0.95,
-    max_batch: int | None = None,
-) -> Curvature:
-    """λ and β of f_σ at x + δ by Lanczos; see :class:`Curvature`.
-
-    What is measured holds at this point. It is no bound on the curvature elsewhere, not even nearby.
-
-    Args:
-        problem: inputs, score, noise.
-        displacement: δ per tensor, state dtype.
-        num_samples: bank of "stein": one gradient each; a multiple of 64.
-        num_hvp_samples: bank of "autograd": two second derivatives per Lanczos step each; a multiple of 64.
-        steps: of Lanczos.
-        method: "autograd", "stein", or "auto" (see :func:`find_methods`).
-        confidence: of the standard errors.
-        max_batch: most rows in one pass of the model.
-
-    Raises:
-        ValueError: "stein" without noise.
-    """
-    samples = {"autograd": num_hvp_samples, "stein": num_samples, "none": 1}
-    batch = problem.keys.shape[0]
-    out = {f.name: problem.value.new_full((batch,), math.nan, dtype=torch.float64) for f in fields(Curvature)[:-1]}
-    names = ["none"] * batch
-    for name, rows in by_method(problem, displacement, method, max_batch=max_batch, group=samples.__getitem__):
-        if name != "none":
-            part, where = problem.take(rows), tuple(take_rows(d, rows) for d in displacement)
-            hessian = SmoothedHessian(Bank(part, where, samples[name], max_batch=max_batch), name)
-            for key, value in _ends(hessian, steps, confidence).items():
-                out[key][rows] = value
-        for row in rows.tolist():
-            names[row] = name
-    return Curvature(**out, method=tuple(names))
-
-
-def _ends(hessian: SmoothedHessian, steps: int, confidence: float) -> dict[str, Tensor]:
-    bank = hessian.bank
-    start = Bank(bank.problem, None, 1, keys=noise_keys(_START, bank.problem.keys), antithetic=False).normals(0, 1)[
-        :, 0
-    ]
-    t = student_quantile(confidence, BLOCKS - 1)
-    whole, vectors, left = extreme_eigenvalues(hessian.product, start, steps)
-    halves, across, variance = [], [], []
-    for half in (0, 1):
-        value, chosen, _ = extreme_eigenvalues(partial(hessian.product, half=half), start, steps)
-        forms = [hessian.quadratic_form(chosen[:, end], 1 - half) for end in (0, 1)]
-        halves.append(value)
-        across.append(torch.stack([form for form, _ in forms], dim=1))
-        variance.append(torch.stack([error.square() for _, error in forms], dim=1))
-    outer_error = torch.stack([hessian.quadratic_form(vectors[:, end])[1] for end in (0, 1)], dim=1)
-    inner, inner_error = (across[0] + across[1]) / 2, (variance[0] + variance[1]).sqrt() / 2
-    sign = torch.tensor([-1.0, 1.0], dtype=torch.float64, device=whole.device)  # outwards
-    high = sign * whole + left + t * outer_error
-    low = torch.minimum(sign * inner - t * inner_error, high)
-    middle = (sign * (2 * whole - (halves[0] + halves[1]) / 2)).clamp(low, high)
-    named = {"": middle, "_low": low, "_high": high}
-    return {f"weak_convexity{k}": v[:, 0].clamp_min(0) for k, v in named.items()} | {
-        f"smoothness{k}": v.amax(1).clamp_min(0) for k, v in named.items()
-    }
-
-
-# Gradients from which convex_rho measures: on the zoo, the upper end of λ is within a third of that of 4,096.
-RHO_SAMPLES, _RHO_STEPS = 512, 10
-
-
-def convex_rho(problem: Problem, *, max_batch: int | None = None) -> Tensor:
-    """ρ = ½ / max(λ, β/10), float64 [B]: half of the largest ρ for which the problem is strongly convex at x.
-
-    λ and β are the upper ends of what :func:`measure_curvature` finds at δ = 0 on a bank of its own, by Stein's
-    identity from 512 gradients. At x the problem's second derivative is then at least 1/(2ρ) in every direction;
-    elsewhere it may be less, which a certificate at the solution tells. The second term keeps ρβ ≤ 5 where the score is
-    convex, and 1 is taken where it is linear, when the map is the same for every ρ.
-
-    Raises:
-        ValueError: an input without noise whose score has kinks: it has no curvature.
-    """
-    nowhere = tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in problem.inputs)
-    noisy = torch.stack(problem.sigma).amin(0) > 0
-    out = torch.ones_like(problem.value, dtype=torch.float64)
-    methods: tuple[tuple[Method, Tensor], ...] = (("stein", noisy), ("auto", ~noisy))
-    for method, where in methods:
-        rows = where.nonzero().squeeze(1)
-        if not len(rows):
-            continue
-        found = measure_curvature(
-            problem.take(rows),
-            tuple(take_rows(d, rows) for d in nowhere),
-            num_samples=RHO_SAMPLES,
-            num_hvp_samples=64,
-            steps=_RHO_STEPS,
-            method=method,
-            max_batch=max_batch,
-        )
-        limit = torch.maximum(found.weak_convexity_high, found.smoothness_high / 10)
-        unknown = limit.isnan()
-        if bool(unknown.any()):
-            which = int(problem.ids[rows[unknown]][0])
-            raise ValueError(
-                f"rho: 'auto' measures the curvature of the smoothed score, and input id {which} has no noise while "
-                "its score has kinks. Likely cause: a constant input, whose range is 0; give sigma, or a number for rho"
-            )
-        out[rows] = torch.where(limit > 0, 0.5 / limit.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-    return out

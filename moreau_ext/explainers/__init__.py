@@ -1,0 +1,1 @@
+"""The explainers: settings that are checked once, and ``attribute``."""

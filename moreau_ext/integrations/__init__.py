@@ -1,1 +1,0 @@
-"""Thin adapters to other toolboxes, each imported only when it is used."""

@@ -1,0 +1,1 @@
+"""The explained score of a model and target, one per input, with its gradient. The only user of torch.autograd."""

@@ -1,0 +1,54 @@
+"""Targets: the output that is explained, as indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Target = int | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Callable[[Tensor], Tensor] | None
+
+
+def target_index(target: Any, batch: int) -> Tensor:
+    """A target as int64 [B, k], k indices into the axes behind the batch."""
+    if isinstance(target, (bool, np.bool_)):
+        raise TypeError(f"target: expected a class index, got {target!r}")
+    if isinstance(target, (int, np.integer)):
+        return torch.full((batch, 1), int(target), dtype=torch.int64)
+    if isinstance(target, tuple):
+        return _indices([target], "a tuple").expand(batch, -1)
+    if isinstance(target, list) and target and isinstance(target[0], tuple):
+        index = _indices(target, "a list of tuples")
+    else:
+        try:
+            values = torch.as_tensor(target)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, "
+                f"or a callable, got {target!r}"
+            ) from None
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            if values.numel():
+                raise TypeError(f"target: expected integers, got {values.dtype}")
+            values = values.to(torch.int64)
+        if values.dim() > 2 or (values.dim() == 2 and values.shape[1] != 1):
+            raise ValueError(f"target: expected shape [{batch}] or [{batch}, 1], got {tuple(values.shape)}")
+        index = values.to(torch.int64).reshape(-1, 1)
+        if values.dim() == 0:
+            index = index.expand(batch, 1)
+    if index.shape[0] != batch:
+        raise ValueError(f"target: expected one per input, {batch}, got {index.shape[0]}")
+    return index
+
+
+def _indices(tuples: list[Any], what: str) -> Tensor:
+    if not all(isinstance(t, tuple) for t in tuples):
+        raise TypeError(f"target: expected {what}, got {tuples!r}")
+    if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for t in tuples for i in t):
+        raise TypeError(f"target: expected {what} of integers, got {tuples[0]!r}")
+    if len({len(t) for t in tuples}) > 1:
+        raise ValueError("target: the tuples of a list must all have the same length")
+    return torch.tensor(tuples, dtype=torch.int64).reshape(len(tuples), -1)

@@ -1,0 +1,1 @@
+"""The numerics: a problem, its penalty, and the solvers of it."""
