@@ -33,11 +33,11 @@ PREPROCESS = Preprocess(resize=32)
 BATCH = 16
 TO_FIRST_BATCH = """
 import sys, time
-from moreau_ext.batch import runner
+from moreau_ext.batch import engine
 def first(self, loaded):
     print(time.time(), flush=True)
     raise KeyboardInterrupt
-runner.Engine.rows = first
+engine.Engine.rows = first
 from moreau_ext import cli
 cli.main(sys.argv[1:])
 """

@@ -26,7 +26,7 @@ from torch import nn
 
 from moreau_ext import Gradient, MoreauGrad, ProximalGradient, SmoothGrad, SparseMoreauGrad, zoo
 from moreau_ext.batch import COLUMNS, Config, Differs, dense, explain_config, explain_dataset, manifest, read, sink
-from moreau_ext.batch.runner import shard_size
+from moreau_ext.batch.job import shard_size
 
 SETTINGS: dict[str, Any] = {"batch": 4, "shard_rows": 8}
 

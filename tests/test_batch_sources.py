@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from moreau_ext.batch import Preprocess, open_source, path_id
-from moreau_ext.batch.sources import Source, Stream
+from moreau_ext.batch.sources.base import Source
+from moreau_ext.batch.sources.datasets import Stream
 
 GRAY = Preprocess(mode="L")
 
@@ -174,7 +175,7 @@ def test_two_files_with_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_equal_ids_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moreau_ext.batch.sources.path_id", lambda _: 7)
+    monkeypatch.setattr("moreau_ext.batch.sources.files.path_id", lambda _: 7)
     with pytest.raises(ValueError, match="have the same id"):
         open_source(folder(tmp_path))
 

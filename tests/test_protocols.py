@@ -21,8 +21,21 @@ from PIL import Image
 from torch import Tensor
 
 from moreau_ext import cli, zoo
-from moreau_ext.evaluation import METRICS, Plan, bootstrap, compare, data, methods, protocols, run, studies, summarise
-from moreau_ext.evaluation.protocols import claims, write_tables
+from moreau_ext.evaluation import (
+    METRICS,
+    Plan,
+    Results,
+    bootstrap,
+    compare,
+    data,
+    methods,
+    run,
+    runner,
+    studies,
+    summarise,
+)
+from moreau_ext.evaluation.statistics import claims
+from moreau_ext.evaluation.tables import write_tables
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 SMALL = Plan(
@@ -43,11 +56,11 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def results(model, tmp_path_factory: pytest.TempPathFactory) -> protocols.Results:
+def results(model, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return run(model, zoo.digits("test"), SMALL, tmp_path_factory.mktemp("run"))
 
 
-def same(a: protocols.Results, b: protocols.Results) -> None:
+def same(a: Results, b: Results) -> None:
     assert list(a.table) == list(b.table)
     for name, column in a.table.items():
         if column.dtype == object:
@@ -59,7 +72,7 @@ def same(a: protocols.Results, b: protocols.Results) -> None:
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def test_the_table_is_tidy(results: protocols.Results) -> None:
+def test_the_table_is_tidy(results: Results) -> None:
     t = results.table
     # Each method's maps, and for those that can be attacked two attacks.
     assert len(t["id"]) == 6 * (4 + 3 * 2)
@@ -82,7 +95,7 @@ def test_the_table_is_tidy(results: protocols.Results) -> None:
     np.testing.assert_allclose(results.rows("random")["randomised_all"], 1)
 
 
-def test_maps_of_a_run_can_be_read(results: protocols.Results, model) -> None:
+def test_maps_of_a_run_can_be_read(results: Results, model) -> None:
     maps, x = results.maps("gradient", 5)
     assert maps.shape == x.shape == (5, 1, 8, 8)
     attacked, moved = results.maps("sparse", 6, "adaptive", 0.3)
@@ -90,7 +103,7 @@ def test_maps_of_a_run_can_be_read(results: protocols.Results, model) -> None:
     assert torch.equal(model(moved).argmax(1), model(results.data.inputs[:6]).argmax(1))
 
 
-def test_summary_and_comparison(results: protocols.Results) -> None:
+def test_summary_and_comparison(results: Results) -> None:
     records = summarise(results)
     (record,) = [r for r in records if r["method"] == "sparse" and r["metric"] == "gini"]
     assert record["low"] <= record["mean"] <= record["high"]
@@ -111,7 +124,7 @@ def test_bootstrap_covers_the_mean() -> None:
     assert bootstrap([1.0, 2.0, 4.0]) == bootstrap([1.0, 2.0, 4.0])
 
 
-def test_files_hold_the_same_rows(results: protocols.Results) -> None:
+def test_files_hold_the_same_rows(results: Results) -> None:
     write_tables(results, results.folder)
     table = pyarrow.parquet.read_table(results.folder / "results.parquet")
     with open(results.folder / "results.csv", newline="") as file:
@@ -126,7 +139,7 @@ def test_files_hold_the_same_rows(results: protocols.Results) -> None:
     assert summary["hessian"] == "stein"
 
 
-def test_every_claim_has_its_row(results: protocols.Results) -> None:
+def test_every_claim_has_its_row(results: Results) -> None:
     found = claims(results)
     # Two of ours against one rival: three metrics of the map, and three under each of two attacks.
     assert len(found) == 2 * (3 + 3 * 2)
@@ -149,8 +162,8 @@ def test_every_claim_has_its_row(results: protocols.Results) -> None:
 # --- interrupted and resumed ---------------------------------------------------------------------------------------
 
 
-def test_interrupted_and_resumed_is_the_same(results: protocols.Results, model, tmp_path: Path, monkeypatch) -> None:
-    made, make = [], protocols._Runner.make
+def test_interrupted_and_resumed_is_the_same(results: Results, model, tmp_path: Path, monkeypatch) -> None:
+    made, make = [], runner._Runner.make
 
     def stop(runner, unit):
         made.append(unit.file)
@@ -158,7 +171,7 @@ def test_interrupted_and_resumed_is_the_same(results: protocols.Results, model, 
             raise KeyboardInterrupt
         return make(runner, unit)
 
-    monkeypatch.setattr(protocols._Runner, "make", stop)
+    monkeypatch.setattr(runner._Runner, "make", stop)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(model, zoo.digits("test"), SMALL, tmp_path)
@@ -174,13 +187,13 @@ def test_interrupted_and_resumed_is_the_same(results: protocols.Results, model, 
     assert len(made) == before
 
 
-def test_a_larger_run_goes_on_in_the_same_folder(results: protocols.Results, model, tmp_path: Path) -> None:
+def test_a_larger_run_goes_on_in_the_same_folder(results: Results, model, tmp_path: Path) -> None:
     few = Plan(**{**vars(SMALL), "methods": ("gradient",), "limit": 4, "attacks": ("gaussian",)})
     run(model, zoo.digits("test"), few, tmp_path)
     same(run(model, zoo.digits("test"), SMALL, tmp_path), results)
 
 
-def test_another_configuration_is_refused(results: protocols.Results, model) -> None:
+def test_another_configuration_is_refused(results: Results, model) -> None:
     other = Plan(**{**vars(SMALL), "k": 0.5})
     with pytest.raises(ValueError, match=r"holds the results of another configuration \(plan: .*'k': 0.4"):
         run(model, zoo.digits("test"), other, results.folder)
@@ -194,7 +207,7 @@ def test_another_configuration_is_refused(results: protocols.Results, model) -> 
 
 
 def test_a_full_disk_loses_nothing(model, tmp_path: Path, monkeypatch, capsys) -> None:
-    write, count = protocols.write, [0]
+    write, count = runner.write, [0]
 
     def full(path, fill):
         count[0] += 1
@@ -202,7 +215,7 @@ def test_a_full_disk_loses_nothing(model, tmp_path: Path, monkeypatch, capsys) -
             raise OSError(28, "No space left on device", str(path))
         write(path, fill)
 
-    monkeypatch.setattr(protocols, "write", full)
+    monkeypatch.setattr(runner, "write", full)
     line = ["evaluate", "--limit", "2", "--methods", "gradient,random", "--attack", "gaussian", "--out", str(tmp_path)]
     assert cli.main(line) == 1
     (said,) = capsys.readouterr().err.splitlines()
@@ -409,7 +422,8 @@ def test_studies_say_what_they_found(
 ) -> None:
     train = zoo.train
     # Nets that are trained for the study itself: two epochs will do here.
-    monkeypatch.setattr(studies.zoo, "train", lambda model, data, _, *more, **kw: train(model, data, 2, *more, **kw))
+    for module in (zoo, zoo.training):
+        monkeypatch.setattr(module, "train", lambda model, data, _, *more, **kw: train(model, data, 2, *more, **kw))
     assert cli.main(["study", name, "--limit", "3", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.{ending}" for ending in ("md", "csv", "png")}
@@ -447,5 +461,5 @@ def test_occlusion_tries_the_pixels_of_the_mask_alone() -> None:
 
 
 def test_examples() -> None:
-    for module in (protocols, data, methods, studies):
+    for module in (runner, data, methods, studies):
         assert doctest.testmod(module).failed == 0

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from moreau_ext import zoo
-from moreau_ext.evaluation import Plan, methods, protocols, run
+from moreau_ext.evaluation import Plan, Results, methods, run
 from moreau_ext.evaluation.report import write_report
 
 INPUTS, METHODS = 5, ("gradient", "smoothgrad", "moreau", "sparse", "group")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> protocols.Results:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     plan = Plan(
         methods=(*METHODS, "random"),
         attacks=("gaussian", "frozen"),
@@ -38,7 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> protocols.Results:
 
 
 @pytest.fixture(scope="module")
-def page(results: protocols.Results) -> Path:
+def page(results: Results) -> Path:
     return results.folder / "report.html"
 
 
@@ -112,7 +112,7 @@ def requests(driver: Any) -> list[str]:
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_person_reads_and_sorts_it(results: protocols.Results, page: Path, browser: Any, scheme: str) -> None:
+def test_a_person_reads_and_sorts_it(results: Results, page: Path, browser: Any, scheme: str) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select

@@ -228,7 +228,7 @@ def test_the_cache_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
     model = zoo.trained("tabular_mlp")
     (file,) = cache.iterdir()
     assert file.name.startswith("tabular_mlp-")
-    monkeypatch.setattr(zoo, "train", None)
+    monkeypatch.setattr(zoo.training, "train", None)
     again = zoo.trained("tabular_mlp")
     assert same(model, again)
     assert not again.training
@@ -237,7 +237,7 @@ def test_the_cache_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_files_name_depends_on_what_sets_the_weights(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.trained("tabular_mlp")
     zoo.trained("tabular_mlp", seed=1)
-    monkeypatch.setattr(zoo, "_RECIPE_VERSION", -1)
+    monkeypatch.setattr(zoo.training, "_RECIPE_VERSION", -1)
     zoo.trained("tabular_mlp")
     monkeypatch.setattr(torch, "__version__", "0.0")
     zoo.trained("tabular_mlp")

@@ -9,11 +9,14 @@
 """
 
 from .config import Config
+from .job import Summary
 from .models import load_model, load_preprocess
 from .preprocess import Preprocess
-from .runner import Summary, explain_config, explain_dataset
+from .run import explain_config, explain_dataset
 from .sink import COLUMNS, Differs, dense, manifest, read
-from .sources import Source, Stream, open_source, path_id
+from .sources.base import Source, path_id
+from .sources.datasets import Stream
+from .sources.open import open_source
 
 __all__ = [
     "COLUMNS",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .preprocess import Preprocess
-from .sources import reason
+from .sources.base import reason
 
 _CALL = re.compile(r"^(?P<module>[\w.]+):(?P<name>[\w.]+)(?P<arguments>\(.*\))?$", re.DOTALL)
 

@@ -19,23 +19,24 @@ from typing import Any
 import torch
 
 from .config import Config
-from .runner import (
-    Engine,
+from .engine import Engine, example_of
+from .job import (
     Summary,
     Work,
-    _about,
-    _bar,
-    _check,
-    _without_warnings,
+    about_job,
     agree,
+    check_job,
     configuration_of,
-    example_of,
+    job_bar,
     locked,
     pending,
     pieces_of,
+    without_warnings,
 )
 from .sink import Output, Rows
-from .sources import Source, Stream, open_source
+from .sources.base import Source
+from .sources.datasets import Stream
+from .sources.open import open_source
 
 # Of the CPUs that actors do not ask for: Ray's own tasks take whole ones.
 _RESERVE = 0.5
@@ -48,7 +49,7 @@ class _Actor:
         torch.set_num_threads(threads)
         self._output, self._manifest, self._source = Output(out), manifest, source
         model, _ = config.load()
-        with _without_warnings():
+        with without_warnings():
             explainer, _ = config.ready(model, example_of(source), manifest["prepared"])
         chosen = manifest["configuration"]
         self._batch = chosen["batch"]
@@ -57,7 +58,7 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         done: dict[str, list[Any]] = {"shard": [], "rows": [], "converged": [], "bytes": []}
         for shard, start, stop in zip(*(batch[n].tolist() for n in ("shard", "start", "stop")), strict=True):
-            with _without_warnings(), ThreadPoolExecutor(1) as reader:
+            with without_warnings(), ThreadPoolExecutor(1) as reader:
                 pieces = pieces_of(start, stop, self._batch)
                 # One batch is read while another is explained.
                 ahead = reader.submit(self._source.load, *pieces[0])
@@ -68,7 +69,7 @@ class _Actor:
                         ahead = reader.submit(self._source.load, *following)
                     parts.append(self._engine.rows(loaded))
             rows = Rows.concatenate(parts)
-            size = self._output.write(shard, rows, self._manifest, _about(self._engine.device))
+            size = self._output.write(shard, rows, self._manifest, about_job(self._engine.device))
             done["shard"].append(shard)
             done["rows"].append(len(rows))
             done["converged"].append(sum(map(bool, rows.columns["converged"])))
@@ -124,8 +125,8 @@ def explain(
 
     if hasattr(dataset, "map_batches"):
         raise TypeError("dataset: a Ray Dataset has no stable row numbers to key the noise; give the paths it reads")
-    _check(batch, shard_rows, map_dtype, map_format, 0)
-    with _without_warnings(), locked(out) as output:
+    check_job(batch, shard_rows, map_dtype, map_format, 0)
+    with without_warnings(), locked(out) as output:
         model, preprocess = config.load()
         source = open_source(dataset, preprocess=preprocess, column=column, target=config.target_column)
         if isinstance(source, Stream):
@@ -188,7 +189,7 @@ def _run(
     total = len(source)
     explained = converged = size = 0
     began = time.perf_counter()
-    with _bar(total, total - sum(stop - start for _, start, stop in todo), progress) as bar:
+    with job_bar(total, total - sum(stop - start for _, start, stop in todo), progress) as bar:
         for row in results.iter_rows():
             explained, converged, size = explained + row["rows"], converged + row["converged"], size + row["bytes"]
             if bar is not None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .preprocess import Preprocess
 from .sink import dense, manifest, read
-from .sources import decode
+from .sources.base import decode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

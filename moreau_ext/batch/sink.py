@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .._files import write
-from .sources import reason
+from .sources.base import reason
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..explainers.moreau import Solver
-    from ..zoo import Dataset
+    from ..zoo.data import Dataset
 
 # The demo's problem. At rho = 0.1 a digit moves by 0.2 to 0.4 of its norm, so the maps tell of its neighbourhood; at
 # rho = 1 it would move by four times its norm. The step is the published fraction of rho, 0.1.

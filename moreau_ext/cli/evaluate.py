@@ -14,8 +14,8 @@ from .common import Refused, check_writable, need, positive, write
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..evaluation.protocols import Plan, Results
-    from ..zoo import Dataset
+    from ..evaluation.plan import Plan, Results
+    from ..zoo.data import Dataset
 
 _DIGITS = (0.1, 0.3, 1.0)
 _PUBLISHED = (0.3, 1.0, 3.0, 10.0)
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="a name of moreau_ext.zoo.trained for the digits (default: digits_cnn); resnet20 or tiny_vit; or "
+        help="a name of moreau_ext.zoo.training.trained for the digits (default: digits_cnn); resnet20 or tiny_vit; or "
         "package.module:factory, a function without arguments that returns an nn.Module",
     )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="a state_dict to load, read with weights_only")
@@ -113,8 +113,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from ..evaluation import data as sources
     from ..evaluation import run
-    from ..evaluation.protocols import write_tables
     from ..evaluation.report import figure, png_of, write_report
+    from ..evaluation.tables import write_tables
 
     plan = _plan(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -153,7 +153,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> Plan:
     from ..evaluation.attacks import ATTACKS
     from ..evaluation.methods import DEFAULT, PUBLISHED, Settings
-    from ..evaluation.protocols import Plan
+    from ..evaluation.plan import Plan
 
     digits = arguments.data == "digits"
     attacks = arguments.attack or (tuple(ATTACKS) if arguments.full else ("gaussian", "frozen", "adaptive"))

@@ -4,7 +4,9 @@ from .attacks import ATTACKS, Attack, Attacked
 from .derivatives import find_hessian, gradient_vjp, map_vjp
 from .faithfulness import area, max_sensitivity, perturbation_curve, randomised, target_probability
 from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, topk_intersection, topk_mask
-from .protocols import METRICS, Interval, Plan, Results, bootstrap, claims, compare, run, summarise
+from .plan import METRICS, Plan, Results
+from .runner import run
+from .statistics import Interval, bootstrap, claims, compare, summarise
 
 __all__ = [
     "ATTACKS",

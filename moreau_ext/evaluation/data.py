@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import zoo
-from ..zoo import Dataset, Split
+from ..zoo.data import Dataset, Split
 
 __all__ = ["cifar10", "imagefolder", "load"]
 

@@ -17,7 +17,8 @@ from .._files import write
 from ..plots import bands
 from .methods import OURS, Method, methods
 from .metrics import gini, normalised_distance, ssim, support_fraction, topk_intersection
-from .protocols import METRICS, Results, bootstrap, claim_name, claims
+from .plan import METRICS, Results
+from .statistics import bootstrap, claim_name, claims
 
 __all__ = ["figure", "write_report"]
 

@@ -29,7 +29,7 @@ from .derivatives import find_hessian
 from .faithfulness import area, drawn, perturbation_curve, target_probability
 from .methods import DEFAULT, Settings, methods
 from .metrics import cosine, gini, support_fraction, topk_intersection
-from .protocols import Interval, bootstrap
+from .statistics import Interval, bootstrap
 
 __all__ = ["STUDIES", "InputConvex", "Study", "consistency", "perturbation", "regularised", "tabular"]
 

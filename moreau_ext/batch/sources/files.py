@@ -1,0 +1,119 @@
+"""Image files."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from ..preprocess import Preprocess
+from .base import Source, Unreadable, decode, path_id
+
+# What is taken from a folder; files that are named are tried whatever their name.
+IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2")
+
+
+class Files(Source):
+    """Image files. The id of one is :func:`path_id` of its name, which is relative to the folder (or to the part of the
+    glob without wildcards) that it was found by; a file given by itself is called by its name alone.
+
+    Args:
+        paths: files, folders (searched below, hidden ones left out) and globs.
+        target: "class" for the number of a file's uppermost folder among the sorted ones (as in ImageFolder).
+
+    Raises:
+        ValueError: nothing found, one id twice, or ``target`` without folders.
+        FileNotFoundError: a path that is not there.
+    """
+
+    def __init__(self, paths: Iterable[str | Path], preprocess: Preprocess | None = None, target: str | None = None):
+        self.preprocess, self.target = preprocess, target
+        found: dict[str, Path] = {}
+        for given in paths:
+            for name, path in sorted(search(Path(given))):
+                if name in found and found[name] != path:
+                    raise ValueError(
+                        f"source: {found[name]} and {path} are both called {name}, which makes their ids equal; give "
+                        "the folder that holds both"
+                    )
+                found[name] = path
+        if not found:
+            raise ValueError(f"source: no image files in {', '.join(map(str, paths))}")
+        # Sorted as a whole, so that the order of arguments does not matter.
+        self._names = sorted(found)
+        self._paths = [found[name] for name in self._names]
+        ids = {path_id(name): name for name in self._names}
+        if len(ids) < len(self._names):
+            twice = next(name for name in self._names if ids[path_id(name)] != name)
+            raise ValueError(f"source: {twice} and {ids[path_id(twice)]} have the same id; rename one of them")
+        self.classes: list[str] = []
+        if target is not None:
+            if target != "class":
+                raise ValueError(f"target: image files have the column 'class' (their folder) alone, got {target!r}")
+            self.classes = sorted({PurePosixPath(name).parts[0] for name in self._names if "/" in name})
+            if not self.classes:
+                raise ValueError("target: 'class' is the folder of a file, and none lies in a folder below the source")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, row: int) -> str:
+        # Names that are no Unicode are legal in a file system and not in Parquet.
+        return self._names[row].encode("utf-8", "backslashreplace").decode()
+
+    def id(self, row: int) -> int:
+        return path_id(self._names[row])
+
+    def target_of(self, row: int) -> int | None:
+        folder = PurePosixPath(self._names[row]).parts[0] if "/" in self._names[row] else None
+        return None if folder is None else self.classes.index(folder)
+
+    def read(self, row: int) -> Tensor:
+        path = self._paths[row]
+        if not path.is_file():  # a pipe or a device would wait for ever
+            raise Unreadable("is no file" if path.exists() else "is not there")
+        return decode(path, self.preprocess)
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.blake2b(digest_size=16)
+        for name, path in zip(self._names, self._paths, strict=True):
+            digest.update(f"{name}\0{stamp_of(path)}\n".encode("utf-8", "surrogateescape"))
+        described: dict[str, Any] = {"kind": "images", "inputs": len(self), "digest": digest.hexdigest()}
+        return {**described, "classes": self.classes} if self.classes else described
+
+
+def stamp_of(path: Path) -> str:
+    """Size and time of change: what tells a file from another without reading it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "?"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def search(given: Path) -> Iterator[tuple[str, Path]]:
+    """(name, path) of what a path, folder or glob stands for."""
+    if given.is_dir():
+        for folder, below, names in os.walk(given, followlinks=True):
+            below[:] = [name for name in below if not name.startswith(".")]
+            for name in names:
+                if Path(name).suffix.lower() in IMAGES and not name.startswith("."):
+                    path = Path(folder, name)
+                    yield path.relative_to(given).as_posix(), path
+    elif given.is_file():
+        yield given.name, given
+    elif glob.has_magic(str(given)):
+        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
+        for match in glob.iglob(str(given), recursive=True):
+            if Path(match).is_file():
+                yield Path(match).relative_to(fixed).as_posix(), Path(match)
+    elif given.exists():
+        yield given.name, given
+    else:
+        raise FileNotFoundError(f"source: {given} is not there")
