@@ -14,10 +14,12 @@ from ..model.modes import evaluating
 from ..model.score import bind_score
 from ..preparation.report import Prepared
 from ..solvers.solution import Solution
-from .run import EXAMPLE
 from .sink import COLUMNS, Rows
 from .sources.base import Loaded, Source, Unreadable, _other_shape, reason
 from .sources.datasets import Stream
+
+# Rows that show what a source holds: the shape of an input, and whether the model takes it.
+EXAMPLE = 8
 
 
 class Engine:

@@ -19,9 +19,8 @@ from .. import __version__
 from .._checks import check_count
 from ..explainers.base import Explainer
 from ..preparation.report import Prepared
-from .engine import Engine, example_of, in_turn
+from .engine import EXAMPLE, Engine, example_of, in_turn
 from .models import fingerprint
-from .run import EXAMPLE
 from .sink import Output, concerns, explain_os_error
 from .sources.base import Source, Unreadable
 from .sources.datasets import Stream

@@ -22,8 +22,6 @@ from .sources.base import Source
 from .sources.datasets import Stream
 from .sources.open import open_source
 
-EXAMPLE = 8
-
 
 def explain_config(
     config: Config,
