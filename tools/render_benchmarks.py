@@ -1,0 +1,591 @@
+"""Renders docs/benchmarks.md and its chart from benchmarks/results/*.json. Every number of the page comes from there.
+
+    python tools/render_benchmarks.py            # writes both files
+    python tools/render_benchmarks.py --check    # writes nothing; exits 1 where a committed file differs
+
+Needs Python alone, so that CI can check the page before anything is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+H200 = "nvidia-h200-2026-11-26.json"
+# The largest budget that bench_solver.py follows the solvers to.
+FOLLOWED = 8192
+# 300 steps of 32 samples: what the published schedule takes, whatever the input.
+PUBLISHED = 9600
+
+Row = dict[str, Any]
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text("utf-8"))
+    return found
+
+
+def rows(name: str) -> list[Row]:
+    found: list[Row] = load(name)["rows"]
+    return found
+
+
+def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)])
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def percent(value: float, digits: int = 0) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def power(value: float) -> str:
+    """Rounding errors: 0, 3e-07, or a percentage where it is large enough to read."""
+    return "0" if value == 0 else percent(value, 1) if value >= 1e-3 else f"{value:.0e}"
+
+
+def between(values: Iterable[float], form: Any = ratio) -> str:
+    """The range of some values, or the one value that all of them round to."""
+    found = sorted(values)
+    low, high = form(found[0]), form(found[-1])
+    return low if low == high else f"{low} to {high}"
+
+
+def source(*names: str) -> str:
+    """The files and the commits that they were measured at. A resumed benchmark has rows of more than one."""
+    found = [load(name) for name in names]
+    commits = sorted({part["commit"] for one in found for part in (one["machine"], *one["rows"]) if "commit" in part})
+    return f"Data: {', '.join(f'`{name}`' for name in names)}, measured at {', '.join(commits)}."
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs and lists in lines of 120 characters; tables, headings and pictures as they are."""
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        if block[0] in "|!#<":
+            blocks.append(block)
+            continue
+        items = block.split("\n- ") if block.startswith("- ") else [block]
+        lines = [
+            textwrap.fill(
+                " ".join(("- " + item.removeprefix("- ") if block.startswith("- ") else item).split()),
+                120,
+                subsequent_indent="  " if block.startswith("- ") else "",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for item in items
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def solver_rows() -> list[Row]:
+    return sorted(rows("cpu-solver.json"), key=lambda row: row["problem"])
+
+
+def resolved(row: Row, tolerance: float) -> bool:
+    """Whether the reference is accurate enough to tell when an answer is within a tolerance of it."""
+    return bool(row["reference"] < tolerance)
+
+
+def to_within(row: Row, who: str, tolerance: float) -> str:
+    if not resolved(row, tolerance):
+        return "?"
+    gradients = row[f"{who} {100 * tolerance:.1f}%"]
+    return "–" if gradients is None else count(gradients)
+
+
+def solver() -> str:
+    found, tolerances = solver_rows(), (0.01, 0.005, 0.002)
+
+    def cells(row: Row) -> list[str]:
+        honest = percent(row["honest"]) if row["converged"] else "–"
+        return [
+            f"{row['problem']} ({row['inputs']})",
+            " / ".join(to_within(row, "auto to", t) for t in tolerances),
+            " / ".join(to_within(row, "published stopped, to", t) for t in tolerances),
+            " / ".join(count(row[f"average to {100 * t:.1f}%"]) for t in tolerances),
+            f"{percent(row['converged'])}; {honest}",
+            f"{row['published as written / auto']:.1f}; {row['published batched / auto']:.1f}",
+        ]
+
+    head = [
+        "problem (inputs)",
+        "default solver",
+        "published, stopped in hindsight",
+        "average at the solution",
+        "converged at 1 %; of these truly ≤ 1 %",
+        "published loop / default, seconds: one at a time; batched",
+    ]
+    clear = [row for row in found if resolved(row, 0.01)]
+    noisy = [row for row in found if not resolved(row, 0.01)]
+    reached = [row["auto to 1.0%"] for row in clear if row["auto to 1.0%"] is not None]
+    honest = [row["honest"] for row in clear if row["converged"]]
+    worse = [row["worse, auto at 0.5%"] for row in found if ", rho 1," not in row["problem"]]
+    steep = [row["worse, auto at 0.5%"] for row in found if row["problem"].startswith("digits_cnn, rho 1,")]
+    lines = "\n".join(
+        f"- {row['problem']}: the published run ends at {percent(row['published error at 9600'], 1)}, the default at "
+        f"1,920 gradients at {percent(row['auto error at 1920'], 1)}; an average alone needs "
+        f"{count(row['average to 1.0%'])} gradients for 1 %; the reference itself is known to "
+        f"{percent(row['reference'], 1)}."
+        for row in noisy
+    )
+    return f"""## Gradients to a solution
+
+![Gradients to within 1 % of a reference, default solver and published schedule](benchmarks.svg)
+
+Median gradients per input until the map is within 1 / 0.5 / 0.2 % of a long reference run. The published schedule
+always takes {count(PUBLISHED)}. A dash: more than {count(FOLLOWED)}. A question mark: the reference is not
+accurate enough to tell.
+
+{table(head, map(cells, found))}
+
+`OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --json benchmarks/results/cpu-solver.json`; the head of that file
+defines every column. {source("cpu-solver.json")}
+
+- *Average at the solution* is the number of gradients that a plain mean needs when the solution is already known. No
+  solver gets far below it: it is the noise of the gradients themselves.
+- Where the reference resolves 1 %, the default solver reaches it with {between(reached, count)} gradients.
+- Of the inputs that are reported converged, {between(honest, percent)} have a residual of at most 1 % on 32,768 fresh
+  samples.
+- At `tol=5e-3` at most {percent(max(worse))} of a problem's inputs end at an objective that is worse than the published
+  run's by 10⁻³·|F|; at ρ = 1 on `digits_cnn`, where the problem is not convex, {percent(max(steep))}. A second
+  published run has up to {percent(max(row["worse, published again"] for row in found))}. At the default tolerance
+  of 1 % the largest share is {percent(max(row["worse, auto"] for row in found))}.
+- The solver's own arithmetic counts for tiny models: on the batched table rows the published loop is about as fast.
+
+Networks that are too noisy for 1 %, none of whose inputs is reported converged:
+
+{lines}
+"""
+
+
+def explainers() -> str:
+    found = rows("cpu-explainers.json")
+    timed = [row for row in found if "method" in row]
+    names = {"moreau": "MoreauGrad", "sparse": "sparse", "group": "group"}
+    cases: dict[str, list[str]] = {}
+    for row in timed:
+        # The default solver's row follows the three with fixed steps of the same model and batch.
+        if row["method"] in names:
+            case = f"{row['model']}, {row['B x m x steps']}"
+        cases.setdefault(case, []).append(ratio(row["ratio"]))
+    speeds = [
+        [
+            f"{row['model']}, {row['B']} at once",
+            *(f"{row[f'{who}, explanations/s']:.3g}" for who in ("as written", "batched", "ours", "default")),
+            percent(row["default converged"]),
+        ]
+        for row in found
+        if "default converged" in row
+    ]
+
+    single = next(row for row in timed if row["B x m x steps"] == "1 x 8 x 60")
+
+    def cells(case: str) -> list[str]:
+        return [case, *cases[case]]
+
+    head = [
+        "model",
+        "published as written",
+        "published, batched",
+        "ours, same steps and samples",
+        "default solver",
+        "converged",
+    ]
+    return f"""## A whole explanation
+
+Time of an explanation divided by the time of its model's bare forward and backward passes, with as many gradients in
+passes of the same sizes. The columns: B inputs, m samples and a number of fixed steps; the default solver last.
+
+{table(["model, B x m x steps", *names.values(), "sparse, default solver"], map(cells, cases))}
+
+One pass of a single digit takes {1e3 * single["bare seconds"] / 60:.1f} ms, about as long as the solver's calls from
+Python.
+
+Explanations per second on random inputs, against the published loop (300 steps of 32 samples):
+
+{table(head, speeds)}
+
+On this CPU the ResNet's passes of 128 rows cost more per row than those of 32, for the published loop too; `prepare`
+finds the better size. `OMP_NUM_THREADS=1 python benchmarks/bench_explainers.py`. {source("cpu-explainers.json")}
+"""
+
+
+def ops() -> str:
+    found = rows("cpu-ops.json")
+    bare = {row["[B,m,d]"]: row for row in found if "copy GB/s" in row}
+    fused = [
+        [
+            row["[B,m,d]"],
+            ratio(row["/ eager"]),
+            ratio(row["/ independent eager"]),
+            ratio(row["/ antithetic eager"]),
+            f"{bare[row['[B,m,d]']]['without noise GB/s']:.1f}",
+            f"{bare[row['[B,m,d]']]['copy GB/s']:.1f}",
+        ]
+        for row in found
+        if "fused ms" in row
+    ]
+    head = [
+        "[B, m, d]",
+        "fused / eager",
+        "antithetic fused / eager",
+        "antithetic fused / antithetic eager",
+        "without noise, GB/s of gradients",
+        "a copy, GB/s",
+    ]
+    (normals,) = (row for row in found if "normals" in row)
+    momentum = [row["/ eager"] for row in found if "fused µs" in row]
+    return f"""## The fused step
+
+One call averages m gradients, takes the proximal step, adds up the statistics, and writes m new noisy inputs. Time
+divided by that of the best in-place eager PyTorch version of the same step:
+
+{table(head, fused)}
+
+- A normal costs {ratio(normals["ratio"])} of `torch.randn`'s.
+- Without noise the step is bound by memory. The last two columns compare its rate with that of a copy, on buffers that
+  no cache holds; the smallest size, half a megabyte, is bound by the checks of the call.
+- The momentum step of the default solver takes {between(momentum)} of eager PyTorch's time.
+
+`OMP_NUM_THREADS=1 python benchmarks/bench_ops.py`. {source("cpu-ops.json")}
+"""
+
+
+def h200() -> str:
+    found = load(H200)
+    replayed = [row for row in found["ops"]["rows"] if "variant" in row]
+    called = [row for row in found["ops_called"]["rows"] if "variant" in row]
+    small = [row for row in found["ops"]["rows"] if row.get("how") == "replayed"]
+    momentum = [row["/ eager replayed"] for row in found["ops"]["rows"] if "/ eager replayed" in row]
+    largest = replayed[-1]["[B,m,d]"]
+    sizes = list(dict.fromkeys(row["[B,m,d]"] for row in replayed))
+
+    def share(row: Row) -> float:
+        # The copy beside the largest replay was slower than copies are: see the file's notes.
+        if row["[B,m,d]"] != largest:
+            return float(row["share of copy"])
+        (other,) = (c for c in called if all(c[key] == row[key] for key in ("[B,m,d]", "dtype", "variant")))
+        return float(other["share of copy"])
+
+    body = []
+    for dtype in ("float32", "bfloat16"):
+        for variant in ("no noise", "noise", "antithetic"):
+            these = [row for row in replayed if row["dtype"] == dtype and row["variant"] == variant]
+            body.append(
+                [
+                    f"{dtype}, {variant}",
+                    ", ".join(ratio(share(row)) for row in these),
+                    between(row["eager / its"] for row in these),
+                    between(row["compile / its"] for row in these),
+                ]
+            )
+
+    def slower(kind: str) -> str:
+        return between(1 / row["L1's time / its"] for row in replayed if row["variant"].startswith(kind))
+
+    timed = [row for row in found["explainers"]["rows"] if "method" in row]
+    fixed = [row for row in timed if "default" not in row["method"]]
+    (default,) = (row for row in timed if "default" in row["method"])
+    (speed,) = (row for row in found["explainers"]["rows"] if "default converged" in row)
+    parts = "\n".join(f"- {note}." for note in found["notes"])
+    return f"""## On a GPU: {found["gpu"]}
+
+One run of some minutes on {found["date"]}, at commit {found["commit"][:7]} (torch {found["torch"]}, driver
+{found["driver"]}, nvcc {found["nvcc"]}); `{H200}`, by `benchmarks/gpu.sh`. Tests: {
+        found["tests"][-1].split(" in ")[0]
+    }.
+memcheck: {found["memcheck"][-1].split(": ")[-1]}; racecheck: {
+        found["racecheck"][-1].split(": ")[-1]
+    }. Notes of that run:
+
+{parts}
+
+**The fused step** as a replayed graph at {", ".join(sizes)}: its share of a copy's bandwidth, one number per size, and
+how many times as long eager PyTorch and torch.compile take for the same update with their noise on the device:
+
+{table(["step", "share of a copy", "eager / fused", "torch.compile / fused"], body)}
+
+- Groups were slow: tiles took {slower("Tiles")} times as long as L1 without groups, pixels {slower("Pixels")}.
+- At small sizes a replay takes {between((row["fused µs"] for row in small), count)} µs; eager takes
+  {between(row["eager / fused"] for row in small)} and torch.compile {between(row["compile / fused"] for row in small)}
+  times as long.
+- The default solver's momentum step takes {between(momentum)} of eager PyTorch's time, both replayed.
+
+**An explanation** of {speed["B"]} inputs, {speed["model"]}: with captured steps {
+        between(row["ratio"] for row in fixed)
+    }
+times its captured bare passes, by the default solver {ratio(default["ratio"])}; without captured steps
+{between(row["eager ratio"] for row in timed)}. Explanations per second:
+
+{
+        table(
+            [
+                "published as written",
+                "its noise on the device",
+                "batched",
+                "batched, compiled",
+                "ours, same steps and samples",
+                "default solver",
+            ],
+            [
+                [
+                    f"{speed[f'{who}, explanations/s']:.3g}"
+                    for who in ("as written", "noise on the device", "batched", "batched, compiled", "ours", "default")
+                ]
+            ],
+        )
+    }
+
+**Changed since, and not measured on a GPU**: group steps are a new kernel that loads, draws and writes as the one
+without groups does. A fused step takes fewer registers on sm_90 than the {
+        replayed[0]["registers"]
+    } of that run, so more
+warps stay on a multiprocessor ([the table of machine code](../benchmarks/README.md)). First steps, last steps and the
+ends of levels are captured too.
+"""
+
+
+def prepare() -> str:
+    found = rows("cpu-prepare.json")
+    every = {row["model"]: row for row in found if row.get("lever") == "all"}
+    body = [
+        [
+            row["model"],
+            row["used"],
+            ratio(every[row["model"]]["time"]),
+            f"{ratio(row['prepared in chunks'])} ({count(row['chunk'])})",
+            ratio(every[row["model"]]["memory"]),
+            power(every[row["model"]]["gradient difference"]),
+            f"{row['seconds to prepare']:.1f}",
+        ]
+        for row in found
+        if "chunk" in row
+    ]
+    head = [
+        "model",
+        "levers used",
+        "time, 32 rows a pass",
+        "time, chosen rows",
+        "memory",
+        "gradient differs by",
+        "seconds to prepare",
+    ]
+    return f"""## A faster copy of the model
+
+`prepare(model, x)` against the model as given: forward and backward passes of 32 rows, and of the number of rows that
+the probe chose.
+
+{table(head, body)}
+
+`OMP_NUM_THREADS=1 python benchmarks/bench_prepare.py` has each lever alone. {source("cpu-prepare.json")}
+"""
+
+
+def precision() -> str:
+    found = [row for row in rows("cpu-precision.json") if row["solver"] == "adaptive"]
+    body = []
+    for net in dict.fromkeys(row["net"] for row in found):
+        exact, half = (
+            next(row for row in found if row["net"] == net and row["precision"] == name)
+            for name in ("float32", "bfloat16")
+        )
+        cells = [
+            cell
+            for row in (exact, half)
+            for cell in (
+                f"{power(row['error, median'])}; {power(row['error, largest'])}",
+                f"{row['Jaccard, mean']:.3f}",
+            )
+        ]
+        body.append([f"{net} ({exact['inputs']}), {percent(exact['converged'])} converged", *cells])
+    fixed = [
+        row["error, median"]
+        for row in rows("cpu-precision.json")
+        if row["net"] == "digits32_resnet20" and row["precision"] == "float32"
+    ]
+    return f"""## Precision
+
+‖A − A₆₄‖/‖A₆₄‖ of sparse maps against the float64 model on the same noise (median; largest), ρ = 0.1, by the default
+solver, and the Jaccard index of the two supports. Without CUDA, "tf32" is "float32".
+
+{table(["model (inputs)", "float32", "Jaccard", "bfloat16", "Jaccard"], body)}
+
+Where the solver converges, the median error of bfloat16 is below the solver's tolerance of 1 %. Where it does not, and
+at kinks of deep ReLU networks, rounding is amplified: on the ResNet the median error of float32 itself is
+{between(fixed, lambda value: percent(value, 1))}, depending on the solver. This CPU has no bfloat16 units, so
+bfloat16 is not faster here. `OMP_NUM_THREADS=1 python benchmarks/bench_precision.py`. {source("cpu-precision.json")}
+"""
+
+
+def support() -> str:
+    found = rows("cpu-support.json")
+    body = [
+        [
+            row["net"],
+            f"{row['rho']:g}",
+            row["asked"],
+            percent(row["as asked"]),
+            percent(row["again the same"]),
+            percent(row["within one"], 1),
+            count(row["gradients median"]),
+        ]
+        for row in found
+    ]
+    head = ["net", "ρ", "asked for", "as asked", "same when solved again", "within one", "gradients, median"]
+    return f"""## Sparsity as asked
+
+`support=k` finds an η for each input. "Same when solved again": the share of inputs whose support is again k when the
+problem with that η is solved with another seed and 8,192 gradients.
+
+{table(head, body)}
+
+`OMP_NUM_THREADS=1 python benchmarks/bench_support.py`. {source("cpu-support.json")}
+"""
+
+
+def batch() -> str:
+    through = rows("cpu-batch-throughput.json")
+    start = rows("cpu-batch-start-up.json")
+    (memory,) = rows("cpu-batch-memory.json")
+    ray = rows("cpu-ray.json")
+    body = [
+        *(
+            [
+                f"{row['method']}: {row['images']} JPEG files, ResNet-20-like, against the bare explainer",
+                f"{ratio(row['ratio'])} of its speed",
+            ]
+            for row in through
+        ),
+        *(
+            [
+                f"start of Python to the first batch, `--prepare {row['--prepare']}`",
+                f"{row['seconds to the first batch']:.1f} s",
+            ]
+            for row in start
+        ),
+        [
+            f"resident memory of both processes, `gradient` of {count(memory['images'])} JPEG files",
+            f"{count(memory['MiB at 1,000-2,000'])} MiB at images 1,000 to 2,000, "
+            f"{count(memory['MiB in the last 1,000'])} MiB in the last 1,000; in between "
+            f"{percent(memory['least'], 1)} to {percent(memory['most'], 1)}",
+        ],
+        *([f"{row['images']} digits: {row['run']}", f"{count(row['images/s'])} images/s"] for row in ray),
+    ]
+    return f"""## Whole data sets
+
+Two cores that other jobs were using at the same time: speeds are low, and ratios of interleaved runs say more.
+
+{table(["measurement", "result"], body)}
+
+The Ray runs include the start of the actors, while another job held one of the two cores: two workers gain nothing
+there. `bench_batch.py` and `bench_ray.py` in `benchmarks/`.
+{source("cpu-batch-throughput.json", "cpu-batch-start-up.json", "cpu-batch-memory.json", "cpu-ray.json")}
+"""
+
+
+def page() -> str:
+    about = load("cpu-explainers.json")["machine"]
+    intro = f"""<!-- Rendered from benchmarks/results/*.json by tools/render_benchmarks.py: edit the script. -->
+
+# Benchmarks
+
+Measured on {about["cpu"]}, {about["cores"]} shared cores, {about["vectors"]}, {about["threads"]} thread, torch
+{about["torch"]}, {about["compiler"]}, unless a section says otherwise. Candidates run in turn (A B A B …), and ratios
+are ratios of medians. [benchmarks/README.md](../benchmarks/README.md) lists the commands; `benchmarks/results/` holds
+the raw numbers. A commit is the one that was measured.
+"""
+    parts = [intro, solver(), explainers(), ops(), h200(), prepare(), precision(), support(), batch()]
+    return "\n".join(wrapped(part) for part in parts)
+
+
+def chart() -> str:
+    """Gradients to 1 %, on a log scale: a dot for the default solver, a square for the published schedule."""
+    found = solver_rows()
+    left, right, top, step = 330, 760, 52, 22
+    low, high = 100.0, 20000.0
+    bottom = top + step * len(found)
+
+    def at(value: float) -> float:
+        return left + (right - left) * math.log(value / low) / math.log(high / low)
+
+    def text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#333") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+
+    ours, theirs = "#0b6fb8", "#c8611a"
+    marks = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 {bottom + 44}"',
+        'font-family="sans-serif" font-size="12">',
+        "<title>Gradients per input until the map is within 1 % of a long reference run</title>",
+        f'<rect width="820" height="{bottom + 44}" fill="#fff"/>',
+        text(8, 18, "Median gradients per input until the map is within 1 % of a long reference run (fewer is better)"),
+        f'<circle cx="16" cy="34" r="5" fill="{ours}"/>',
+        text(26, 38, "default solver", colour=ours),
+        f'<rect x="132" y="29" width="10" height="10" fill="{theirs}"/>',
+        text(148, 38, "published schedule, stopped at the best moment in hindsight", colour=theirs),
+    ]
+    for value in (100, 300, 1000, 3000, 10000):
+        x = at(value)
+        marks.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}" stroke="#ddd"/>')
+        marks.append(text(x, bottom + 16, count(value), "middle"))
+    x = at(PUBLISHED)
+    marks.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}" stroke="{theirs}" stroke-dasharray="4 3"/>')
+    marks.append(text(x + 5, bottom + 34, f"published schedule as it is: {count(PUBLISHED)}", "end", theirs))
+    for i, row in enumerate(found):
+        y = top + step * (i + 0.5)
+        marks.append(text(left - 12, y + 4, row["problem"], "end"))
+        if not resolved(row, 0.01):
+            words = f"too noisy: the reference is known to {percent(row['reference'], 1)}"
+            marks.append(text(left + 4, y + 4, words, colour="#777"))
+            continue
+        mine, other = row["auto to 1.0%"], row["published stopped, to 1.0%"]
+        end = at(high if other is None else other)
+        marks.append(f'<line x1="{at(mine):.1f}" y1="{y}" x2="{end:.1f}" y2="{y}" stroke="#999"/>')
+        marks.append(f'<circle cx="{at(mine):.1f}" cy="{y}" r="5" fill="{ours}"/>')
+        if other is None:
+            marks.append(text(end + 4, y + 4, "never", colour=theirs))
+        else:
+            marks.append(f'<rect x="{end - 5:.1f}" y="{y - 5}" width="10" height="10" fill="{theirs}"/>')
+    return "\n".join([*marks, "</svg>", ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the committed files instead of writing them")
+    arguments = parser.parse_args()
+    made = {"docs/benchmarks.md": page(), "docs/benchmarks.svg": chart()}
+    stale = [
+        name for name, text in made.items() if not (ROOT / name).exists() or (ROOT / name).read_text("utf-8") != text
+    ]
+    if not arguments.check:
+        for name, text in made.items():
+            (ROOT / name).write_text(text, "utf-8")
+        return 0
+    for name in stale:
+        print(
+            f"{name} is not what tools/render_benchmarks.py makes of benchmarks/results: run it, and commit the result"
+        )
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
