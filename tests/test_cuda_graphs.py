@@ -15,7 +15,7 @@ from test_graphs import SOLVERS, explainers, one_by_one, same
 from torch import Tensor, nn
 
 from moreau_ext import MoreauGrad, ProximalGradient, SparseMoreauGrad, zoo
-from moreau_ext.capture.runner import Steps
+from moreau_ext.capture.runner import Runner
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
@@ -240,7 +240,7 @@ def test_no_step_waits_for_the_device(solver: str, monkeypatch: pytest.MonkeyPat
 
         return strict
 
-    for name in ("run", "result"):
-        monkeypatch.setattr(Steps, name, strictly(getattr(Steps, name)))
+    for name in ("repeat", "call"):
+        monkeypatch.setattr(Runner, name, strictly(getattr(Runner, name)))
     explainer = SparseMoreauGrad(net(), rho=0.1, eta_ratio=0.2, solver=SOLVERS[solver], cuda_graphs=False)
     explainer.attribute(digits(4))

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,10 +28,11 @@ from moreau_ext import (
     ProximalGradient,
     SparseMoreauGrad,
     Tiles,
+    ops,
     zoo,
 )
-from moreau_ext.capture.records import READ, SCRATCH, Parts
-from moreau_ext.capture.runner import Graphs, Steps, _Sized
+from moreau_ext.capture.records import Parts
+from moreau_ext.capture.runner import GraphRunner, Graphs, PaddedRunner, Runner
 from moreau_ext.capture.weights import Weights
 
 SOLVERS = {
@@ -65,8 +66,8 @@ def on_tape(explainer: Any, mode: Any = "auto") -> list[Tape]:
 class OneByOne:
     """The sizes of replays, and nothing captured."""
 
-    def steps(self, model: Any, device: torch.device) -> AbstractContextManager[Steps]:
-        return nullcontext(_Sized())
+    def runner(self, model: Any, device: torch.device) -> AbstractContextManager[Runner]:
+        return nullcontext(PaddedRunner())
 
 
 def one_by_one(explainer: Any) -> None:
@@ -256,8 +257,8 @@ def test_errors_of_the_model_are_its_own() -> None:
     with pytest.raises(KeyError, match="of the model"):
         explainer.attribute(torch.randn(2, 3))
     # The lock is free again.
-    with explainer._graphs.steps(small(), torch.device("cpu")) as steps:
-        assert type(steps).__name__ == "_Replayed"
+    with explainer._graphs.runner(small(), torch.device("cpu")) as runner:
+        assert type(runner) is GraphRunner
 
 
 def test_what_is_not_captured() -> None:
@@ -475,20 +476,17 @@ def test_results() -> None:
     @dataclass
     class Record:
         a: Tensor
-        spare: Tensor = field(metadata=SCRATCH)
 
     def body(record: Record) -> dict[str, Any]:
-        record.spare.copy_(record.a * 2)
-        return {"sum": (record.spare + 1, record.a), "n": 3}
+        return {"sum": (record.a * 2 + 1, record.a), "n": 3}
 
     graphs = Graphs("auto", Tape)
     found, given = [], []
-    with graphs.steps(small(), torch.device("cpu")) as steps:
+    with graphs.runner(small(), torch.device("cpu")) as runner:
         for i in range(4):
-            record = Record(torch.full((3,), float(i)), torch.empty(3))
+            record = Record(torch.full((3,), float(i)))
             given.append(record)
-            found.append(steps.result(body, record, key="body"))
-        assert steps.result(body, record, key="body", elements=1 << 40)["n"] == 3
+            found.append(runner.call(body, record))
     assert len(graphs._captured) == 1
     for i, (record, result) in enumerate(zip(given, found, strict=True)):
         assert torch.equal(result["sum"][0], torch.full((3,), 2.0 * i + 1))
@@ -496,6 +494,38 @@ def test_results() -> None:
         assert torch.equal(record.a, torch.full((3,), float(i)))
         assert i == 0 or result["sum"][1] is not record.a
         assert result["n"] == 3
+
+
+def test_the_tensors_that_a_body_writes_are_found() -> None:
+    """By aten's operations, by those of this package, and in tensors of a list; what is only read stays as it is."""
+
+    @dataclass
+    class Record:
+        read: Tensor
+        written: Tensor
+        total: Tensor
+        many: list[Tensor]
+
+    def body(record: Record, *, factor: float) -> None:
+        record.written += factor * record.read
+        ops.accumulate(record.read, record.total, carry=True)
+        record.many[1].copy_(record.written)
+
+    graphs = Graphs("auto", Tape)
+    with graphs.runner(small(), torch.device("cpu")) as runner:
+        for factor in (2.0, 3.0):
+            for _ in range(3):
+                record = Record(
+                    torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), [torch.ones(2, 3) for _ in "ab"]
+                )
+                runner.repeat(body, record, 2, factor=factor)
+                assert torch.equal(record.read, torch.ones(2, 3))
+                assert torch.equal(record.written, torch.full((2, 3), 2 * factor))
+                assert torch.equal(record.total, torch.full((2, 3), 2.0))
+                assert torch.equal(record.many[0], torch.ones(2, 3))
+                assert torch.equal(record.many[1], record.written)
+    assert len(graphs._captured) == 2, "one for each value of the option"
+    assert [graph._written for graph in graphs._captured.values()] == [[1, 2, 4]] * 2
 
 
 def test_a_graph_is_made_for_what_comes_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,19 +567,19 @@ def test_settings_that_would_be_frozen_get_their_own_graphs() -> None:
 
 def test_sizes_are_few() -> None:
     graphs = Graphs("auto", Tape)
-    with graphs.steps(small(), torch.device("cpu")) as steps:
-        assert [steps.size(n, 40, 1) for n in (40, 39, 21, 20, 11, 10, 9, 5, 3, 2, 1)] == [
+    with graphs.runner(small(), torch.device("cpu")) as runner:
+        assert [runner.bucket(n, 40, 1) for n in (40, 39, 21, 20, 11, 10, 9, 5, 3, 2, 1)] == [
             *(40, 40, 40, 20, 20, 10, 10, 5, 3, 2, 1)
         ]
-        assert steps.size(21, 40, 1 << 23) == 21, "too large to be captured: none is filled up"
-    assert Steps().size(21, 40, 1) == 21
+        assert runner.bucket(21, 40, 1 << 23) == 21, "too large to be captured: none is filled up"
+    assert Runner().bucket(21, 40, 1) == 21
 
 
 def test_records() -> None:
     @dataclass
     class Inner:
-        table: Tensor = field(metadata=READ)
-        buffer: Tensor = field(metadata=SCRATCH)
+        table: Tensor
+        buffer: Tensor
 
     @dataclass
     class Record:
@@ -561,7 +591,6 @@ def test_records() -> None:
     record = Record(Inner(a, b), (c, b), {"a": [a, 1, "x"]})
     parts = Parts(record)
     assert [t is u for t, u in zip(parts.tensors, (a, b, c), strict=True)] == [True] * 3
-    assert parts.roles == [2, 2, 2], "the strongest role of any of its places"
     mine = parts.copied(record, [a + 10, b + 10, c + 10])
     assert isinstance(mine, Record)
     assert mine.inner.buffer is mine.state[1]

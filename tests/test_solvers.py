@@ -205,4 +205,6 @@ def test_settings_are_checked(settings: dict[str, object], match: str) -> None:
 def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     solver = ProximalGradient(2, 12, progress=True)
     MoreauGrad(quadratic([1.0, 2.0]), solver=solver).attribute(torch.randn(3, 2, dtype=torch.float64))
-    assert "step" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "/3 [" in shown, "inputs"
+    assert "24 gradients each" in shown

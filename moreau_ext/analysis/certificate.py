@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.layout import Tensors, over_features, row_chunks, take_rows
-from ..solvers.penalties import Penalty
-from ..solvers.problem import Problem, residual_floor
+from ..ops.layout import Tensors, over_features, row_chunks, take
+from ..solvers.penalties import NoPenalty, Penalty
+from ..solvers.problem import Problem
 from .curvature import Curvature, measure_curvature, student_quantile
 from .hessian import Bank, Method, columns, tensors_of
 
@@ -163,7 +163,7 @@ def _residual(
         tensors = tuple(
             torch.empty_like(d).copy_(t) for t, d in zip(tensors_of(p, displacement), displacement, strict=True)
         )
-        return -rho * columns(tensors if problem.penalty is None else problem.penalty.prox(tensors), torch.float64)
+        return -rho * columns(problem.penalty.prox(tensors), torch.float64)
 
     y = image(p)
     residual = delta - y
@@ -214,7 +214,7 @@ def _scale_at_zero(problem: Problem, max_batch: int | None) -> Tensor:
     """10⁻³·ρ·‖p(0)‖, from a few samples: a floor needs no more."""
     bank = Bank(problem, None, 64, max_batch=max_batch)
     p = torch.stack([bank.gradients(*c).double().sum(1) for c in bank.chunks(0, 64)]).sum(0) / 64
-    return residual_floor(problem, p.square().sum(1))
+    return problem.residual_floor(p.square().sum(1))
 
 
 def certify(
@@ -248,7 +248,7 @@ def certify(
     size = problem.keys.shape[0] if max_batch is None else max(1, max_batch // num_samples)
     parts = []
     for rows in row_chunks(problem.keys.shape[0], size, problem.keys.device):
-        some, where = problem.take(rows), tuple(take_rows(d, rows) for d in displacement)
+        some, where = take(problem, rows), take(displacement, rows)
         part = _residual(some, where, num_samples, confidence, max_batch)
         part["size"] = torch.maximum(part["size"], _scale_at_zero(some, max_batch))
         parts.append(part)
@@ -271,7 +271,7 @@ def certify(
     measured: dict[str, Any] = {k: v for k, v in vars(curvature).items() if k != "method"}
     rho = torch.stack([r.double() for r in problem.rho]).amax(0)
     known = _known(problem, lipschitz, moduli)
-    implied = _implied(found["residual_high"], rho, curvature, known, problem.penalty is None)
+    implied = _implied(found["residual_high"], rho, curvature, known, isinstance(problem.penalty, NoPenalty))
     return Certificate(
         **found,
         **relative,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.layout import Tensors, take_rows
+from ..ops.layout import Tensors, take
 from ..ops.noise import noise_keys
 from ..solvers.problem import Problem
 from .hessian import BLOCKS, SEED_START, Bank, Method, SmoothedHessian, by_method
@@ -90,7 +90,7 @@ def measure_curvature(
     names = ["none"] * batch
     for name, rows in by_method(problem, displacement, method, max_batch=max_batch, group=samples.__getitem__):
         if name != "none":
-            part, where = problem.take(rows), tuple(take_rows(d, rows) for d in displacement)
+            part, where = take(problem, rows), take(displacement, rows)
             hessian = SmoothedHessian(Bank(part, where, samples[name], max_batch=max_batch), name)
             for key, value in _ends(hessian, steps, confidence).items():
                 out[key][rows] = value
@@ -149,8 +149,8 @@ def convex_rho(problem: Problem, *, max_batch: int | None = None) -> Tensor:
         if not len(rows):
             continue
         found = measure_curvature(
-            problem.take(rows),
-            tuple(take_rows(d, rows) for d in nowhere),
+            take(problem, rows),
+            take(nowhere, rows),
             num_samples=RHO_SAMPLES,
             num_hvp_samples=64,
             steps=_RHO_STEPS,

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.layout import Tensors, flat_rows, memory_layout, take_rows
+from ..ops.layout import Tensors, flat_rows, memory_layout, take
 from ..ops.partition import Partition
-from ..solvers.penalties import Penalty
+from ..solvers.penalties import NoPenalty, Penalty
 from ..solvers.problem import Problem
 from .hessian import Bank, Method, SmoothedHessian, by_method, columns, tensors_of
 from .krylov import minimal_residual
@@ -75,11 +75,11 @@ class _Support:
     def __init__(self, problem: Problem, displacement: Tensors) -> None:
         penalty = problem.penalty
         delta = columns(displacement, torch.float64)
-        self.groups = None if penalty is None else _groups(penalty, problem.inputs)
+        self.groups = _groups(penalty, problem.inputs)
         self.mask = torch.ones_like(delta)
         self.slope = torch.zeros_like(delta)  # s = ∂Ω(δ)
         self.stiffness = self.unit = self.slope
-        if penalty is None:
+        if isinstance(penalty, NoPenalty):
             return
         if self.groups is None:
             self.mask, self.slope = (delta != 0).double(), delta.sign()
@@ -180,11 +180,11 @@ def map_vjp(
         if name == "none":
             blind += len(rows)
             continue
-        part = problem.take(rows)
+        part = take(problem, rows)
         own = name == "autograd" and own_bank is not None
         piece = _Adjoint(
             part,
-            tuple(take_rows(d, rows) for d in displacement),
+            take(displacement, rows),
             name,
             counts[name],
             part.keys if own else None,

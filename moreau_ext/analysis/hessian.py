@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..model.memory import out_of_memory
 from ..model.precision import resolution
-from ..ops.layout import Tensors, flat_rows, like_layout, row_chunks, take_rows
+from ..ops.layout import Tensors, flat_rows, like_layout, row_chunks, take
 from ..ops.noise import Noise, noise_keys
 from ..solvers.problem import Problem
 
@@ -325,9 +325,7 @@ def by_method(
         size = batch if max_batch is None else max(1, max_batch // (2 * _PAIRS))
         names = []
         for rows in row_chunks(batch, size, problem.keys.device):
-            names += find_methods(
-                problem.take(rows), tuple(take_rows(d, rows) for d in displacement), max_batch=max_batch
-            )
+            names += find_methods(take(problem, rows), take(displacement, rows), max_batch=max_batch)
     for name in ("autograd", "stein", "none"):
         rows = torch.tensor(
             [i for i, n in enumerate(names) if n == name], dtype=torch.int64, device=problem.keys.device

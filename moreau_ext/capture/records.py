@@ -10,44 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.memory import Limit
-
-# What a body does with the tensors of a field: field(metadata=READ). Without it they are state, copied in and out.
-# Scratch holds nothing from one run of the body to the next.
-_SCRATCH, ROLE_READ, ROLE_STATE = 0, 1, 2
-
-SCRATCH, READ = {"role": _SCRATCH}, {"role": ROLE_READ}
+from ..model.memory import PassRunner
 
 
 class Parts:
-    """The tensors of a record, each once, with their roles, and a signature: records of equal signatures differ in
-    nothing but the contents of their tensors."""
+    """The tensors of a record, each once, and a signature: records of equal signatures differ in nothing but the
+    contents of their tensors.
 
-    def __init__(self, record: Any, role: int = ROLE_STATE) -> None:
+    A record is a dataclass of tensors, numbers, containers and further records. Anything else in it is opaque.
+    """
+
+    def __init__(self, record: Any) -> None:
         self.tensors: list[Tensor] = []
-        self.roles: list[int] = []
         self.opaque: list[Any] = []
         self._places: dict[int, int] = {}
-        self.signature = self._visit(record, role)
+        self.signature = self._visit(record)
 
-    def _visit(self, value: Any, role: int) -> Hashable:
+    @property
+    def elements(self) -> int:
+        """Numbers in all tensors."""
+        return sum(t.numel() for t in self.tensors)
+
+    def versions(self) -> list[int]:
+        """The versions of the tensors; a tensor that is written in place has another one afterwards."""
+        return [t._version for t in self.tensors]
+
+    def _visit(self, value: Any) -> Hashable:
         if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
             place = self._places.setdefault(id(value), len(self.tensors))
             if place == len(self.tensors):
                 self.tensors.append(value)
-                self.roles.append(role)
-            self.roles[place] = max(self.roles[place], role)
             return (place, tuple(value.shape), value.stride(), value.dtype, value.device)
         if value is None or isinstance(value, (bool, int, float, str)):
             return (type(value), value)
         if type(value) in (tuple, list):
-            return (type(value), *(self._visit(v, role) for v in value))
+            return (type(value), *(self._visit(v) for v in value))
         if type(value) is dict:
-            return (dict, *((key, self._visit(v, role)) for key, v in value.items()))
-        if isinstance(value, Limit):
-            return (Limit, value.rows)
+            return (dict, *((key, self._visit(v)) for key, v in value.items()))
+        if type(value).__name__ == "Limit":
+            return ("Limit", value.rows)
+        if isinstance(value, PassRunner):
+            return (PassRunner, value.max_rows)
         if _is_record(value):
-            return (type(value), *(self._visit(getattr(value, f.name), _role(f, role)) for f in fields(value)))
+            return (type(value), *(self._visit(getattr(value, f.name)) for f in fields(value)))
         self.opaque.append(value)  # held, so that nothing else gets its address
         return (type(value), id(value))
 
@@ -66,18 +71,10 @@ class Parts:
             return made
         return value
 
-    def of_role(self, least: int) -> list[int]:
-        """Places of the tensors that are at least that."""
-        return [place for place, role in enumerate(self.roles) if role >= least]
-
 
 def _is_record(value: Any) -> bool:
     # Callable ones are models and the like, which no one here may take apart.
     return is_dataclass(value) and not isinstance(value, type) and not callable(value)
-
-
-def _role(of: Any, inherited: int) -> int:
-    return min(inherited, int(of.metadata.get("role", ROLE_STATE)))
 
 
 def copy_all(to: list[Tensor], values: list[Tensor]) -> None:

@@ -3,8 +3,8 @@
 A step of a small network is hundreds of launches, which a processor issues more slowly than a GPU runs them; a captured
 step is one launch. What is captured is a *body*: a function that changes the tensors of a record (a dataclass of
 tensors, numbers and further records) in place and waits for nothing. A graph works at fixed addresses, so it has a copy
-of the record of its own: :meth:`Steps.run` copies the record in, replays, and copies it out. A caller cannot tell a
-replay from the body itself but by the time it takes, and where nothing can be captured the body runs.
+of the record of its own: :meth:`Runner.repeat` copies the record in, replays, and copies it out. A replay gives the
+same bits as the body itself, and where nothing can be captured the body runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,13 +23,13 @@ from torch import nn
 from .. import ops
 from ..model.modes import has_global_hooks, has_hooks
 from .cuda import CudaDevice, Device
-from .records import ROLE_READ, ROLE_STATE, Parts, copy_all
+from .records import Parts, copy_all
 from .weights import Weights
 
 Mode = Literal["auto"] | bool
 
-# A pass of more elements keeps a GPU busy for longer than its launches take to issue, and a graph's own copy of its
-# tensors would cost memory: 2^24 floats are 64 MiB, 5,461 rows of 3x32x32 or 111 of 3x224x224.
+# Work on more elements keeps a GPU busy for longer than its launches take to issue, and a graph's own copy of its
+# tensors costs memory: 2^24 floats are 64 MiB, 5,461 maps of 3x32x32 or 111 of 3x224x224.
 _MOST_ELEMENTS = 1 << 24
 
 # A capture costs about two steps.
@@ -66,19 +67,19 @@ def _settings(device: torch.device) -> Hashable:
 
 
 class _Captured:
-    """A graph, the record it works on, and what its body returned."""
+    """A graph, the record it works on, and the values that its body returned."""
 
-    def __init__(self, parts: Parts, record: Any, body: Callable[[Any], Any], device: Device) -> None:
+    def __init__(
+        self, parts: Parts, written: list[int], record: Any, body: Callable[[Any], Any], device: Device
+    ) -> None:
         # The signature names what is opaque by its address.
         self._opaque = parts.opaque
-        self._read = {i: parts.tensors[i].detach().clone() for i in parts.of_role(ROLE_READ)}
-        self._state = parts.of_role(ROLE_STATE)
+        self._own = [t.detach().clone() for t in parts.tensors]
+        self._written = written
         self._made: Any = None
 
         def work() -> None:
-            # Scratch is made here: in the memory that all graphs of a device have in common.
-            tensors = [self._read[i] if i in self._read else torch.empty_like(t) for i, t in enumerate(parts.tensors)]
-            self._made = body(parts.copied(record, tensors))
+            self._made = body(parts.copied(record, self._own))
 
         self._replay = device.capture(work)
         self._results = Parts(self._made)
@@ -87,7 +88,7 @@ class _Captured:
     def run(self, parts: Parts, times: int) -> None:
         with self._device.scope():
             self._work(parts, times)
-            copy_all([parts.tensors[i] for i in self._state], [self._read[i] for i in self._state])
+            copy_all([parts.tensors[i] for i in self._written], [self._own[i] for i in self._written])
 
     def result(self, parts: Parts) -> Any:
         given = [torch.empty_like(t) for t in self._results.tensors]  # on the stream of the caller, who frees them
@@ -97,119 +98,125 @@ class _Captured:
         return self._results.copied(self._made, given)
 
     def _work(self, parts: Parts, times: int) -> None:
-        copy_all([*self._read.values()], [parts.tensors[i] for i in self._read])
+        copy_all(self._own, parts.tensors)
         for _ in range(times):
             self._replay()
 
 
-class Steps:
-    """Runs bodies one by one: what solvers are given where nothing is captured."""
+class Runner:
+    """Runs bodies one by one: for solvers where nothing is captured."""
 
-    def run(
-        self, body: Callable[[Any], None], record: Any, times: int, *, key: Hashable = None, elements: int = 0
-    ) -> None:
-        """``body(record)``, ``times`` times.
+    def repeat(self, body: Callable[..., None], record: Any, times: int, **options: Any) -> None:
+        """``body(record, **options)``, ``times`` times.
 
         Args:
-            body: changes the tensors of the record in place; must neither replace them nor wait for the device.
+            body: changes the tensors of the record in place; must neither replace them nor wait for the device. It
+                depends on nothing but its arguments.
             record: a dataclass; see the module's description.
             times: how often.
-            key: what the body depends on beside the record. Same key and signature, same work.
-            elements: numbers that go through the model in one run of the body.
+            options: numbers and flags.
         """
         for _ in range(times):
-            body(record)
+            body(record, **options)
 
-    def result(self, body: Callable[[Any], Any], record: Any, *, key: Hashable = None, elements: int = 0) -> Any:
-        """``body(record)``, tensors in a record; it changes nothing. Arguments as in :meth:`run`; ``elements``: that it
-        works on."""
+    def call(self, body: Callable[[Any], Any], record: Any) -> Any:
+        """``body(record)``: tensors in a record. It changes nothing; see :meth:`repeat`."""
         return body(record)
 
-    def size(self, count: int, full: int, elements: int) -> int:
-        """Inputs to go on with when ``count`` of ``full`` are left: as many, or the next of a few fixed sizes, each of
-        which needs a graph of its own. The surplus is to be filled up. ``elements``: of one input, see :meth:`run`."""
+    def bucket(self, count: int, full: int, elements: int) -> int:
+        """The size to pad ``count`` inputs of ``full`` to: a few fixed sizes, each of which needs graphs of its own.
+
+        Args:
+            count: inputs that are left.
+            full: inputs at the start.
+            elements: numbers of one input that go through the model in a step.
+        """
         return count
 
 
-class _Sized(Steps):
+class PaddedRunner(Runner):
     """The same, with the sizes that replays would have: results must not depend on whether a capture succeeded."""
 
-    def size(self, count: int, full: int, elements: int) -> int:
+    def bucket(self, count: int, full: int, elements: int) -> int:
         size = full
         while (size + 1) // 2 >= count and size > 1:
             size = (size + 1) // 2
         return size if size * elements <= _MOST_ELEMENTS else count
 
 
-class _Replayed(_Sized):
-    """Captures what is asked for often enough."""
+class GraphRunner(PaddedRunner):
+    """Captures a body once it was asked for often enough, and replays it.
+
+    A graph is found by the body, its options, and the signature of the record. The tensors that a body writes are those
+    whose versions one run of it changes; the others are read.
+    """
 
     def __init__(self, graphs: Graphs, device: torch.device) -> None:
         self._graphs, self._where = graphs, device
         self._settings = _settings(device)
 
-    def run(
-        self, body: Callable[[Any], None], record: Any, times: int, *, key: Hashable = None, elements: int = 0
-    ) -> None:
-        if times == 0 or not self._may(elements):
-            super().run(body, record, times)
+    def repeat(self, body: Callable[..., None], record: Any, times: int, **options: Any) -> None:
+        if times == 0 or self._graphs._broken:
+            super().repeat(body, record, times, **options)
             return
         parts = Parts(record)
+        key = (body, tuple(options.items()), parts.signature, self._settings)
         known, worth = self._known(key, parts, times)
         if known is None and worth:
             # A step for real, which also warms up: libraries choose their algorithms.
-            body(record)
+            before = parts.versions()
+            body(record, **options)
             times -= 1
-            known = self._capture(key, parts, record, body)
+            written = [i for i, (a, b) in enumerate(zip(before, parts.versions(), strict=True)) if a != b]
+            known = self._capture(key, parts, written, record, partial(body, **options))
         if known is None:
-            super().run(body, record, times)
+            super().repeat(body, record, times, **options)
         else:
             known.run(parts, times)
 
-    def result(self, body: Callable[[Any], Any], record: Any, *, key: Hashable = None, elements: int = 0) -> Any:
-        if not self._may(elements):
-            return super().result(body, record)
-        parts = Parts(record, ROLE_READ)
+    def call(self, body: Callable[[Any], Any], record: Any) -> Any:
+        if self._graphs._broken:
+            return body(record)
+        parts = Parts(record)
+        key = (body, parts.signature, self._settings)
         known, worth = self._known(key, parts, 1)
         if known is not None:
             return known.result(parts)
-        made = super().result(body, record)
+        made = body(record)
         if worth:
-            self._capture(key, parts, record, body)
+            self._capture(key, parts, [], record, body)
         return made
 
-    def _may(self, elements: int) -> bool:
-        return elements <= _MOST_ELEMENTS and not self._graphs._broken
-
-    def _entry(self, key: Hashable, parts: Parts) -> Hashable:
-        return (key, parts.signature, self._settings)
-
     def _known(self, key: Hashable, parts: Parts, times: int) -> tuple[_Captured | None, bool]:
-        """What was captured, and if nothing, whether it is time to."""
-        graphs, entry = self._graphs, self._entry(key, parts)
+        """The captured body, and if there is none, whether to capture it now."""
+        graphs = self._graphs
+        if parts.elements > _MOST_ELEMENTS:
+            return None, False
         if any(t.device != self._where for t in parts.tensors):
             return None, False  # a number of the CPU's would be frozen
         if graphs._mode == "auto" and any(o is not graphs._model for o in parts.opaque):
             return None, False  # what it holds could change, and the signature would not
-        known = graphs._captured.get(entry)
+        known = graphs._captured.get(key)
         if known is not None:
-            graphs._captured.move_to_end(entry)
+            graphs._captured.move_to_end(key)
             return known, True
         if len(graphs._uses) > _COUNTED:
             graphs._uses.clear()  # arguments that differ in every call would fill it
-        graphs._uses[entry] += times
-        return None, graphs._uses[entry] >= _WORTH
+        graphs._uses[key] += times
+        return None, graphs._uses[key] >= _WORTH
 
-    def _capture(self, key: Hashable, parts: Parts, record: Any, body: Callable[[Any], Any]) -> _Captured | None:
+    def _capture(
+        self, key: Hashable, parts: Parts, written: list[int], record: Any, body: Callable[[Any], Any]
+    ) -> _Captured | None:
         graphs = self._graphs
         where = graphs._device(self._where)
         try:
             with _capturing, where.scope():
-                made = _Captured(parts, record, body, where)
+                made = _Captured(parts, written, record, body, where)
         except Exception as error:
             graphs._cannot(error)
             return None
-        graphs._captured[self._entry(key, parts)] = made
+        graphs._captured[key] = made
         while len(graphs._captured) > _KEPT:
             oldest, _ = graphs._captured.popitem(last=False)
             graphs._uses.pop(oldest, None)
@@ -244,20 +251,20 @@ class Graphs:
         self._broken = False
 
     @contextmanager
-    def steps(self, model: Any, device: torch.device) -> Iterator[Steps]:
+    def runner(self, model: Any, device: torch.device) -> Iterator[Runner]:
         """What runs the steps of one explanation. A second thread with the same explainer meanwhile has its steps run
         one by one: graphs have one set of buffers."""
         if not self._apply(model, device):
-            yield Steps()
+            yield Runner()
             return
         if not self._lock.acquire(blocking=False):
-            yield _Sized()
+            yield PaddedRunner()
             return
         try:
             if self._model is not model or self._known is None or not self._known.unmoved(model):
                 self._forget()
                 self._model, self._known = model, Weights(model)
-            yield _Replayed(self, device) if self._known.on(device) else Steps()
+            yield GraphRunner(self, device) if self._known.on(device) else Runner()
         finally:
             self._lock.release()
 

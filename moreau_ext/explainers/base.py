@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
-from ..model.memory import BLIND_ROWS, Footprint, Limit, budget
+from ..model.memory import BLIND_ROWS, Footprint, Limit, PassRunner, budget
 from ..model.modes import evaluating
 from ..model.precision import Precision, check_dtypes, check_precision
 from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings, resolved, unresolved
@@ -24,7 +24,7 @@ from ..model.target import Target
 from ..ops.layout import Tensors, flat_rows, memory_layout
 from ..ops.noise import noise_keys
 from ..preparation.report import Prepared
-from ..solvers.penalties import L1, Penalty
+from ..solvers.penalties import L1, NoPenalty, Penalty
 from ..solvers.problem import Problem, Tuning
 from ..solvers.solution import Solution
 from .settings import Scalar, check_scalar, per_feature, per_input_setting
@@ -161,10 +161,10 @@ class Explainer(ABC):
         """σ of every tensor, [B]."""
         return tuple(per_input_setting("sigma", 0.0, x) for x in inputs)
 
-    def _penalty(self, inputs: Tensors) -> Penalty | None:
-        return None
+    def _penalty(self, inputs: Tensors) -> Penalty:
+        return NoPenalty()
 
-    def _support(self, inputs: Tensors, penalty: Penalty | None) -> Tensor | None:
+    def _support(self, inputs: Tensors, penalty: Penalty) -> Tensor | None:
         """Features or groups asked for, int64 [B]."""
         return None
 
@@ -286,6 +286,7 @@ class Explainer(ABC):
             sigma=self._sigmas(tensors),
             rho=tuple(per_input_setting("rho", self._rho(), x) for x in tensors),
             penalty=penalty,
+            passes=PassRunner(rows),
             tuning=None if support is None and radius is None else Tuning(support, radius),
         )
 
@@ -449,8 +450,8 @@ class Sparse(Explainer):
                     f"support: expected a count (an integer) or a fraction in (0, 1], got {self.support!r}"
                 )
 
-    def _support(self, inputs: Tensors, penalty: Penalty | None) -> Tensor | None:
-        if self.support is None or penalty is None:
+    def _support(self, inputs: Tensors, penalty: Penalty) -> Tensor | None:
+        if self.support is None:
             return None
         asked = torch.as_tensor(self.support)
         if not asked.is_floating_point():

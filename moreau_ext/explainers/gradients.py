@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import ops
 from .._checks import check_count
 from ..ops.layout import Tensors, flat_rows
-from ..solvers.batching import check_finite, in_groups
 from ..solvers.fixed import ProximalGradient
+from ..solvers.loop import check_finite, in_groups, solve
 from ..solvers.penalties import Penalty
 from ..solvers.problem import Problem
 from ..solvers.samples import NoisyCopies
-from ..solvers.solution import Solution, assemble
+from ..solvers.solution import Answer, Solution, assemble
 from .base import Explainer, Noisy, Sparse
 
 
@@ -46,27 +46,23 @@ def unsolved(
         value: f_σ(x), float64 [B], where it is known; NaN otherwise.
     """
     nan = torch.full_like(problem.value, math.nan, dtype=torch.float64)
-    return at_zero(
-        assemble(
-            problem,
-            eta=None,
-            maps=maps,
-            displacement=maps,
-            gradient=tuple(torch.full_like(a, math.nan) for a in maps) if gradient is None else gradient,
-            envelope=nan if value is None else value,
-            residual=nan,
-            relative_residual=nan,
-            steps=1,
-            evaluations=evaluations,
-            tol=0.0,
-        )
+    answer = Answer(
+        rho=problem.rho,
+        eta=(),
+        maps=maps,
+        displacement=maps,
+        gradient=tuple(torch.full_like(a, math.nan) for a in maps) if gradient is None else gradient,
+        envelope=nan if value is None else value,
+        residual=nan,
+        relative_residual=nan,
     )
+    return at_zero(assemble(problem, answer, steps=1, evaluations=evaluations, tol=0.0))
 
 
-def _one_step(problem: Problem, num_samples: int, antithetic: bool, max_batch: int | None) -> Solution:
+def _one_step(problem: Problem, num_samples: int, antithetic: bool) -> Solution:
     """The first step of a solver is an averaged gradient, shrunk where there is a penalty."""
     solver = ProximalGradient(num_samples=num_samples, max_steps=1, antithetic=antithetic, average_last=1, tol=0.0)
-    return at_zero(solver.solve(problem, max_batch=max_batch))
+    return at_zero(solve(problem, solver))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +82,7 @@ class Gradient(Explainer):
     """
 
     def _solve(self, problem: Problem) -> Solution:
-        return _one_step(problem, 1, False, self._max_rows(problem))
+        return _one_step(problem, 1, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +114,7 @@ class SmoothGrad(Noisy):
         check_count("num_samples", self.num_samples)
 
     def _solve(self, problem: Problem) -> Solution:
-        return _one_step(problem, self.num_samples, self.antithetic, self._max_rows(problem))
+        return _one_step(problem, self.num_samples, self.antithetic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +134,7 @@ class SoftThresholdedSmoothGrad(Sparse, SmoothGrad):
         tensor([[2., 0.]])
     """
 
-    def _penalty(self, inputs: Tensors) -> Penalty | None:
+    def _penalty(self, inputs: Tensors) -> Penalty:
         return self._l1(inputs)
 
 
@@ -176,12 +172,11 @@ class SparsifiedSmoothGrad(Noisy):
             raise ValueError(f"keep, clip: expected 0 < clip <= keep <= 1, got keep={self.keep!r}, clip={self.clip!r}")
 
     def _solve(self, problem: Problem) -> Solution:
-        return in_groups(problem, self.num_samples, self._max_rows(problem), self._some)
+        return in_groups(problem, self.num_samples, self._some)
 
-    def _some(self, problem: Problem, rows: int | None) -> Solution:
+    def _some(self, problem: Problem) -> Solution:
         batch = problem.keys.shape[0]
-        chunk = min(self.num_samples, rows or self.num_samples)
-        copies = NoisyCopies(problem, self.num_samples, False, chunk)
+        copies = NoisyCopies(problem, self.num_samples, False)
         shapes = [x.shape[1:] for x in problem.inputs]
         sizes = [math.prod(shape) for shape in shapes]
         features = sum(sizes)
@@ -191,11 +186,10 @@ class SparsifiedSmoothGrad(Noisy):
         mean = torch.zeros(batch, features, dtype=state, device=problem.keys.device)
         p = torch.zeros_like(mean)
         for chunk in range(len(copies.chunks)):
-            copies.write(chunk, None)
-            scores, gradients = copies.gradient(chunk)
+            scores, gradients = copies.gradient(chunk, copies.draw(chunk, None))
             flat = torch.cat([flat_rows(g).to(state) for g in gradients], dim=1)
             largest = flat.abs().view(batch, -1).amax(1, keepdim=True)
-            check_finite(largest, scores.sum(1), problem.ids, 1)
+            check_finite(largest, scores.sum(1), problem.ids, torch.ones_like(problem.keys))
             top, where = flat.abs().topk(keep, dim=1)
             level = top[:, clip - 1 : clip]
             scaled = torch.where(level > 0, top.minimum(level) / level, 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
-from ..solvers.batching import in_groups
+from ..solvers.loop import in_groups
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
 from .base import Explainer
@@ -44,9 +44,9 @@ class IntegratedGradients(Explainer):
             raise ImportError("integrated_gradients is captum's: pip install captum")
 
     def _solve(self, problem: Problem) -> Solution:
-        return in_groups(problem, 1, self._max_rows(problem), self._some)
+        return in_groups(problem, 1, self._some)
 
-    def _some(self, problem: Problem, rows: int | None) -> Solution:
+    def _some(self, problem: Problem) -> Solution:
         from captum.attr import IntegratedGradients as Captum
 
         def forward(*arguments: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class IntegratedGradients(Explainer):
                 baselines=self.baselines,
                 additional_forward_args=(torch.arange(problem.keys.shape[0], device=problem.keys.device),),
                 n_steps=self.n_steps,
-                internal_batch_size=rows,
+                internal_batch_size=problem.passes.max_rows,
             )
         maps = tuple(a.detach().to(r.dtype) for a, r in zip(maps, problem.rho, strict=True))
         return unsolved(problem, maps, self.n_steps)

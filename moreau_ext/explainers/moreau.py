@@ -24,6 +24,7 @@ from ..ops.layout import Tensors, flat_rows
 from ..solvers.adaptive import AdaptiveProximalGradient
 from ..solvers.fixed import ProximalGradient
 from ..solvers.groups import Groups, Pixels
+from ..solvers.loop import solve
 from ..solvers.path import solve_path
 from ..solvers.penalties import GroupL2, Penalty
 from ..solvers.problem import Problem
@@ -193,11 +194,15 @@ class MoreauGrad(Noisy):
             raise ValueError(f"radius_ratio: input {row} is constant, its range is 0; give radius, or rho")
         return per_input_setting("radius_ratio", self.radius_ratio, inputs[0]).double() * (largest - least)
 
+    @property
+    def _solver(self) -> Any:
+        """The solver; "auto" is one since the explainer was made."""
+        return self.solver
+
     def _solve(self, problem: Problem) -> Solution:
         problem = self._with_rho(problem)
-        solver: Any = self.solver
-        solution: Solution = solver.solve(problem, max_batch=self._max_rows(problem), graphs=self._graphs)
-        return self._with_cost(solution)
+        with self._graphs.runner(problem.score.model, problem.keys.device) as runner:
+            return self._with_cost(solve(problem, self._solver, runner))
 
     def _with_rho(self, problem: Problem) -> Problem:
         """The problem with its rho measured, where that was asked for."""
@@ -229,7 +234,7 @@ class MoreauGrad(Noisy):
                 f"{float(here[row]):.4g}: give the inputs, target and additional_forward_args of the call that it came "
                 "from (without a target the predicted class is meant). A model that draws random numbers has no score"
             )
-        penalty = problem.penalty and absolute(problem.penalty, eta)
+        penalty = absolute(problem.penalty, eta)
         if self._rho_is_given:
             return replace(problem, penalty=penalty, tuning=None)
         rho = tuple(solution.rho.to(r) for r in problem.rho)
@@ -408,7 +413,7 @@ class MoreauGrad(Noisy):
                     problem = self._problem(tensors, target, additional_forward_args, names)
                     penalty = problem.penalty
                     problem = self._solved(problem, solution, eta)
-                    follows = penalty is not None and penalty.relative and not hold_settings
+                    follows = penalty.relative and not hold_settings
                     result = map_vjp(
                         problem,
                         displacement,
@@ -416,7 +421,7 @@ class MoreauGrad(Noisy):
                         samples={name: -(-n // 4) * 4 for name, n in counts.items()},
                         own_bank=own,
                         method=hessian,
-                        ratio=penalty.eta if penalty is not None and follows else None,
+                        ratio=penalty.eta if follows else None,
                         levels=levels,
                         tol=tol,
                         max_steps=max_steps,
@@ -483,11 +488,8 @@ class SparseMoreau(Sparse, MoreauGrad):
 
         def solve(problem: Problem) -> list[Solution]:
             problem = replace(self._with_rho(problem), tuning=None)
-            if problem.penalty is None:
-                raise ValueError("eta_path: there is no penalty")
-            found = solve_path(
-                problem, problem.penalty, steps, self.solver, max_batch=self._max_rows(problem), graphs=self._graphs
-            )
+            with self._graphs.runner(problem.score.model, problem.keys.device) as runner:
+                found = solve_path(problem, steps, self._solver, runner)
             first = steps.index(max(steps))
             found[first] = self._with_cost(found[first])
             return found
@@ -523,7 +525,7 @@ class SparseMoreauGrad(SparseMoreau):
     Source: arXiv 2302.05294, section 4.1.
     """
 
-    def _penalty(self, inputs: Tensors) -> Penalty | None:
+    def _penalty(self, inputs: Tensors) -> Penalty:
         return self._l1(inputs)
 
 
@@ -563,7 +565,7 @@ class GroupSparseMoreauGrad(SparseMoreau):
                 f"groups: expected Pixels, Tiles, Labels or a tuple of them (wrap a map in Labels), got {self.groups!r}"
             )
 
-    def _penalty(self, inputs: Tensors) -> Penalty | None:
+    def _penalty(self, inputs: Tensors) -> Penalty:
         each = self.groups if isinstance(self.groups, tuple) else (self.groups,) * len(inputs)
         if len(each) != len(inputs):
             raise ValueError(f"groups: expected one per input tensor, {len(inputs)}, got {len(each)}")

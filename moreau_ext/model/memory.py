@@ -271,3 +271,17 @@ def attempt(run: Callable[[], Result], device: torch.device, last: bool) -> Resu
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return None
+
+
+class PassRunner:
+    def __init__(self, max_rows: int | None = None) -> None:
+        self.max_rows = max_rows
+
+    def gradient(self, score: Any, rows: Any) -> Any:
+        return score.gradient(rows)
+
+    def lower(self, rows: int) -> None:
+        self.max_rows = rows
+
+    def warn(self, before: str, after: str) -> None:
+        pass

@@ -41,9 +41,23 @@ def register(
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
-    _library.impl(name, kernel, "CPU")
+    written = [
+        i
+        for i, a in enumerate(torch._C.parse_schema(schema).arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+
+    def counted(*args: Any) -> Any:
+        """The kernel, and a new version of what it has written, which autograd and captures look at."""
+        made = kernel(*args)
+        for i in written:
+            if args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
+        return made
+
+    _library.impl(name, counted, "CPU")
     if _core.cuda_version is not None:
-        _library.impl(name, kernel, "CUDA")
+        _library.impl(name, counted, "CUDA")
     _library.impl(name, _warn_once(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
     overload: Callable[..., Any] = getattr(torch.ops.moreau_ext, name).default

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,25 +55,77 @@ def over_features(value: Tensor, like: Tensor) -> Tensor:
 Tensors = tuple[Tensor, ...]
 
 
-def squared_norm(tensors: Tensors) -> Tensor:
-    """‖·‖² of every input over all its tensors, float64 [B]."""
-    return torch.stack([flat_rows(t).double().square().sum(1) for t in tensors]).sum(0)
+def inner(a: Tensors, b: Tensors) -> Tensor:
+    """⟨a, b⟩ of every input over all its tensors, float64 [B]."""
+    return total(tuple(u.double() * v.double() for u, v in zip(a, b, strict=True)))
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Some rows of a dense batch, in its memory layout."""
-    layout = memory_layout(x)
-    if layout is None or layout[0] == 1:
-        return x[index]
-    return x.movedim(1, -1)[index].movedim(-1, 1)
+def total(tensors: Tensors) -> Tensor:
+    """The sum of every input over all features of all its tensors, float64 [B]."""
+    return torch.stack([flat_rows(t).sum(1, dtype=torch.float64) for t in tensors]).sum(0)
 
 
-def join_rows(parts: list[Tensor]) -> Tensor:
-    """Dense batches of one memory layout as one, in that layout."""
-    layout = memory_layout(parts[0])
-    if layout is None or layout[0] == 1:
-        return torch.cat(parts)
-    return torch.cat([x.movedim(1, -1) for x in parts]).movedim(-1, 1)
+def add(a: Tensors, b: Tensors) -> Tensors:
+    """a + b."""
+    return tuple([u + v for u, v in zip(a, b, strict=True)])
+
+
+def subtract(a: Tensors, b: Tensors) -> Tensors:
+    """a − b."""
+    return tuple([u - v for u, v in zip(a, b, strict=True)])
+
+
+def scale(tensors: Tensors, factor: Tensor | Tensors) -> Tensors:
+    """factor·tensors; the factor [B], one for all tensors or one for each."""
+    factors = factor if isinstance(factor, tuple) else (factor,) * len(tensors)
+    return tuple([over_features(f.to(t.dtype), t) * t for t, f in zip(tensors, factors, strict=True)])
+
+
+def divide(tensors: Tensors, by: Tensor) -> Tensors:
+    """tensors / by, [B]."""
+    return tuple([t / over_features(by.to(t.dtype), t) for t in tensors])
+
+
+def copy_into(targets: Tensors, values: Tensors) -> None:
+    """Copies in place."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+def take(value: Any, index: Tensor) -> Any:
+    """Some inputs of a batch: of a tensor [B, ...], in its memory layout, of a tuple, or of a record of such.
+
+    A record is a dataclass; one with a method ``take`` decides by itself. Numbers and None are as they are.
+    """
+    if isinstance(value, Tensor):
+        layout = memory_layout(value)
+        if layout is None or layout[0] == 1:
+            return value[index]
+        return value.movedim(1, -1)[index].movedim(-1, 1)
+    if isinstance(value, tuple):
+        return tuple([take(v, index) for v in value])
+    if hasattr(value, "take"):
+        return value.take(index)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: take(getattr(value, f.name), index) for f in fields(value)})
+    return value
+
+
+def join(parts: list[Any]) -> Any:
+    """One batch of several, the reverse of :func:`take`; numbers and None are those of the first."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        layout = memory_layout(first)
+        if layout is None or layout[0] == 1:
+            return torch.cat(parts)
+        return torch.cat([x.movedim(1, -1) for x in parts]).movedim(-1, 1)
+    if isinstance(first, tuple):
+        return tuple([join(list(column)) for column in zip(*parts, strict=True)])
+    if is_dataclass(first) and not isinstance(first, type):
+        return replace(first, **{f.name: join([getattr(p, f.name) for p in parts]) for f in fields(first)})
+    return first
 
 
 def like_layout(gradient: Tensor, x: Tensor) -> Tensor:

@@ -1,29 +1,25 @@
 """The solver that stops when it is done: steps from measured curvature, momentum, and samples that grow.
 
-Levels. The first walks a fixed bank of few samples and measures the curvature it meets. Every later one takes fresh
-noise, half as many gradients as were spent before it, and ends with a bound of each input's residual; inputs under the
-tolerance leave. Where the iteration still moves the next level takes more steps, elsewhere more samples a step.
+The method is inertial proximal gradient with gradient restart (O'Donoghue and Candès 2015). Its step size comes from
+Barzilai-Borwein secants under common random numbers, its answer from Polyak-Ruppert averages, and its sample sizes from
+a bound of the residual, as in adaptive sampling (Byrd, Chin, Nocedal, Wu 2012).
 
-Why averages. Let δ_t be the points where gradients were taken, p_t = ∇f_σ(x+δ_t) + ε_t the m-sample means, and δ̄, p̄
-their averages weighted by samples. The answer is y = −ρ S_η(p̄). Its residual has a part that is seen, ‖δ̄ − y‖ (what
-the iteration has not settled yet), and the noise of p̄, ρε̄, with variance ρ²V_j/N per feature: V_j that of one sample's
-gradient, N the samples averaged. V is estimated from successive differences, ½E(p_t − p_{t−1})²·m, which drift does not
-bias once the steps are small, and counted by what S_η lets through: features that are zero in the map, and most of
-what turns a group without lengthening it, do not contribute. A third part allows for a gradient that is not linear over
-the points: half of the radius by which they spread, beyond what noise explains. How many of the last steps are averaged
-is chosen for each input: of a few windows, the one with the smallest bound.
+Levels. The first takes steps on a fixed bank of few samples (common random numbers) and measures the curvature. Every
+later one takes fresh noise, half as many gradients as were spent before it, and ends with a bound of each input's
+residual (:mod:`moreau_ext.solvers.bound`); inputs under the tolerance leave. Where the iteration still moves the next
+level takes more steps, elsewhere more samples a step. Of a few windows of the last steps, each input's answer is the
+average over the one with the smallest bound.
 
-What follows the solution. Where the support or the displacement's length was asked for (:class:`Tuning`), η and ρ are
-functions of p: they are set anew from p̄ after each level, and the answer, its residual and its bound are those of the
-problem with the η and ρ that are returned.
+Where the support or the displacement's length was asked for (:class:`Tuning`), η and ρ are functions of p: they are set
+anew from p̄ after each level, and the answer, its residual and its bound are those of the problem with the η and ρ that
+are returned.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -32,66 +28,98 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from ..capture.records import READ
-from ..capture.runner import Graphs, Steps
-from ..ops.layout import Tensors, join_rows, over_features, states_like, take_rows
-from .batching import check_finite, in_groups, progress_bar
-from .bound import DAMPING, DIFFERENCES, LENGTHS, Answer, Seen, Window, best_answer, inner, minus
-from .penalties import Penalty
-from .problem import Problem, objective
-from .samples import NoisyCopies
-from .solution import Solution, assemble, in_order, rows_of
+from ..capture.runner import Runner
+from ..ops.layout import Tensors, copy_into, inner, over_features, states_like, subtract
+from .base import State, Steps
+from .bound import DAMPING, DIFFERENCES, LENGTHS, Averages, Estimate, Window, best_estimate
+from .problem import Problem
+from .samples import MeanGradient, NoisyCopies
+from .solution import Answer
 
-_BURN_IN = 12
-
-# The same where eta or rho follow the solution, on twice the samples: few samples overstate the largest entries.
-_TUNED_BURN_IN = 24
-
+# Steps and samples of the burn-in.
+_BURN_IN, _FEWEST = 12, 4
+# The same where eta or rho follow the solution: few samples overstate the largest entries.
+_TUNED_BURN_IN, _TUNED_FEWEST = 24, 8
+# Samples a step of the first averaging level.
+_FIRST_SAMPLES = 8
 # Steps of a level where nothing else is wanted, and the gradients of the shortest.
 _STEPS, _LEAST = 16, 128
-
 # A level costs this share of what was spent before it: little is wasted on an input that was nearly done.
 _GROWTH = 0.5
-
 # Windows that are kept: memory, each is two maps.
 _WINDOWS = 4
-
-# Samples of the burn-in; the first averaging level has twice as many.
-_FEWEST = 4
-
 # Samples at either end of the difference p(y) - p(mean point).
-_AT_ENDS = 8
-
+_FD_SAMPLES = 8
 # p(0) gives eta_max when eta is a fraction of it, and the largest of noisy entries is biased: more samples there.
 _AT_ZERO = 32
-
 # Before any curvature is known.
 _FIRST_STEP = 0.25
-
 # Of the displacement's length: a shorter way shows no curvature.
 _SHORT = 1e-3
-
 # Halves the burn-in (measured on digits: 0.5 against 0 and 0.7).
 _MOMENTUM = 0.5
-
 # Successive changes of the displacement that turn back by half mean that the step is too long; noise alone turns back
 # by a third at most.
 _TURNING = -0.5
+_DX_DX, _DX_DG = ops.PRODUCTS.index("way"), ops.PRODUCTS.index("bend")
+_TINY = torch.finfo(torch.float64).tiny
 
-_WAY, _BEND = ops.PRODUCTS.index("way"), ops.PRODUCTS.index("bend")
 
-# Numbers that the end of a level works on, for each feature: about as many maps.
-_WORKING = 16
+@dataclass
+class _Iterate:
+    """The record of tensors that a step changes in place."""
+
+    problem: Problem
+    copies: NoisyCopies
+    y: Tensors  # the extrapolated point; the proximal step starts from it
+    x: Tensors  # where the next gradients are taken: y between steps
+    x_prev: Tensors  # where the last step took its gradients
+    displacement: Tensors  # δ, before momentum
+    change: Tensors  # the last change of δ
+    gradient: Tensors
+    last_gradient: Tensors
+    step_size: Tensors  # [B]
+    points: Tensors  # sums of the open window; () where there is none
+    gradients: Tensors
+    squares: Tensors  # sum of squared successive differences of the gradient, times samples / 2
+    sums: Tensor  # float64 [B, 8], see ops.SUMS: of this level; of all in squares; of the open window
+    curvature: Tensor  # float64 [B], the largest met
+    score: Tensor  # float64 [B], sum of the samples' scores at `x_prev`
+    statistics: Tensor
+    arrivals: Tensor  # for the kernels; zero between launches
+
+
+@dataclass
+class _Carried:
+    """The tensors that inputs take along from level to level."""
+
+    y: Tensors
+    displacement: Tensors
+    squares: Tensors
+    sums: Tensor
+    curvature: Tensor
+    at_zero: Tensor  # float64 [B], ‖p(0)‖²
+    eta: Tensors  # as reported
+    steps: Tensor  # int64 [B]
+    windows: tuple[Window, ...] = ()  # the steps with fresh noise, oldest first
+
+
+@dataclass
+class _State(State):
+    """``spend``: gradients of the next level; 0 where there is none. ``estimate``: at the end of the last one."""
+
+    spend: int = 0
+    estimate: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class AdaptiveProximalGradient:
     """Proximal gradient steps that adapt to each input and stop when its residual is small enough.
 
-    The step size comes from curvature met in a short burn-in on a fixed bank, with Nesterov's momentum (restarted where
-    it points uphill); fresh antithetic noise follows, in levels of more and more gradients, of more samples a step or,
-    while the iteration still moves, more steps; the map is A = S_η(p̄), p̄ averaged over the last steps, as many as give
-    the smallest bound. An input is done when the one-sided 95 % bound of its relative residual is ≤ tol.
+    The step size comes from curvature measured in a short burn-in on a fixed bank, with Nesterov's momentum (restarted
+    where it points uphill); fresh antithetic noise follows, in levels of more and more gradients, of more samples a
+    step or, while the iteration still moves, more steps; the map is A = S_η(p̄), p̄ averaged over the last steps, as
+    many as give the smallest bound. An input is done when the one-sided 95 % bound of its relative residual is ≤ tol.
 
     Args:
         tol: relative residual asked for, ‖δ − y‖ / max(‖δ‖, ‖y‖, 10⁻³ρ‖p(0)‖).
@@ -101,7 +129,7 @@ class AdaptiveProximalGradient:
         progress: show a progress bar over inputs (needs tqdm).
 
     In the Solution, ``relative_residual`` is that bound, and ``converged`` says whether it is ≤ tol. The bound is the
-    solver's own, made from what it saw on the way; ``explainer.certificate`` judges a solution on independent samples.
+    solver's own, made from its own samples; ``explainer.certificate`` judges a solution on independent ones.
 
     Raises:
         ValueError: a setting out of range.
@@ -117,7 +145,7 @@ class AdaptiveProximalGradient:
 
     Deterministic, and independent of the batch beyond the rounding of the model's passes.
     Source: the method of arXiv 2302.05294; momentum with restart of O'Donoghue and Candès (2015); averaging of Polyak
-    and Juditsky (1992).
+    and Juditsky (1992); sample sizes as in Byrd, Chin, Nocedal and Wu (2012).
     """
 
     tol: float = 1e-2
@@ -130,127 +158,254 @@ class AdaptiveProximalGradient:
         check_count("max_gradients", self.max_gradients)
         object.__setattr__(self, "max_gradients", int(self.max_gradients))  # numpy's too
 
-    def solve(self, problem: Problem, *, max_batch: int | None = None, graphs: Graphs | None = None) -> Solution:
-        """Solves a problem with at most ``max_batch`` noisy inputs in one forward pass. ``graphs``: captured steps to
-        replay, and to keep.
+    @property
+    def rows(self) -> int:
+        return _FIRST_SAMPLES
 
-        Raises:
-            ValueError: the model gave a gradient that is not finite; names the id of the input.
+    def init(self, problem: Problem, runner: Runner) -> _State:
+        """δ = 0, or where the problem starts. Where η is a fraction of η_max, p(0) is measured."""
+        tuned = problem.tuning is not None
+        zero = torch.zeros_like(problem.value, dtype=torch.float64)
+        eta, evaluations = problem.penalty.eta, 0
+        if problem.penalty.relative:
+            copies = NoisyCopies(problem, _AT_ZERO, True)
+            penalty, eta = problem.penalty.resolve(_mean_gradient(copies, None, _AT_ZERO, runner))
+            problem, evaluations = replace(problem, penalty=penalty), _AT_ZERO
+        begin = states_like(problem.inputs) if problem.start is None else problem.start.displacement
+        carried = _Carried(
+            y=tuple([b.clone() for b in begin]),
+            displacement=tuple([b.clone() for b in begin]),
+            squares=states_like(problem.inputs),
+            sums=zero[:, None].repeat(1, len(ops.SUMS)),
+            curvature=zero.clone(),
+            at_zero=zero if problem.start is None else problem.start.gradient2,
+            # One of every input, also where a row serves all.
+            eta=tuple([e.expand(problem.batch, *e.shape[1:]) if e.dim() > 1 else e for e in eta]),
+            steps=torch.zeros_like(problem.keys),
+        )
+        samples = _TUNED_FEWEST if tuned else _FEWEST
+        state = self._state(problem.own_settings(), carried, samples)
+        state.evaluations = evaluations
+        state.spend = samples * (_TUNED_BURN_IN if tuned else _BURN_IN)
+        return state
+
+    def resume(self, problem: Problem, carried: _Carried, last: State, samples: int) -> _State:
+        state = self._state(problem, carried, samples)
+        state.level, state.evaluations = last.level, last.evaluations
+        state.spend = last.spend if isinstance(last, _State) else 0
+        return state
+
+    def _state(self, problem: Problem, carried: _Carried, samples: int) -> _State:
+        numbers = torch.zeros(problem.batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
+        iterate = _Iterate(
+            problem=problem,
+            copies=NoisyCopies(problem, samples, True),
+            y=carried.y,
+            x=states_like(problem.inputs),
+            x_prev=states_like(problem.inputs),
+            displacement=carried.displacement,
+            change=states_like(problem.inputs),
+            gradient=states_like(problem.inputs),
+            last_gradient=states_like(problem.inputs),
+            step_size=tuple([torch.empty_like(r) for r in problem.rho]),
+            points=(),
+            gradients=(),
+            squares=carried.squares,
+            sums=carried.sums,
+            curvature=carried.curvature,
+            score=numbers[:, 0].clone(),
+            statistics=numbers,
+            arrivals=torch.zeros(problem.batch, dtype=torch.int32, device=numbers.device),
+        )
+        return _State(problem, iterate, carried, samples)
+
+    def schedule(self, state: _State) -> Iterator[Steps]:
+        """One level: the burn-in on common noise, or steps with fresh noise, each half of them a window."""
+        iterate, carried, problem, samples = state.iterate, state.carried, state.problem, state.samples
+        length = state.spend // samples
+        copy_into(iterate.x, iterate.y)
+        for tensor in (*iterate.x_prev, *iterate.last_gradient, *iterate.change):
+            tensor.zero_()
+        iterate.sums[:, :DIFFERENCES] = 0
+        iterate.copies.step.fill_(_first_draw(state.level))
+        options: dict[str, Any] = {"samples": samples}
+        if state.level == 0:
+            copy_into(iterate.step_size, tuple([_FIRST_STEP * r for r in problem.rho]))
+            options |= {"common_noise": True, "settled": False, "tuned": problem.tuning is not None}
+            yield Steps(_step, 1, options | {"first": True})
+            if problem.start is None:
+                carried.at_zero = iterate.statistics[:, 3].clone()
+            yield Steps(_step, length - 1, options | {"first": False})
+        else:
+            copy_into(iterate.step_size, _damped(problem, iterate.curvature))
+            # The first differences of a level 1 may be more than noise; its first half is a window of its own.
+            settled_from = 0 if state.level > 1 else length // 4 + 1
+            windows = [*carried.windows]
+            for start, stop in ((0, length // 2), (length // 2, length)):
+                iterate.points, iterate.gradients = states_like(problem.inputs), states_like(problem.inputs)
+                edges = {start, stop} | {t for t in (1, settled_from) if start < t < stop}
+                for begin, end in pairwise(sorted(edges)):
+                    settled = begin >= settled_from
+                    more = {"common_noise": False, "settled": settled, "tuned": False, "first": begin == 0}
+                    yield Steps(_step, end - begin, options | more)
+                windows.append(Window(iterate.points, iterate.gradients, iterate.sums[:, LENGTHS:].clone()))
+                iterate.sums[:, LENGTHS:] = 0
+            iterate.points = iterate.gradients = ()
+            step_dot_last, last_sq = iterate.sums[:, :DIFFERENCES].unbind(1)
+            steeper = 2 * iterate.curvature + 1 / torch.stack([r.double() for r in problem.rho]).amin(0)
+            iterate.curvature.copy_(torch.where(step_dot_last < _TURNING * last_sq, steeper, iterate.curvature))
+            if state.level == 2:
+                # The first half of the level before was not settled; it stood in while there was nothing else.
+                del windows[0]
+            while len(windows) > _WINDOWS:
+                windows[:2] = [windows[0] + windows[1]]
+            carried.windows = tuple(windows)
+        state.level += 1
+        carried.steps += length
+        state.evaluations += samples * length
+
+    def estimate(self, state: _State, runner: Runner) -> Answer | None:
+        """The answer of each input's best window, and its bound.
+
+        The bias ‖x̄ − y‖ is that of the mean point x̄; y itself has ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, where
+        p(y) = p̄ + H(y − x̄). A bound by ρβ‖x̄ − y‖ would be many times as large: what has not settled lies along flat
+        directions. H along y − x̄ is a difference of gradients whose ends see the same noise, at least σ apart: over a
+        way much shorter than the noise few samples would meet a kink, and most would see none.
         """
-        bar = progress_bar(problem.keys.shape[0], "input") if self.progress else None
-        try:
-            with (graphs or Graphs(False)).steps(problem.score.model, problem.keys.device) as steps:
-                return in_groups(
-                    problem, 2 * _FEWEST, max_batch, lambda some, rows: self._solve(some, rows, steps, bar)
-                )
-        finally:
-            if bar is not None:
-                bar.close()
+        if state.level == 1:
+            state.spend = _LEAST
+            return None
+        carried, problem = state.carried, state.problem
+        seen = Averages(problem, carried.windows, carried.squares, carried.sums, carried.curvature, carried.at_zero)
+        found, fd_scale, places = runner.call(_estimate_and_ends, seen)
+        copies = NoisyCopies(problem, _FD_SAMPLES, True, _first_draw(state.level - 1) + state.spend // state.samples)
+        ends = tuple([_mean_gradient(copies, place, _FD_SAMPLES, runner) for place in places])
+        state.evaluations += 2 * _FD_SAMPLES
+        ended = _Ended(problem, found, fd_scale, ends, state.iterate.x_prev, state.iterate.score, state.samples)
+        state.estimate, envelope = runner.call(_at_the_answer, ended)
+        copy_into(problem.rho, state.estimate.rho)
+        if problem.tuning is not None:
+            copy_into(problem.penalty.eta, state.estimate.eta)
+        state.spend = _level_cost(state.evaluations, self.max_gradients)
+        return Answer(
+            rho=state.estimate.rho,
+            eta=state.estimate.eta if problem.tuning is not None else carried.eta,
+            maps=state.estimate.maps,
+            displacement=state.estimate.displacement,
+            gradient=state.estimate.gradient,
+            envelope=envelope,
+            residual=state.estimate.residual,
+            relative_residual=state.estimate.bound,
+        )
 
-    def _solve(self, problem: Problem, max_batch: int | None, steps: Steps, bar: Any) -> Solution:
-        begun = _start(problem, max_batch, steps)
-        states, finished = [begun], []
-        while states:
-            # Every input at one level has spent the same; those that take as many samples a step go on together, so
-            # that a pass is large. None depends on which others are with it.
-            pieces: dict[int, list[_Piece]] = {}
-            spend = 0
-            for state in states:
-                walk = _walk(state, _chunk(state, state.samples, max_batch), steps)
-                check_finite(walk.statistics, walk.score, state.problem.ids, state.steps)
-                if state.level == 0:
-                    every = torch.arange(len(state.where), device=state.where.device)
-                    pieces[2 * _FEWEST], spend = [(state, every)], _LEAST
-                    continue
-                solution, samples = _look(state, walk, max_batch, steps, self.tol, self.max_gradients)
-                spend = _level_cost(state.evaluations, self.max_gradients)
-                samples = samples[: state.real]
-                for count in sorted(set(samples.tolist())):
-                    these = (samples == count).nonzero().squeeze(1)
-                    if count:
-                        pieces.setdefault(count, []).append((state, these))
-                        continue
-                    finished.append((state.where[these], solution.take(these)))
-                    if bar is not None:
-                        bar.update(len(these))
-            states = [_joined(begun, some, count, spend // count, steps) for count, some in sorted(pieces.items())]
-        return in_order(finished)
-
-
-@dataclass
-class _State:
-    """What is carried from step to step, for the inputs that are still in it."""
-
-    problem: Problem
-    where: Tensor
-    point: Tensors  # where the next gradient is taken
-    previous: Tensors  # the displacement before momentum
-    gradient: Tensors
-    squares: Tensors  # sum of squared successive differences of the gradient, times samples / 2
-    sums: Tensor  # float64 [B, 8], see ops.SUMS: of this level; of all in squares; of this window
-    curvature: Tensor  # float64 [B], the largest met
-    at_zero: Tensor  # float64 [B], ‖p(0)‖²
-    steps: Tensor  # int64 [B]
-    real: int  # inputs; the rows behind them fill up to a size that has a graph
-    windows: tuple[Window, ...] = ()  # the steps with fresh noise, oldest first
-    eta: Tensors | None = None  # as reported
-    level: int = 0
-    samples: int = _FEWEST
-    length: int = _BURN_IN  # steps of the level
-    evaluations: int = 0
+    def next(self, state: _State, answer: Answer | None) -> Tensor:
+        """Powers of two: more samples where noise is the larger part of the residual, else more steps."""
+        found, spend = state.estimate, state.spend
+        if answer is None or found is None:
+            return torch.full_like(state.problem.keys, _FIRST_SAMPLES)
+        if spend == 0:
+            return torch.zeros_like(state.problem.keys)
+        most = 1 << (spend.bit_length() - 4)
+        usual = max(state.samples, min(most, 1 << (spend // _STEPS).bit_length() - 1))
+        samples = torch.where(found.nonlinearity2 > found.variance, max(usual, 2 * state.samples), usual)
+        samples = torch.where(found.bias2 > found.variance, state.samples, samples).clamp_max(most)
+        return torch.where(answer.relative_residual <= self.tol, 0, samples)
 
 
-# Some of the inputs of a state, by their rows.
-_Piece = tuple[_State, Tensor]
+def _step(iterate: _Iterate, *, samples: int, common_noise: bool, settled: bool, tuned: bool, first: bool) -> None:
+    """One iteration, in place: gradients at x, δ⁺ = S_{γη}((1 − γ/ρ)x − γp), x⁺ = δ⁺ + β(δ⁺ − δ) with restart.
 
-
-def _mean_gradient(state: _State, copies: NoisyCopies, samples: int, place: Tensors | None, steps: Steps) -> Tensors:
-    """The mean gradient at a place."""
-    copies.total(place, state.gradient, torch.empty_like(state.curvature), steps)
-    return tuple(g / samples for g in state.gradient)
-
-
-def _look(
-    state: _State, walk: _Walk, max_batch: int | None, steps: Steps, tol: float, budget: int
-) -> tuple[Solution, Tensor]:
-    """What the inputs would return after a level, and how many samples a step each wants in the next one, int64 [B]."""
-    problem, many = state.problem, _WORKING * sum(x.numel() for x in state.problem.inputs)
-    seen = Seen(problem, state.windows, state.squares, state.sums, state.curvature, state.at_zero)
-    answer, stretch, places = steps.result(_answer_and_ends, seen, key="answer", elements=many)
-    copies = NoisyCopies(problem, _AT_ENDS, True, _chunk(state, _AT_ENDS, max_batch))
-    copies.step.fill_(_first_draw(state.level) + state.length)  # the walk has drawn those before
-    ends = tuple(_mean_gradient(state, copies, _AT_ENDS, place, steps) for place in places)
-    state.evaluations += 2 * _AT_ENDS
-    ended = _Ended(
-        problem=problem,
-        answer=answer,
-        stretch=stretch,
-        ends=ends,
-        before=walk.before,
-        score=walk.score,
-        steps=state.steps,
-        eta=state.eta,
-        samples=state.samples,
-        evaluations=state.evaluations,
-        spend=_level_cost(state.evaluations, budget),
+    Args:
+        iterate: changed in place.
+        samples: m.
+        common_noise: the noise bank stays, and the secant of two gradients is the curvature.
+        settled: the change of the gradient is noise, and counts for its variance.
+        tuned: η and ρ follow the gradient.
+        first: of a level: there is no last gradient.
+    """
+    problem, copies = iterate.problem, iterate.copies
+    gradients: Tensors = copies.gradients(iterate.y, iterate.gradient, iterate.score)
+    if tuned:
+        for g, total in zip(gradients, iterate.gradient, strict=True):
+            ops.accumulate(g, total, carry=len(copies.chunks) > 1)
+        problem.retune(tuple([g / samples for g in iterate.gradient]))
+        gamma = [_FIRST_STEP * r for r in problem.rho] if first else _damped(problem, iterate.curvature)
+        copy_into(iterate.step_size, tuple(gamma))
+    statistics = [
+        ops.prox_step(
+            None if tuned else gradients[i],
+            iterate.gradient[i],
+            iterate.y[i],
+            count=samples,
+            carry=tuned or len(copies.chunks) > 1,
+            rho=problem.rho[i],
+            step_size=iterate.step_size[i],
+            eta=problem.penalty.strength(i),
+            groups=problem.penalty.partition(i),
+            arrivals=iterate.arrivals,
+        )
+        for i in range(len(problem.inputs))
+    ]
+    iterate.statistics.copy_(statistics[0] if len(statistics) == 1 else torch.stack(statistics).sum(0))
+    products = ops.momentum_step(
+        iterate.y,
+        iterate.displacement,
+        iterate.x,
+        iterate.x_prev,
+        iterate.gradient,
+        iterate.last_gradient,
+        iterate.change,
+        squares=iterate.squares if settled and not first else (),
+        points=iterate.points,
+        gradients=iterate.gradients,
+        sums=iterate.sums,
+        statistics=iterate.statistics,
+        samples=samples,
+        momentum=_MOMENTUM,
+        first=first,
+        arrivals=iterate.arrivals,
     )
-    answer, solution, samples = steps.result(partial(_judged, tol=tol), ended, key=("judged", tol), elements=many)
-    state.problem = answer.problem(problem)
-    return solution, samples
+    if not common_noise:
+        copies.step += 1
+    elif not first:
+        # The Barzilai-Borwein secant |⟨Δx, Δg⟩|/‖Δx‖²; over a way of little more than rounding it is none.
+        dx_dx, dx_dg = products[:, _DX_DX], products[:, _DX_DG]
+        secant = dx_dg.abs() / dx_dx.clamp_min(_TINY)
+        reliable = dx_dx > _SHORT**2 * iterate.statistics[:, 1]
+        iterate.curvature.copy_(torch.maximum(iterate.curvature, torch.where(reliable, secant, 0.0)))
+        copy_into(iterate.step_size, _damped(problem, iterate.curvature))
 
 
-def _answer_and_ends(seen: Seen) -> tuple[Answer, Tensor, tuple[Tensors, ...]]:
-    """The answer, and where to take the two gradients that are compared: how many times δ̄ − y apart, and the places."""
-    answer = best_answer(seen)
-    way = minus(answer.displacement, answer.point)
+def _damped(problem: Problem, curvature: Tensor) -> Tensors:
+    """γ = 0.7/(1/ρ + L), per tensor [B]."""
+    return tuple([(DAMPING / (1 / r.double() + curvature)).to(r.dtype) for r in problem.rho])
+
+
+def _mean_gradient(copies: NoisyCopies, place: Tensors | None, samples: int, runner: Runner) -> Tensors:
+    """The mean gradient at a place; None for δ = 0."""
+    gradient = states_like(copies.inputs)
+    score = torch.empty(gradient[0].shape[0], dtype=torch.float64, device=gradient[0].device)
+    total = MeanGradient(copies, place, gradient, score)
+    runner.repeat(MeanGradient.run, total, 1)
+    return tuple([g / samples for g in total.gradient])
+
+
+def _estimate_and_ends(seen: Averages) -> tuple[Estimate, Tensor, tuple[Tensors, ...]]:
+    """The estimate, and the two places whose gradients are compared: how many times y − x̄ apart, and where."""
+    found = best_estimate(seen)
+    way = subtract(found.displacement, found.point)
     sigma = torch.stack([s.double() for s in seen.problem.sigma]).amin(0)
     # Way below rounding there is nothing left to settle, whatever a difference says.
-    stretch = (sigma / inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
-    places = tuple(
-        tuple(d + over_features((side * stretch).to(d.dtype), d) * w for d, w in zip(answer.point, way, strict=True))
-        for side in (-0.5, 0.5)
+    fd_scale = (sigma / inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
+    ends = tuple(
+        [
+            tuple(
+                [p + over_features((side * fd_scale).to(p.dtype), p) * w for p, w in zip(found.point, way, strict=True)]
+            )
+            for side in (-0.5, 0.5)
+        ]
     )
-    return answer, stretch, places
+    return found, fd_scale, ends
 
 
 @dataclass
@@ -258,63 +413,28 @@ class _Ended:
     """A level that has ended, with the gradients at two places about its answer."""
 
     problem: Problem
-    answer: Answer
-    stretch: Tensor
-    ends: tuple[Tensors, ...]
-    before: Tensors  # the last point at which gradients were taken
-    score: Tensor  # float64 [B], sum of the samples' scores there
-    steps: Tensor
-    eta: Tensors | None
+    estimate: Estimate
+    fd_scale: Tensor
+    fd_gradients: tuple[Tensors, ...]
+    x_prev: Tensors
+    score: Tensor
     samples: int
-    evaluations: int
-    spend: int  # gradients of the next level
-
-    def measured(self) -> Answer:
-        """The answer with the residual that y itself has where δ̄ has ‖δ̄ − y‖.
-
-        ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, and p(y) = p̄ + H(y − δ̄). A bound by ρβ‖δ̄ − y‖ would be many times as
-        large: what has not settled lies along flat directions. H along y − δ̄ is a difference of gradients whose ends
-        see the same noise, σ apart: over a way much shorter than the noise few samples would meet a kink, and most
-        would see none.
-        """
-        answer = self.answer
-        problem = answer.problem(self.problem)
-        there = tuple(
-            p + (b - a) / over_features(self.stretch.to(p.dtype), p)
-            for p, a, b in zip(answer.gradient, *self.ends, strict=True)
-        )
-        maps = there if problem.penalty is None else problem.penalty.prox(there)
-        moved = tuple(over_features(r, a) * (a - b) for a, b, r in zip(maps, answer.maps, problem.rho, strict=True))
-        return replace(answer, settled=inner(moved, moved))
-
-    def next_samples(self, answer: Answer) -> Tensor:
-        """Samples per step of each input's next level, int64 [B]: powers of two; 0 where there is none."""
-        if self.spend == 0:
-            return torch.zeros_like(self.steps)
-        most = 1 << (self.spend.bit_length() - 4)
-        usual = max(self.samples, min(most, 1 << (self.spend // _STEPS).bit_length() - 1))
-        samples = torch.where(answer.spread > answer.noise, max(usual, 2 * self.samples), usual)
-        return torch.where(answer.settled > answer.noise, self.samples, samples).clamp_max(most)
 
 
-def _judged(ended: _Ended, tol: float) -> tuple[Answer, Solution, Tensor]:
-    """The answer, what the inputs would return now, with the bound of their residuals, and the samples they want."""
-    answer = ended.measured()
-    problem = answer.problem(ended.problem)
-    solution = assemble(
-        problem,
-        eta=problem.penalty.eta if problem.penalty is not None and problem.tuning is not None else ended.eta,
-        maps=answer.maps,
-        displacement=answer.displacement,
-        gradient=answer.gradient,
-        envelope=objective(problem, ended.before, ended.score / ended.samples),
-        residual=(answer.settled + answer.spread + answer.noise).sqrt(),
-        relative_residual=answer.bound,
-        steps=ended.steps,
-        evaluations=ended.evaluations,
-        tol=tol,
+def _at_the_answer(ended: _Ended) -> tuple[Estimate, Tensor]:
+    """The estimate with the bias of y itself, and the envelope H; see :meth:`AdaptiveProximalGradient.estimate`."""
+    found = ended.estimate
+    problem = found.problem(ended.problem)
+    there = tuple(
+        [
+            p + (b - a) / over_features(ended.fd_scale.to(p.dtype), p)
+            for p, a, b in zip(found.gradient, *ended.fd_gradients, strict=True)
+        ]
     )
-    return answer, solution, torch.where(solution.converged, 0, ended.next_samples(answer))
+    maps, _ = problem.image(there)
+    moved = tuple([over_features(r, a) * (a - b) for a, b, r in zip(maps, found.maps, problem.rho, strict=True)])
+    envelope = problem.objective(ended.x_prev, ended.score / ended.samples)
+    return replace(found, bias2=inner(moved, moved)), envelope
 
 
 def _first_draw(level: int) -> int:
@@ -323,289 +443,12 @@ def _first_draw(level: int) -> int:
 
 
 def _level_cost(spent: int, budget: int) -> int:
-    """Gradients of the next level, a look at its end not counted; 0 where too little is left for one.
+    """Gradients of the next level, the estimate at its end not counted; 0 where too little is left for one.
 
     8 to 15 times a power of two: every number of samples that is a power of two up to that divides it.
     """
-    cost = min(max(_LEAST, int(_GROWTH * spent)), budget - spent - 2 * _AT_ENDS)
+    cost = min(max(_LEAST, int(_GROWTH * spent)), budget - spent - 2 * _FD_SAMPLES)
     if cost < _LEAST // 2:
         return 0
     last = cost.bit_length() - 4
     return cost >> last << last
-
-
-def _start(problem: Problem, max_batch: int | None, steps: Steps) -> _State:
-    def first() -> Tensors:
-        return (
-            states_like(problem.inputs)
-            if problem.start is None
-            else tuple(d.clone() for d in problem.start.displacement)
-        )
-
-    def nothing() -> Tensor:
-        return torch.zeros_like(problem.value, dtype=torch.float64)
-
-    state = _State(
-        problem=problem,
-        where=torch.arange(problem.keys.shape[0], device=problem.keys.device),
-        point=first(),
-        previous=first(),
-        gradient=states_like(problem.inputs),
-        squares=states_like(problem.inputs),
-        sums=nothing()[:, None].repeat(1, len(ops.SUMS)),
-        curvature=nothing(),
-        at_zero=nothing() if problem.start is None else problem.start.gradient2,
-        steps=torch.zeros_like(problem.keys),
-        real=problem.keys.shape[0],
-        eta=None if problem.penalty is None else problem.penalty.eta,
-    )
-    if problem.tuning is not None:
-        state.samples, state.length = 2 * _FEWEST, _TUNED_BURN_IN
-    if problem.penalty is not None and problem.penalty.relative:
-        _resolve(state, max_batch, steps)
-    return state
-
-
-def _chunk(state: _State, samples: int, max_batch: int | None) -> int:
-    """Samples per pass: what is left of max_batch for every input."""
-    return samples if max_batch is None else min(samples, max(1, max_batch // state.where.shape[0]))
-
-
-def _first_gamma(problem: Problem) -> Tensors:
-    return tuple(_FIRST_STEP * r for r in problem.rho)
-
-
-def _damped(problem: Problem, curvature: Tensor) -> Tensors:
-    """γ = 0.7/(1/ρ + L), per tensor [B]."""
-    return tuple((DAMPING / (1 / r.double() + curvature)).to(r.dtype) for r in problem.rho)
-
-
-def _resolve(state: _State, max_batch: int | None, steps: Steps) -> None:
-    """η from η_max, with more samples than a step of the burn-in has."""
-    copies = NoisyCopies(state.problem, _AT_ZERO, True, _chunk(state, _AT_ZERO, max_batch))
-    first = _mean_gradient(state, copies, _AT_ZERO, None, steps)
-    penalty: Penalty | None = state.problem.penalty
-    if penalty is not None:
-        penalty, state.eta = penalty.resolve(first)
-    state.problem = replace(state.problem, penalty=penalty)
-    state.evaluations += _AT_ZERO
-
-
-@dataclass
-class _Walk:
-    """What a step reads and writes, in place: it may be captured."""
-
-    problem: Problem = field(metadata=READ)
-    copies: NoisyCopies
-    point: Tensors  # and `here`: where the next gradients are taken
-    here: Tensors
-    before: Tensors  # the point at which the last step took its gradients
-    gradient: Tensors
-    last_gradient: Tensors
-    previous: Tensors  # the displacement before momentum, and its last change
-    change: Tensors
-    gamma: Tensors  # step sizes, [B]
-    points: Tensors  # of the window; empty where there is none
-    gradients: Tensors
-    squares: Tensors
-    sums: Tensor
-    curvature: Tensor
-    score: Tensor  # float64 [B], sum of the samples' scores at `before`
-    statistics: Tensor
-    arrivals: Tensor = field(metadata=READ)  # for the kernels; zero between launches
-
-
-def _walk(state: _State, chunk: int, steps: Steps) -> _Walk:
-    """The steps of one level; the state's tensors are changed in place."""
-    problem, burning = state.problem, state.level == 0
-    gamma = _first_gamma(problem) if burning else _damped(problem, state.curvature)
-    batch = problem.keys.shape[0]
-    state.sums[:, :DIFFERENCES] = 0
-    nothing = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
-    walk = _Walk(
-        problem=problem,
-        copies=NoisyCopies(problem, state.samples, True, chunk),
-        point=state.point,
-        here=tuple(d.clone() for d in state.point),
-        before=states_like(state.point),
-        gradient=state.gradient,
-        last_gradient=states_like(state.point),
-        previous=state.previous,
-        change=states_like(state.point),
-        gamma=gamma,
-        points=(),
-        gradients=(),
-        squares=state.squares,
-        sums=state.sums,
-        curvature=state.curvature,
-        score=nothing[:, 0].clone(),
-        statistics=nothing,
-        arrivals=torch.zeros(batch, dtype=torch.int32, device=nothing.device),
-    )
-    walk.copies.step.fill_(_first_draw(state.level))
-    windows = [*state.windows]
-    # The first differences of a level 1 may be more than noise; its first half is a window of its own.
-    edges = {1, state.length // 2}
-    if state.level == 1:
-        edges.add(state.length // 4 + 1)
-    for start, stop in pairwise(sorted({0, state.length} | {t for t in edges if t < state.length})):
-        if not burning and start in (0, state.length // 2):
-            _close(windows, walk)
-            walk.points, walk.gradients = states_like(problem.inputs), states_like(problem.inputs)
-        settled = not burning and (state.level > 1 or start > state.length // 4)
-        tuned = burning and problem.tuning is not None  # which makes new tensors at every step
-        if start > 0 and not tuned:
-            steps.run(
-                partial(_step, samples=state.samples, burning=burning, settled=settled),
-                walk,
-                stop - start,
-                key=("adaptive", state.samples, burning, settled),
-                elements=state.samples * sum(x.numel() for x in problem.inputs),
-            )
-            continue
-        for t in range(start, stop):
-            walk.copies.total(walk.point, walk.gradient, walk.score, steps)
-            if tuned:
-                walk.problem = walk.problem.tuned(tuple(g / state.samples for g in walk.gradient))
-                _copy(_damped(walk.problem, walk.curvature) if t else _first_gamma(walk.problem), walk.gamma)
-            _move(walk, None, samples=state.samples, burning=burning, settled=settled, first=t == 0)
-            if t == 0 and burning and problem.start is None:
-                state.at_zero = walk.statistics[:, 3].clone()
-    _close(windows, walk)
-    state.problem = walk.problem
-    state.evaluations += state.samples * state.length
-    state.steps = state.steps + state.length
-    if not burning:
-        steeper = 2 * state.curvature + 1 / torch.stack([r.double() for r in problem.rho]).amin(0)
-        turned, length = walk.sums[:, :DIFFERENCES].unbind(1)
-        state.curvature = torch.where(turned < _TURNING * length, steeper, state.curvature)
-    if state.level == 2:
-        # The first half of the level before was not settled; it stood in while there was nothing else.
-        del windows[0]
-    while len(windows) > _WINDOWS:
-        windows[:2] = [windows[0] + windows[1]]
-    state.windows = tuple(windows)
-    return walk
-
-
-def _close(windows: list[Window], walk: _Walk) -> None:
-    """Ends the window of a walk, if there is one."""
-    if walk.points:
-        windows.append(Window(walk.points, walk.gradients, walk.sums[:, LENGTHS:].clone()))
-        walk.points = walk.gradients = ()
-        walk.sums[:, LENGTHS:] = 0
-
-
-def _step(walk: _Walk, *, samples: int, burning: bool, settled: bool) -> None:
-    gradients = walk.copies.chunked_gradients(walk.point, walk.gradient, walk.score)
-    _move(walk, gradients, samples=samples, burning=burning, settled=settled)
-
-
-def _move(
-    walk: _Walk, gradients: Tensors | None, *, samples: int, burning: bool, settled: bool, first: bool = False
-) -> None:
-    """What a step does with its gradients, in place: those that are not in their sum yet, or None.
-
-    ``settled``: the change of the gradient is noise; ``first`` of a level: there is none yet."""
-    problem, penalty = walk.problem, walk.problem.penalty
-    statistics = [
-        ops.prox_step(
-            None if gradients is None else gradients[i],
-            walk.gradient[i],
-            walk.point[i],
-            count=samples,
-            carry=gradients is None or len(walk.copies.chunks) > 1,
-            rho=problem.rho[i],
-            step_size=walk.gamma[i],
-            eta=None if penalty is None else penalty.eta[i],
-            groups=None if penalty is None else penalty.partition(i),
-            arrivals=walk.arrivals,
-        )
-        for i in range(len(problem.inputs))
-    ]
-    walk.statistics.copy_(statistics[0] if len(statistics) == 1 else torch.stack(statistics).sum(0))
-    products = ops.momentum_step(
-        walk.point,
-        walk.previous,
-        walk.here,
-        walk.before,
-        walk.gradient,
-        walk.last_gradient,
-        walk.change,
-        squares=walk.squares if settled and not first else (),
-        points=walk.points,
-        gradients=walk.gradients,
-        sums=walk.sums,
-        statistics=walk.statistics,
-        samples=samples,
-        momentum=_MOMENTUM,
-        first=first,
-        arrivals=walk.arrivals,
-    )
-    if not burning:
-        walk.copies.step += 1
-    elif not first:
-        # On one bank the change of the gradient along the change of the point is curvature, without noise.
-        way, bend = products[:, _WAY], products[:, _BEND]
-        met = bend.abs() / way.clamp_min(torch.finfo(torch.float64).tiny)
-        # Over a way of little more than rounding it is none.
-        told = way > _SHORT**2 * walk.statistics[:, 1]
-        walk.curvature.copy_(torch.maximum(walk.curvature, torch.where(told, met, 0.0)))
-        _copy(_damped(problem, walk.curvature), walk.gamma)
-
-
-def _copy(values: Tensors, to: Tensors) -> None:
-    for value, target in zip(values, to, strict=True):
-        target.copy_(value)
-
-
-def _joined(begun: _State, pieces: list[_Piece], samples: int, length: int, steps: Steps) -> _State:
-    """The inputs of the pieces at their next level."""
-    real = sum(len(rows) for _, rows in pieces)
-    full = begun.where.shape[0]
-    size = steps.size(real, full, samples * sum(x[0].numel() for x in begun.problem.inputs))
-    last, of_last = pieces[-1]
-    # Filled up with copies of one of its inputs, which nobody will look at.
-    pieces = [*pieces[:-1], (last, torch.cat([of_last, of_last[-1:].expand(size - real)]))]
-
-    def numbers(of: Callable[[_State], Tensor]) -> Tensor:
-        return torch.cat([of(state)[keep] for state, keep in pieces])
-
-    def rows(of: Callable[[_State], Tensors]) -> Tensors:
-        taken = [[take_rows(t, keep) for t in of(state)] for state, keep in pieces]
-        return tuple(join_rows(list(parts)) for parts in zip(*taken, strict=True))
-
-    def window(i: int) -> Window:
-        return Window(
-            rows(lambda state: state.windows[i].points),
-            rows(lambda state: state.windows[i].gradients),
-            numbers(lambda state: state.windows[i].counts),
-        )
-
-    first = pieces[0][0]
-    where = numbers(lambda state: state.where)
-    problem = begun.problem.take(where)
-    if problem.tuning is not None:
-        etas = rows(lambda state: () if state.problem.penalty is None else state.problem.penalty.eta)
-        penalty = problem.penalty and replace(problem.penalty, eta=etas)
-        problem = replace(problem, rho=rows(lambda state: state.problem.rho), penalty=penalty)
-    eta = begun.eta
-    return _State(
-        problem=problem,
-        where=where,
-        point=rows(lambda state: state.point),
-        previous=rows(lambda state: state.previous),
-        gradient=states_like(problem.inputs),
-        squares=rows(lambda state: state.squares),
-        curvature=numbers(lambda state: state.curvature),
-        at_zero=numbers(lambda state: state.at_zero),
-        sums=numbers(lambda state: state.sums),
-        steps=numbers(lambda state: state.steps),
-        real=real,
-        windows=tuple(window(i) for i in range(len(first.windows))),
-        eta=None if eta is None else tuple(rows_of(e, begun.where.shape[0])[where] for e in eta),
-        level=first.level + 1,
-        samples=samples,
-        length=length,
-        evaluations=first.evaluations,
-    )

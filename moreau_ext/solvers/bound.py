@@ -1,4 +1,19 @@
-"""The bound of the residual, from averages over steps."""
+"""The bound of the residual of an answer, from averages over steps. Pure functions of these averages.
+
+Let x_t be the points where gradients were taken, p_t = ∇f_σ(x+x_t) + ε_t the m-sample means, and x̄, p̄ their averages
+weighted by samples (Polyak-Ruppert). The answer is y = −ρ S_η(p̄). The square of its residual has three parts:
+
+- bias²: ‖x̄ − y‖², seen: the iteration has not settled yet.
+- variance: of ρS_η(p̄), by the delta method: Σ_j ρ²·gain_j·V_j/N, V_j the variance of one sample's gradient, N the
+  samples averaged, and gain_j what S_η lets through (features that are zero in the map, and most of what turns a group
+  without lengthening it, do not contribute). V comes from von Neumann's successive differences, ½E(p_t − p_{t−1})²·m,
+  which drift does not bias once the steps are small.
+- nonlinearity²: the gradient at x̄ is not the mean of the gradients; half of the radius by which the points spread,
+  beyond what noise explains.
+
+The bound puts the 95 % quantile of the variance in place of the variance: a weighted sum of χ² is taken for a scaled χ²
+(Welch-Satterthwaite), whose quantile is that of Wilson and Hilferty.
+"""
 
 from __future__ import annotations
 
@@ -9,112 +24,56 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.layout import Tensors, flat_rows, over_features
-from .problem import Problem, residual_floor
-
-# gamma = 0.7/(1/rho + L): the largest curvature met is a lower bound of the largest there is.
-DAMPING = 0.7
+from ..ops.layout import Tensors, divide, inner, over_features, subtract, total
+from .problem import Problem
 
 # Over points that wander the gradient is not linear, so its mean there is not the gradient at their mean. On digits the
 # residual this leaves was 0.3 to 1 times the radius of the points.
 _ALLOWANCE = 0.5
-
+# gamma = 0.7/(1/rho + L): the largest curvature met is a lower bound of the largest there is.
+DAMPING = 0.7
 # Where in ops.SUMS begin those of all squared differences, and those of a window.
 DIFFERENCES, LENGTHS = ops.SUMS.index("differences"), ops.SUMS.index("lengths")
-
 # One-sided 95 % of a normal.
 _QUANTILE = 1.645
-
-
-def _sums(tensors: Tensors) -> Tensor:
-    """Sum over all features of all tensors, float64 [B]."""
-    return torch.stack([flat_rows(t).sum(1, dtype=torch.float64) for t in tensors]).sum(0)
-
-
-def inner(a: Tensors, b: Tensors) -> Tensor:
-    return _sums(tuple(u.double() * v.double() for u, v in zip(a, b, strict=True)))
-
-
-def minus(a: Tensors, b: Tensors) -> Tensors:
-    return tuple(u - v for u, v in zip(a, b, strict=True))
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass
 class Window:
-    """Sums over some successive steps, weighted by their samples."""
+    """Sums over some successive steps, weighted by their samples.
+
+    Args:
+        points: Σ m·x_t, state dtype.
+        gradients: Σ m·p_t.
+        counts: float64 [B, 3], the last of ops.SUMS: Σ m‖x_t‖², Σ m, and the number of steps.
+    """
 
     points: Tensors
     gradients: Tensors
-    counts: Tensor  # float64 [B, 3], the last of ops.SUMS: of ‖point‖², of 1, and how many steps
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.counts[:, 0]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.counts[:, 1]
-
-    @property
-    def steps(self) -> Tensor:
-        return self.counts[:, 2]
+    counts: Tensor
 
     def __add__(self, other: Window) -> Window:
-        """Over the steps of both."""
-
-        def sums(a: Tensors, b: Tensors) -> Tensors:
-            return tuple(u + v for u, v in zip(a, b, strict=True))
-
+        """The sums over the steps of both."""
         return Window(
-            sums(self.points, other.points), sums(self.gradients, other.gradients), self.counts + other.counts
+            tuple([a + b for a, b in zip(self.points, other.points, strict=True)]),
+            tuple([a + b for a, b in zip(self.gradients, other.gradients, strict=True)]),
+            self.counts + other.counts,
         )
 
 
 @dataclass
-class Answer:
-    """What the averages of a window say. settled, spread, noise: the parts of the residual's square; float64 [B]."""
+class Averages:
+    """What a level leaves behind.
 
-    point: Tensors
-    gradient: Tensors
-    maps: Tensors
-    displacement: Tensors
-    rho: Tensors
-    eta: Tensors  # empty without a penalty
-    settled: Tensor
-    spread: Tensor
-    noise: Tensor
-    most_noise: Tensor  # what noise is with a probability of 95 %
-    size: Tensor  # what the residual is compared with
-
-    @property
-    def bound(self) -> Tensor:
-        """Of the relative residual."""
-        upper = (self.settled + self.spread + self.most_noise).sqrt()
-        return torch.where(upper == 0, 0.0, upper / self.size)
-
-    def or_better(self, other: Answer) -> Answer:
-        """For each input this answer, or the other where its bound is smaller."""
-        mine = self.bound <= other.bound
-
-        def pick(a: Any, b: Any) -> Any:
-            if isinstance(a, tuple):
-                return tuple(pick(u, v) for u, v in zip(a, b, strict=True))
-            # An eta that serves all inputs has one row, and no tuning: it is the same in both.
-            return a if a.shape[0] != mine.shape[0] else torch.where(mine.view(-1, *[1] * (a.dim() - 1)), a, b)
-
-        return Answer(**{f.name: pick(getattr(self, f.name), getattr(other, f.name)) for f in fields(Answer)})
-
-    def problem(self, problem: Problem) -> Problem:
-        """The problem that this answers."""
-        if problem.tuning is None:
-            return problem
-        penalty = None if problem.penalty is None else replace(problem.penalty, eta=self.eta)
-        return replace(problem, rho=self.rho, penalty=penalty)
-
-
-@dataclass
-class Seen:
-    """What the end of a level is judged by; see :class:`_State`."""
+    Args:
+        problem: with the η and ρ of the steps.
+        windows: the steps with fresh noise, oldest first.
+        squares: Σ m/2·(p_t − p_{t−1})², per feature.
+        sums: float64 [B, 8], see ops.SUMS.
+        curvature: float64 [B], the largest met.
+        at_zero: float64 [B], ‖p(0)‖².
+    """
 
     problem: Problem
     windows: tuple[Window, ...]
@@ -124,64 +83,125 @@ class Seen:
     at_zero: Tensor
 
 
-def best_answer(seen: Seen) -> Answer:
-    """The answer of each input's best window."""
-    total = seen.windows[-1]
-    best = _judge(seen, total)
-    for window in reversed(seen.windows[:-1]):
-        total = total + window
-        best = best.or_better(_judge(seen, total))
+@dataclass
+class Estimate:
+    """An answer and the parts of its squared residual; float64 [B].
+
+    Args:
+        point: x̄.
+        gradient, maps, displacement: p̄, S_η(p̄) and y = −ρS_η(p̄).
+        rho, eta: of the problem that is answered; eta is () without a penalty.
+        bias2, nonlinearity2, variance: the parts.
+        variance_upper: the 95 % quantile of the squared noise whose mean is ``variance``.
+        scale: what the residual is compared with, max(‖x̄‖, ‖y‖, 10⁻³ρ‖p(0)‖).
+    """
+
+    point: Tensors
+    gradient: Tensors
+    maps: Tensors
+    displacement: Tensors
+    rho: Tensors
+    eta: Tensors
+    bias2: Tensor
+    nonlinearity2: Tensor
+    variance: Tensor
+    variance_upper: Tensor
+    scale: Tensor
+
+    @property
+    def residual(self) -> Tensor:
+        """The root of the sum of the parts."""
+        return (self.bias2 + self.nonlinearity2 + self.variance).sqrt()
+
+    @property
+    def bound(self) -> Tensor:
+        """The one-sided 95 % bound of the relative residual."""
+        upper = (self.bias2 + self.nonlinearity2 + self.variance_upper).sqrt()
+        return torch.where(upper == 0, 0.0, upper / self.scale)
+
+    def or_better(self, other: Estimate) -> Estimate:
+        """For each input this estimate, or the other where its bound is smaller."""
+        mine = self.bound <= other.bound
+
+        def pick(a: Any, b: Any) -> Any:
+            if isinstance(a, tuple):
+                return tuple([pick(u, v) for u, v in zip(a, b, strict=True)])
+            # An eta that serves all inputs has one row, and no tuning: it is the same in both.
+            return a if a.shape[0] != mine.shape[0] else torch.where(mine.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+        return replace(self, **{f.name: pick(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+    def problem(self, problem: Problem) -> Problem:
+        """The problem that this answers."""
+        if problem.tuning is None:
+            return problem
+        return replace(problem, rho=self.rho, penalty=replace(problem.penalty, eta=self.eta))
+
+
+def best_estimate(seen: Averages) -> Estimate:
+    """The estimate of each input's best window: of the last few steps, as many as give the smallest bound."""
+    window = seen.windows[-1]
+    best = estimate(seen, window)
+    for older in reversed(seen.windows[:-1]):
+        window = window + older
+        best = best.or_better(estimate(seen, window))
     return best
 
 
-def _judge(seen: Seen, window: Window) -> Answer:
-    p = tuple(g / over_features(window.weight.to(g.dtype), g) for g in window.gradients)
-    point = tuple(d / over_features(window.weight.to(d.dtype), d) for d in window.points)
+def estimate(seen: Averages, window: Window) -> Estimate:
+    """The answer of one window and the parts of its residual."""
+    lengths, weight, steps = window.counts.unbind(1)
+    p, point = divide(window.gradients, weight), divide(window.points, weight)
     problem = seen.problem.tuned(p)
-    maps = p if problem.penalty is None else problem.penalty.prox(p)
-    y = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
+    maps, y = problem.image(p)
     # Variance of rho * S(p̄) per feature.
-    gain = tuple(torch.ones_like(a) for a in p) if problem.penalty is None else problem.penalty.gain(p, maps)
-    variance = tuple(
-        (q * c).double() * over_features(r.double().square() / (seen.sums[:, DIFFERENCES] * window.weight), q)
-        for c, q, r in zip(gain, seen.squares, problem.rho, strict=True)
+    per_feature = tuple(
+        [
+            (q * c).double() * over_features(r.double().square() / (seen.sums[:, DIFFERENCES] * weight), q)
+            for c, q, r in zip(problem.penalty.gain(p, maps), seen.squares, problem.rho, strict=True)
+        ]
     )
-    noise = _sums(variance)
-    gap = minus(point, y)
+    variance = total(per_feature)
+    gap = subtract(point, y)
     point2, y2 = inner(point, point), inner(y, y)
     # Noise alone spreads the points by (γ/ρ) times its variance in a step; a gradient is nearly linear over that.
-    rho = torch.stack([r.double() for r in problem.rho]).amax(0)
-    scatter = DAMPING / (1 + rho * seen.curvature) * noise * window.steps
-    return Answer(
+    scatter = DAMPING / (1 + problem.rho_of_input * seen.curvature) * variance * steps
+    return Estimate(
         point=point,
         gradient=p,
         maps=maps,
         displacement=y,
         rho=problem.rho,
-        eta=() if problem.penalty is None else problem.penalty.eta,
-        settled=inner(gap, gap),
-        spread=_ALLOWANCE**2 * (window.lengths / window.weight - point2 - scatter).clamp_min(0),
-        noise=noise,
-        most_noise=_upper(seen, noise, inner(variance, variance)),
-        size=torch.maximum(torch.maximum(point2, y2).sqrt(), residual_floor(problem, seen.at_zero)),
+        eta=problem.penalty.eta,
+        bias2=inner(gap, gap),
+        nonlinearity2=_ALLOWANCE**2 * (lengths / weight - point2 - scatter).clamp_min(0),
+        variance=variance,
+        variance_upper=variance_quantile(seen.sums, variance, inner(per_feature, per_feature)),
+        scale=torch.maximum(torch.maximum(point2, y2).sqrt(), problem.residual_floor(seen.at_zero)),
     )
 
 
-def _upper(seen: Seen, noise: Tensor, crossed: Tensor) -> Tensor:
-    """The 95 % quantile of ‖ρε̄‖², about noise·χ²_r/r: features that are noisy together count as one.
+def variance_quantile(sums: Tensor, variance: Tensor, crossed: Tensor) -> Tensor:
+    """The 95 % quantile of ‖ρε̄‖², about variance·χ²_r/r: features that are noisy together count as one.
 
-    r = 2·mean²/variance of the squared norms of the differences, at most what independent features would give. The χ²
-    by Wilson and Hilferty; that its scale is only known from the differences widens it as it does an F distribution.
+    r = 2·mean²/variance of the squared norms of the differences (Welch-Satterthwaite), at most what independent
+    features would give. The χ² by Wilson and Hilferty; that its scale is only known from the differences widens it as
+    it does an F distribution.
+
+    Args:
+        sums: float64 [B, 8], see ops.SUMS; the count of the differences, the sum of their squared norms and of the
+            squares of these are used.
+        variance: float64 [B], the mean of ‖ρε̄‖².
+        crossed: float64 [B], the sum of the squares of the features' variances.
     """
-    count, norms, norms2 = seen.sums[:, DIFFERENCES : DIFFERENCES + 3].unbind(1)
+    count, norms, norms2 = sums[:, DIFFERENCES : DIFFERENCES + 3].unbind(1)
     mean = norms / count
-    variance = (norms2 - count * mean.square()) / (count - 1)
-    tiny = torch.finfo(torch.float64).tiny
-    independent = noise.square() / crossed.clamp_min(tiny)
-    rank = torch.where(variance > 0, 2 * mean.square() / variance.clamp_min(tiny), independent)
+    spread = (norms2 - count * mean.square()) / (count - 1)
+    independent = variance.square() / crossed.clamp_min(_TINY)
+    rank = torch.where(spread > 0, 2 * mean.square() / spread.clamp_min(_TINY), independent)
     rank = torch.minimum(rank, independent).clamp_min(1)
     ninth = 2 / (9 * rank)
     quantile = (1 - ninth + _QUANTILE * ninth.sqrt()) ** 3
     # Successive differences share a gradient: three of them tell as much as two.
     freedom = (rank * count / 1.5).clamp_min(4)
-    return noise * quantile * freedom / (freedom - 2)
+    return variance * quantile * freedom / (freedom - 2)

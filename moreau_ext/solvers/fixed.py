@@ -1,56 +1,60 @@
-"""The loop that finds the displacement: init, step, stop -> Solution. The only place that iterates."""
+"""The proximal gradient method with a fixed number of steps and samples."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from ..capture.records import READ
-from ..capture.runner import Graphs, Steps
-from ..ops.layout import Tensors, over_features, squared_norm, states_like, take_rows
-from .batching import check_finite, filled, in_groups, progress_bar
-from .problem import Problem, objective, relative_residual, residual_floor
-from .samples import NoisyCopies
-from .solution import Solution, assemble, in_order, rows_of
+from ..capture.runner import Runner
+from ..ops.layout import Tensors, copy_into, divide, inner, over_features, rows_like, states_like, subtract
+from .base import State, Steps
+from .problem import Problem, relative_residual
+from .samples import MeanGradient, NoisyCopies
+from .solution import Answer
 
 # Steps between two looks at the residual: each look waits for the device once.
 _LOOK_EVERY = 10
 
 
 @dataclass
-class _Step:
-    """What a step reads and writes, in place: it may be captured."""
+class _Iterate:
+    """The record of tensors that a step changes in place."""
 
-    problem: Problem = field(metadata=READ)
+    problem: Problem
     copies: NoisyCopies
     rows: Tensors  # the first chunk of the copies, which a step leaves for the next one
     displacement: Tensors
-    before: Tensors  # the displacement at which the last step took its gradients
+    last: Tensors  # the displacement at which the last step took its gradients
     gradient: Tensors
-    total: Tensors | None
-    score: Tensor  # float64 [B], sum of the samples' scores at `before`
+    total: Tensors  # of what is averaged; () where nothing is
+    score: Tensor  # float64 [B], sum of the samples' scores at `last`
     statistics: Tensor
-    step_size: Tensors = field(metadata=READ)  # [B]
-    arrivals: Tensor = field(metadata=READ)  # for the kernels; zero between launches
+    step_size: Tensors  # [B]
+    arrivals: Tensor  # for the kernels; zero between launches
 
 
 @dataclass
-class _State:
-    """What the loop carries from look to look, for the inputs that are still in it."""
+class _Carried:
+    """The tensors that inputs take along when others leave the batch."""
 
-    step: _Step
-    where: Tensor  # [B] positions in the batch that came in
-    alive: Tensor  # [B]; the others are done, or fill up to a size that has a graph
+    displacement: Tensors
+    gradient: Tensors
+    total: Tensors
     floor: Tensor  # float64 [B], the floor of the relative residual's denominator
-    eta: Tensors | None  # as reported
-    averaged: int = 0
+    eta: Tensors  # as reported
+    steps: Tensor  # int64 [B]
+
+
+def _of_every_input(eta: Tensor, batch: int) -> Tensor:
+    """One η per input, also where a row of them serves all."""
+    return eta.expand(batch, *eta.shape[1:]) if eta.dim() > 1 else eta
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class ProximalGradient:
         average_last: steps whose p is averaged for the map.
         tol: an input leaves the batch once its relative residual is ≤ tol (looked at every 10 steps), and counts as
             converged. With fresh noise the residual includes the noise of m samples. 0 never stops early.
-        progress: show a progress bar over steps (needs tqdm).
+        progress: show a progress bar (needs tqdm).
 
     Raises:
         ValueError: a setting out of range.
@@ -129,235 +133,155 @@ class ProximalGradient:
         """Gradient evaluations per input, at most."""
         return self.num_samples * self.max_steps
 
-    def solve(self, problem: Problem, *, max_batch: int | None = None, graphs: Graphs | None = None) -> Solution:
-        """Solves a problem with at most ``max_batch`` noisy inputs in one forward pass.
+    @property
+    def rows(self) -> int:
+        return self.num_samples
 
-        Inputs are taken in groups of ``max_batch // num_samples``; where even one input's samples are too many, they
-        are made and summed in chunks. Results agree to the rounding of the model's passes. ``graphs``: captured steps
-        to replay, and to keep.
-
-        Raises:
-            ValueError: the model gave a gradient that is not finite; names the id of the input.
-        """
-        groups = 1 if max_batch is None else -(-problem.keys.shape[0] // max(1, max_batch // self.num_samples))
-        bar = progress_bar(self.max_steps * groups) if self.progress else None
-
-        try:
-            with (graphs or Graphs(False)).steps(problem.score.model, problem.keys.device) as steps:
-
-                def solve(some: Problem, rows: int | None) -> Solution:
-                    chunk = self.num_samples if rows is None else min(self.num_samples, rows)
-                    return self._solve(some, chunk, steps, bar)
-
-                return in_groups(problem, self.num_samples, max_batch, solve)
-        finally:
-            if bar is not None:
-                bar.close()
-
-    def _solve(self, problem: Problem, chunk: int, steps: Steps, bar: Any) -> Solution:
-        state = self._init(problem, chunk)
-        full = problem.keys.shape[0]
-        finished: list[tuple[Tensor, Solution]] = []
-        t = 0
-        while t < self.max_steps:
-            start, t = t, min((t // _LOOK_EVERY + 1) * _LOOK_EVERY, self.max_steps)
-            self._advance(state, start, t, steps)
-            if bar is not None:
-                bar.update(t - start)
-            last = t == self.max_steps
-            if not (last or self.tol > 0 or problem.tuning is not None):
-                continue
-            alive = state.alive.nonzero().squeeze(1)
-            step = state.step
-            check_finite(step.statistics[alive], step.score[alive], step.problem.ids[alive], t)
-            solution = self._result(state, t)
-            done = (state.alive if last else state.alive & solution.converged).nonzero().squeeze(1)
-            if len(done) == 0:
-                continue
-            finished.append((state.where[done], solution.take(done)))
-            if len(done) == len(alive):
-                if bar is not None:
-                    bar.update(self.max_steps - t)
-                break
-            state.alive = state.alive & ~solution.converged
-            state = self._compact(state, chunk, steps, full)
-        return in_order(finished)
-
-    def _init(self, problem: Problem, chunk: int) -> _State:
-        displacement = states_like(problem.inputs)
-        if problem.start is not None:
-            displacement = tuple(d.clone() for d in problem.start.displacement)
+    def init(self, problem: Problem, runner: Runner) -> State:
+        """All of p(0) is needed before the first shrinkage, where η is a fraction of η_max: it is taken here."""
+        start = problem.start
+        displacement = states_like(problem.inputs) if start is None else tuple([d.clone() for d in start.displacement])
+        copies = NoisyCopies(problem, self.num_samples, self.antithetic)
+        gradient, score = states_like(problem.inputs), torch.zeros_like(problem.value, dtype=torch.float64)
+        runner.repeat(MeanGradient.run, MeanGradient(copies, displacement, gradient, score), 1)
+        p = divide(gradient, torch.full_like(score, self.num_samples))
+        penalty, eta = problem.penalty.resolve(p)
+        problem = replace(problem, penalty=penalty).tuned(p)
         averages = self.average_last > 1 or self.average_of == "displacement"
-        return _State(
-            step=self._at(
-                problem,
-                chunk,
-                displacement=displacement,
-                gradient=states_like(problem.inputs),
-                total=states_like(problem.inputs) if averages else None,
-            ),
-            where=torch.arange(problem.keys.shape[0], device=problem.keys.device),
-            alive=torch.ones_like(problem.keys, dtype=torch.bool),
-            floor=problem.value.double() * 0,
-            eta=None,
+        carried = _Carried(
+            displacement=displacement,
+            gradient=gradient,
+            total=states_like(problem.inputs) if averages else (),
+            floor=torch.zeros_like(score),
+            eta=tuple([_of_every_input(e, problem.batch) for e in eta]),
+            steps=torch.zeros_like(problem.keys),
         )
+        state = self._state(problem, carried, copies)
+        state.iterate.score.copy_(score)
+        return state
 
-    def _at(
-        self,
-        problem: Problem,
-        chunk: int,
-        *,
-        displacement: Tensors,
-        gradient: Tensors,
-        total: Tensors | None,
-        number: Tensor | None = None,
-    ) -> _Step:
-        """Ready for a step from a displacement; ``number``: of the step in the noise bank, if not the first."""
-        copies = NoisyCopies(problem, self.num_samples, self.antithetic, chunk)
-        if number is not None:
-            copies.step.copy_(number)
-            copies.write(0, displacement)
-        batch = problem.keys.shape[0]
-        numbers = torch.zeros(batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
-        return _Step(
+    def resume(self, problem: Problem, carried: _Carried, last: State, samples: int) -> State:
+        """The next noisy copies are drawn again, the same bits."""
+        taken = last.evaluations // self.num_samples
+        copies = NoisyCopies(problem, self.num_samples, self.antithetic, taken if self.noise == "fresh" else 0)
+        state = self._state(problem, carried, copies)
+        state.level, state.evaluations = last.level, last.evaluations
+        for rows, drawn in zip(state.iterate.rows, copies.draw(0, carried.displacement), strict=True):
+            rows.copy_(drawn)
+        return state
+
+    def _state(self, problem: Problem, carried: _Carried, copies: NoisyCopies) -> State:
+        numbers = torch.zeros(problem.batch, len(ops.STATISTICS), dtype=torch.float64, device=problem.keys.device)
+        first = copies.chunks[0][1]
+        iterate = _Iterate(
             problem=problem,
             copies=copies,
-            rows=copies.rows(0),
-            displacement=displacement,
-            before=tuple(torch.empty_like(d) for d in displacement),
-            gradient=gradient,
-            total=total,
-            score=torch.zeros_like(numbers[:, 0]),
+            rows=tuple([rows_like(x, problem.batch * first) for x in problem.inputs]),
+            displacement=carried.displacement,
+            last=tuple([torch.empty_like(d) for d in carried.displacement]),
+            gradient=carried.gradient,
+            total=carried.total,
+            score=numbers[:, 0].clone(),
             statistics=numbers,
-            step_size=tuple(torch.full_like(r, self.step_size) for r in problem.rho),
-            arrivals=torch.zeros(batch, dtype=torch.int32, device=numbers.device),
+            step_size=tuple([torch.full_like(r, self.step_size) for r in problem.rho]),
+            arrivals=torch.zeros(problem.batch, dtype=torch.int32, device=numbers.device),
         )
+        return State(problem, iterate, carried, self.num_samples)
 
-    def _advance(self, state: _State, start: int, stop: int, steps: Steps) -> None:
-        """Steps ``start`` to ``stop`` - 1."""
-        averaging_from = self.max_steps - self.average_last
-        edges = {1, averaging_from}
-        for first, end in pairwise(sorted({start, stop} | {t for t in edges if start < t < stop})):
-            averaging = state.step.total is not None and first >= averaging_from
-            state.averaged += averaging * (end - first)
-            if first == 0:
-                self._first(state, averaging, steps)
-            else:
-                steps.run(
-                    partial(self._step, averaging=averaging),
-                    state.step,
-                    end - first,
-                    key=(self, averaging),
-                    elements=self.num_samples * sum(x.numel() for x in state.step.problem.inputs),
-                )
+    def schedule(self, state: State) -> Iterator[Steps]:
+        """Up to the next look at the residual, every ten steps; from ``averaging_from`` on, sums are kept."""
+        start = state.evaluations // self.num_samples
+        stop = min((start // _LOOK_EVERY + 1) * _LOOK_EVERY, self.max_steps)
+        averaging_from = max(0, self.max_steps - self.average_last)
+        edges = sorted({start, stop} | {t for t in (1, averaging_from) if start < t < stop})
+        for begin, end in pairwise(edges):
+            averaging = bool(state.carried.total) and begin >= averaging_from
+            if begin > 0:
+                yield Steps(self.step, end - begin, {"averaging": averaging})
+                continue
+            # Its gradients are there already; nothing is left that a capture could save.
+            self.step(state.iterate, averaging=averaging, first=True)
+            known = state.problem.start
+            squared = state.iterate.statistics[:, 3] if known is None else known.gradient2
+            state.carried.floor.copy_(state.problem.residual_floor(squared))
+        state.level += 1
+        state.carried.steps.fill_(stop)
+        state.evaluations = stop * self.num_samples
 
-    def _first(self, state: _State, averaging: bool, steps: Steps) -> None:
-        """Step 0. All of p(0) is needed before the first shrinkage, where eta is a fraction of eta_max."""
-        step, problem = state.step, state.step.problem
-        step.copies.total(step.displacement, step.gradient, step.score, steps)
-        if problem.penalty is not None:
-            p = tuple(g / self.num_samples for g in step.gradient)
-            penalty, state.eta = problem.penalty.resolve(p)
-            step.problem = replace(problem, penalty=penalty).tuned(p)
-        self._move(step, None, averaging)
-        at_zero = step.statistics[:, 3] if problem.start is None else problem.start.gradient2
-        state.floor = residual_floor(step.problem, at_zero)
+    def step(self, iterate: _Iterate, *, averaging: bool, first: bool = False) -> None:
+        """One fused step, δ⁺ = S_{γη}((1 − γ/ρ)·δ − γ·p), which draws the next noisy copies.
 
-    def _step(self, step: _Step, *, averaging: bool) -> None:
-        gradients = step.copies.chunked_gradients(step.displacement, step.gradient, step.score, drawn=True)
-        self._move(step, gradients, averaging)
+        After the last step nobody needs those, but it is a step like any other, and one of many.
 
-    def _move(self, step: _Step, gradients: Tensors | None, averaging: bool) -> None:
-        """The fused step, with the next noisy copies. After the last one nobody needs those, but it is a step like any
-        other, and one of many."""
-        copies, problem = step.copies, step.problem
+        Args:
+            iterate: changed in place.
+            averaging: add p, or δ⁺, to the total.
+            first: the sum of the gradients is there already.
+        """
+        copies, problem = iterate.copies, iterate.problem
+        gradients: Tensors = ()
+        if not first:
+            gradients = copies.gradients(iterate.displacement, iterate.gradient, iterate.score, iterate.rows)
         if self.noise == "fresh":
             copies.step += 1
-        statistics = []
-        for i, x in enumerate(problem.inputs):
-            step.before[i].copy_(step.displacement[i])
-            statistics.append(
-                ops.prox_step(
-                    None if gradients is None else gradients[i],
-                    step.gradient[i],
-                    step.displacement[i],
-                    count=self.num_samples,
-                    carry=gradients is None or len(copies.chunks) > 1,
-                    rho=problem.rho[i],
-                    step_size=step.step_size[i],
-                    eta=None if problem.penalty is None else problem.penalty.eta[i],
-                    groups=None if problem.penalty is None else problem.penalty.partition(i),
-                    total=step.total[i] if averaging and step.total is not None else None,
-                    total_of=self.average_of,
-                    x=x,
-                    noise=copies.noise(i, 0),
-                    out=step.rows[i],
-                    arrivals=step.arrivals,
-                )
+        copy_into(iterate.last, iterate.displacement)
+        statistics = [
+            ops.prox_step(
+                gradients[i] if gradients else None,
+                iterate.gradient[i],
+                iterate.displacement[i],
+                count=self.num_samples,
+                carry=first or len(copies.chunks) > 1,
+                rho=problem.rho[i],
+                step_size=iterate.step_size[i],
+                eta=problem.penalty.strength(i),
+                groups=problem.penalty.partition(i),
+                total=iterate.total[i] if averaging else None,
+                total_of=self.average_of,
+                x=x,
+                noise=copies.noise(i, 0),
+                out=iterate.rows[i],
+                arrivals=iterate.arrivals,
             )
-        step.statistics.copy_(statistics[0] if len(statistics) == 1 else torch.stack(statistics).sum(0))
+            for i, x in enumerate(problem.inputs)
+        ]
+        iterate.statistics.copy_(statistics[0] if len(statistics) == 1 else torch.stack(statistics).sum(0))
 
-    def _result(self, state: _State, steps: int) -> Solution:
-        """What the inputs in the loop would return now."""
-        step = state.step
-        problem, penalty, before = step.problem, step.problem.penalty, step.before
-        residual2, displacement2, image2 = step.statistics[:, 0], step.statistics[:, 1], step.statistics[:, 2]
-        mean: Tensors | None = None
-        if step.total is not None and state.averaged:
-            mean = tuple(total / state.averaged for total in step.total)
-        p = mean if mean is not None and self.average_of == "gradient" else tuple(g.clone() for g in step.gradient)
-        if self.average_of == "displacement" and mean is not None:
-            maps = tuple(0 - d / over_features(r, d) for d, r in zip(mean, problem.rho, strict=True))  # 0 - 0 is +0
+    def estimate(self, state: State, runner: Runner) -> Answer | None:
+        """The KKT residual of the last displacement, and the map of the averaged gradient."""
+        steps = state.evaluations // self.num_samples
+        if not (steps == self.max_steps or self.tol > 0 or state.problem.tuning is not None):
+            return None
+        iterate, problem = state.iterate, state.problem
+        averaged = steps - max(0, self.max_steps - self.average_last)
+        mean = tuple([t / averaged for t in iterate.total]) if averaged > 0 else ()
+        p = mean if mean and self.average_of == "gradient" else tuple([g.clone() for g in iterate.gradient])
+        squares = iterate.statistics[:, :3].unbind(1)
+        if mean and self.average_of == "displacement":
+            # 0 - 0 is +0.
             displacement = mean
+            maps = tuple([0 - d / over_features(r, d) for d, r in zip(mean, problem.rho, strict=True)])
         else:
             if problem.tuning is not None:
-                # The step knew the eta of the last look; what is reported is the problem that the map belongs to.
-                problem = step.problem = problem.tuned(p)
-                penalty = problem.penalty
-                residual2, displacement2, image2 = _squares(problem, before, step.gradient)
-            maps = p if penalty is None else penalty.prox(p)
-            displacement = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
-        return assemble(
-            problem,
-            eta=state.eta if problem.tuning is None or penalty is None else penalty.eta,
+                # The step used the eta of the last estimate; what is reported is the problem that the map belongs to.
+                problem.retune(p)
+                y = problem.image(iterate.gradient)[1]
+                gap = subtract(iterate.last, y)
+                squares = inner(gap, gap), inner(iterate.last, iterate.last), inner(y, y)
+            maps, displacement = problem.image(p)
+        residual = squares[0].sqrt()
+        tuned = problem.tuning is not None
+        return Answer(
+            rho=problem.rho,
+            eta=tuple([e.clone() for e in problem.penalty.eta]) if tuned else state.carried.eta,
             maps=maps,
             displacement=displacement,
             gradient=p,
-            envelope=objective(problem, before, step.score / self.num_samples),
-            residual=residual2.sqrt(),
-            relative_residual=relative_residual(residual2.sqrt(), (displacement2, image2), state.floor),
-            steps=steps,
-            evaluations=steps * self.num_samples,
-            tol=self.tol,
+            envelope=problem.objective(iterate.last, iterate.score / self.num_samples),
+            residual=residual,
+            relative_residual=relative_residual(residual, squares[1:], state.carried.floor),
         )
 
-    def _compact(self, state: _State, chunk: int, steps: Steps, full: int) -> _State:
-        """The state without the inputs that are done, or with few of them; the next noisy copies are drawn again, the
-        same bits."""
-        step, batch = state.step, state.where.shape[0]
-        keep, left = filled(state.alive, steps, full, self.num_samples * sum(x[0].numel() for x in step.problem.inputs))
-        if len(keep) == batch:
-            return state
-        return _State(
-            step=self._at(
-                step.problem.take(keep),
-                chunk,
-                displacement=tuple(take_rows(d, keep) for d in step.displacement),
-                gradient=tuple(take_rows(g, keep) for g in step.gradient),
-                total=None if step.total is None else tuple(take_rows(x, keep) for x in step.total),
-                number=step.copies.step,
-            ),
-            where=state.where[keep],
-            alive=torch.arange(len(keep), device=keep.device) < left,
-            floor=state.floor[keep],
-            eta=None if state.eta is None else tuple(rows_of(e, batch)[keep] for e in state.eta),
-            averaged=state.averaged,
-        )
-
-
-def _squares(problem: Problem, displacement: Tensors, gradient: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """‖δ − y‖², ‖δ‖² and ‖y‖² of a displacement and the gradient there, y = −ρ·S_η(p); float64 [B]."""
-    maps = gradient if problem.penalty is None else problem.penalty.prox(gradient)
-    image = tuple(-over_features(r, a) * a for a, r in zip(maps, problem.rho, strict=True))
-    gap = tuple(d - y for d, y in zip(displacement, image, strict=True))
-    return squared_norm(gap), squared_norm(displacement), squared_norm(image)
+    def next(self, state: State, answer: Answer | None) -> Tensor:
+        more = torch.full_like(state.problem.keys, self.num_samples * (state.evaluations < self.gradients))
+        return more if answer is None else torch.where(answer.relative_residual <= self.tol, 0, more)

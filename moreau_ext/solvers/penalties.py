@@ -5,6 +5,7 @@ Small frozen records over a tuple of tensors [B, *features]; one η per input, s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -71,6 +72,10 @@ class Penalty(ABC):
         at = distance.argmin(dim=1, keepdim=True)  # the first: the smaller support
         return ((padded.gather(1, at) + padded.gather(1, at + 1)) / 2).squeeze(1).where(at.squeeze(1) < count, 0)
 
+    def strength(self, tensor: int) -> Tensor | None:
+        """η of one tensor; None without a penalty."""
+        return self.eta[tensor]
+
     def partition(self, tensor: int) -> Partition | None:
         """The groups of one tensor, where there are groups."""
         return None
@@ -97,6 +102,43 @@ class Penalty(ABC):
 
 
 @dataclass(frozen=True)
+class NoPenalty(Penalty):
+    """Ω = 0: the identity as proximal map, and every feature in the map."""
+
+    eta: Tensors = ()
+
+    def strength(self, tensor: int) -> Tensor | None:
+        return None
+
+    def value(self, displacement: Tensors) -> Tensor:
+        return torch.zeros(displacement[0].shape[0], dtype=torch.float64, device=displacement[0].device)
+
+    def prox(self, v: Tensors, step: Tensor | None = None) -> Tensors:
+        return v
+
+    def count(self, like: Tensors) -> Tensor:
+        return _feature_count(like)
+
+    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
+        return tuple([torch.ones_like(p) for p in gradient])
+
+    def magnitudes(self, gradient: Tensors) -> Tensor:
+        return _absolute(gradient)
+
+    def resolve(self, gradient: Tensors) -> tuple[Penalty, Tensors]:
+        return self, ()
+
+
+def _feature_count(like: Tensors) -> Tensor:
+    features = sum(math.prod(x.shape[1:]) for x in like)
+    return torch.full((like[0].shape[0],), features, device=like[0].device)
+
+
+def _absolute(tensors: Tensors) -> Tensor:
+    return torch.cat([flat_rows(t).abs() for t in tensors], dim=1)
+
+
+@dataclass(frozen=True)
 class L1(Penalty):
     """η‖δ‖₁, or Σ_i η_i|δ_i| with one η per feature. Prox: soft-thresholding; η_max = ‖p(0)‖_∞.
 
@@ -120,14 +162,13 @@ class L1(Penalty):
         )
 
     def count(self, like: Tensors) -> Tensor:
-        features = sum(flat_rows(x[:1]).shape[1] for x in like)
-        return torch.full((like[0].shape[0],), features, device=like[0].device)
+        return _feature_count(like)
 
     def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
         return tuple((a != 0).to(p.dtype) for a, p in zip(maps, gradient, strict=True))
 
     def magnitudes(self, gradient: Tensors) -> Tensor:
-        return torch.cat([flat_rows(g).abs() for g in gradient], dim=1)
+        return _absolute(gradient)
 
 
 @dataclass(frozen=True)

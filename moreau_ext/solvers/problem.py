@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ..model.memory import PassRunner
 from ..model.score import Score
-from ..ops.layout import Tensors, flat_rows, squared_norm, take_rows
-from .penalties import Penalty
+from ..ops.layout import Tensors, copy_into, flat_rows, inner, over_features
+from .penalties import NoPenalty, Penalty
 
 # The floor of the relative residual's denominator, as a fraction of rho*||p(0)||: where the solution is zero, the plain
 # ratio would stay at 1 until the last zero is exact.
@@ -34,10 +36,6 @@ class Tuning:
     support: Tensor | None = None
     radius: Tensor | None = None
 
-    def take(self, index: Tensor) -> Tuning:
-        """The tuning of some of the inputs."""
-        return Tuning(*(None if t is None else t[index] for t in (self.support, self.radius)))
-
 
 @dataclass(frozen=True)
 class Start:
@@ -50,10 +48,6 @@ class Start:
 
     displacement: Tensors
     gradient2: Tensor
-
-    def take(self, index: Tensor) -> Start:
-        """The start of some of the inputs."""
-        return Start(tuple(take_rows(d, index) for d in self.displacement), self.gradient2[index])
 
 
 @dataclass(frozen=True)
@@ -68,9 +62,10 @@ class Problem:
         keys: int64 [B], the noise bank's keys.
         sigma: σ per tensor, state dtype [B].
         rho: ρ, per tensor, state dtype [B].
-        penalty: η·Ω, or None.
+        penalty: η·Ω.
         tuning: what η and ρ follow, or None where they are as given.
         start: where to begin, or None for δ = 0; then the penalty is absolute.
+        passes: runs the passes of the model; owned by the call.
     """
 
     inputs: Tensors
@@ -80,63 +75,78 @@ class Problem:
     keys: Tensor
     sigma: Tensors
     rho: Tensors
-    penalty: Penalty | None
+    penalty: Penalty = field(default_factory=NoPenalty)
     tuning: Tuning | None = None
     start: Start | None = None
+    passes: PassRunner = field(default_factory=PassRunner, compare=False, repr=False)
 
-    def take(self, index: Tensor) -> Problem:
-        """The problem of some of the inputs."""
-        return Problem(
-            inputs=tuple(take_rows(x, index) for x in self.inputs),
-            score=self.score.take(index),
-            value=self.value[index],
-            ids=self.ids[index],
-            keys=self.keys[index],
-            sigma=tuple(s[index] for s in self.sigma),
-            rho=tuple(r[index] for r in self.rho),
-            penalty=None if self.penalty is None else self.penalty.take(index),
-            tuning=None if self.tuning is None else self.tuning.take(index),
-            start=None if self.start is None else self.start.take(index),
-        )
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.keys.shape[0]
+
+    @property
+    def features(self) -> int:
+        """Features of an input, of all its tensors."""
+        return sum(math.prod(x.shape[1:]) for x in self.inputs)
+
+    @property
+    def rho_of_input(self) -> Tensor:
+        """ρ, float64 [B]."""
+        return torch.stack([r.double() for r in self.rho]).amax(0)
+
+    def image(self, gradient: Tensors) -> tuple[Tensors, Tensors]:
+        """(A, y) of a mean gradient p: the map A = S_η(p) and the KKT image y = −ρ·A, which is δ* where p is p(δ*)."""
+        maps = self.penalty.prox(gradient)
+        return maps, tuple(-over_features(r, a) * a for a, r in zip(maps, self.rho, strict=True))
+
+    def objective(self, displacement: Tensors, score: Tensor) -> Tensor:
+        """H = f_σ(x+δ) + ‖δ‖²/(2ρ) + η·Ω(δ), float64 [B], given f_σ(x+δ)."""
+        pull = [
+            flat_rows(d).double().square().sum(1) / (2 * r.double())
+            for d, r in zip(displacement, self.rho, strict=True)
+        ]
+        return score + torch.stack(pull).sum(0) + self.penalty.value(displacement)
+
+    def residual_floor(self, gradient2: Tensor) -> Tensor:
+        """10⁻³·ρ·‖p(0)‖, float64 [B], from ‖p(0)‖²: the least denominator of a relative residual."""
+        return _FLOOR * self.rho_of_input * gradient2.sqrt()
 
     def tuned(self, gradient: Tensors) -> Problem:
         """The problem with the η and ρ that follow from p, where they follow anything."""
         if self.tuning is None:
             return self
         problem, penalty = self, self.penalty
-        if self.tuning.support is not None and penalty is not None:
+        if self.tuning.support is not None:
             eta = penalty.threshold(gradient, self.tuning.support)
-            penalty = replace(penalty, eta=tuple(eta.to(r.dtype) for r in self.rho))
+            penalty = replace(penalty, eta=tuple([eta.to(r.dtype) for r in self.rho]))
             problem = replace(problem, penalty=penalty)
         if self.tuning.radius is not None:
-            maps = gradient if penalty is None else penalty.prox(gradient)
-            length = squared_norm(maps).sqrt()
+            maps = penalty.prox(gradient)
+            length = inner(maps, maps).sqrt()
             # A map of zeros cannot be made longer: it keeps the rho it has.
-            problem = replace(
-                problem,
-                rho=tuple(
-                    torch.where(length > 0, self.tuning.radius / length.clamp_min(_TINY), r).to(r.dtype)
-                    for r in self.rho
-                ),
-            )
+            rho = [
+                torch.where(length > 0, self.tuning.radius / length.clamp_min(_TINY), r).to(r.dtype) for r in self.rho
+            ]
+            problem = replace(problem, rho=tuple(rho))
         return problem
 
+    def retune(self, gradient: Tensors) -> None:
+        """The same in place, for a problem whose η and ρ belong to the solver."""
+        tuned = self.tuned(gradient)
+        copy_into(self.rho, tuned.rho)
+        if self.tuning is not None and self.tuning.support is not None:
+            copy_into(self.penalty.eta, tuned.penalty.eta)
 
-def objective(problem: Problem, displacement: Tensors, score: Tensor) -> Tensor:
-    """H = f_σ(x+δ) + ‖δ‖²/(2ρ) + η·Ω(δ), float64 [B], given f_σ(x+δ)."""
-    pull = [
-        flat_rows(d).double().square().sum(1) / (2 * r.double()) for d, r in zip(displacement, problem.rho, strict=True)
-    ]
-    value = score + torch.stack(pull).sum(0)
-    return value if problem.penalty is None else value + problem.penalty.value(displacement)
+    def own_settings(self) -> Problem:
+        """The problem with copies of the η and ρ that :meth:`retune` writes."""
+        if self.tuning is None:
+            return self
+        eta = tuple([e.clone() for e in self.penalty.eta])
+        return replace(self, rho=tuple([r.clone() for r in self.rho]), penalty=replace(self.penalty, eta=eta))
 
 
 def relative_residual(residual: Tensor, squares: tuple[Tensor, ...], floor: Tensor) -> Tensor:
     """residual / max(norms, floor), given the norms' squares; 0/0 is a score that is flat here, solved by δ = 0."""
     denominator = torch.maximum(torch.stack(squares).amax(0).sqrt(), floor)
     return torch.where(residual == 0, 0.0, residual / denominator)
-
-
-def residual_floor(problem: Problem, gradient2: Tensor) -> Tensor:
-    """10⁻³·ρ·‖p(0)‖, float64 [B], from ‖p(0)‖²."""
-    return _FLOOR * torch.stack([r.double() for r in problem.rho]).amax(0) * gradient2.sqrt()

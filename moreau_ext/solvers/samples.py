@@ -1,15 +1,14 @@
-"""Noisy copies of the inputs and the gradients there."""
+"""Noisy copies of the inputs, and the gradients there."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..capture.records import READ, SCRATCH
-from ..capture.runner import Steps
+from ..model.memory import PassRunner
 from ..model.score import Score
 from ..ops.layout import Tensors, like_layout, rows_like
 from ..ops.noise import Noise
@@ -18,86 +17,107 @@ from .problem import Problem
 
 @dataclass(init=False)
 class NoisyCopies:
-    """The noisy rows of a problem at a displacement, made chunk by chunk in buffers that are used again."""
+    """The noisy copies x + δ + σ·z of a problem's inputs, drawn chunk by chunk.
 
-    inputs: Tensors = field(metadata=READ)
-    chunks: list[tuple[int, int]]  # (first sample, samples)
+    Args:
+        problem: the inputs.
+        num_samples: copies of each input.
+        antithetic: sample 2k + 1 is minus sample 2k.
+        step: of the noise bank, with which the first copies are drawn.
+
+    Attributes:
+        inputs: x.
+        passes: runs the passes of the model.
+        step: int64 [1], the step of the noise bank; advanced in place.
+        chunks: (first sample, samples) of each pass.
+    """
+
+    inputs: Tensors
+    passes: PassRunner
     step: Tensor
-    _noise: list[Noise] = field(metadata=READ)
-    _scores: dict[int, Score] = field(metadata=READ)
-    _rows: dict[int, Tensors] = field(metadata=SCRATCH)
+    chunks: list[tuple[int, int]]
+    _noise: list[Noise]
+    _scores: dict[int, Score]
 
-    def __init__(self, problem: Problem, num_samples: int, antithetic: bool, chunk: int) -> None:
-        self.inputs = problem.inputs
+    def __init__(self, problem: Problem, num_samples: int, antithetic: bool, step: int = 0) -> None:
+        batch, device = problem.keys.shape[0], problem.keys.device
+        # Every input has an equal share of the rows of a pass.
+        chunk = (
+            num_samples
+            if problem.passes.max_rows is None
+            else min(num_samples, max(1, problem.passes.max_rows // batch))
+        )
         self.chunks = [(start, min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
-        self.step = torch.zeros(1, dtype=torch.int64, device=problem.keys.device)
+        self.step = torch.full((1,), step, dtype=torch.int64, device=device)
+        self.inputs, self.passes = problem.inputs, problem.passes
         self._noise = []
         offset = 0
         for x, sigma in zip(problem.inputs, problem.sigma, strict=True):
             self._noise.append(Noise(problem.keys, self.step, sigma, num_samples, antithetic, offset))
             offset += x[:1].numel()
-        batch = problem.keys.shape[0]
-        row = torch.arange(batch, device=problem.keys.device)
+        row = torch.arange(batch, device=device)
         self._scores = {size: problem.score.take(row.repeat_interleave(size)) for _, size in self.chunks}
-        self._rows = {size: tuple(rows_like(x, batch * size) for x in problem.inputs) for _, size in self.chunks}
 
     def noise(self, tensor: int, chunk: int) -> Noise:
+        """The noise of one chunk for one tensor of the inputs."""
         return self._noise[tensor].chunk(*self.chunks[chunk])
 
-    def rows(self, chunk: int) -> Tensors:
-        return self._rows[self.chunks[chunk][1]]
+    def draw(self, chunk: int, displacement: Tensors | None) -> Tensors:
+        """The copies of a chunk, [B·samples, *features]."""
+        drawn = []
+        for i, x in enumerate(self.inputs):
+            out = rows_like(x, x.shape[0] * self.chunks[chunk][1])
+            ops.perturb(x, None if displacement is None else displacement[i], self.noise(i, chunk), out=out)
+            drawn.append(out)
+        return tuple(drawn)
 
-    def write(self, chunk: int, displacement: Tensors | None) -> None:
-        """Draws a chunk of noisy copies into its buffer."""
-        for i, (x, out) in enumerate(zip(self.inputs, self.rows(chunk), strict=True)):
-            d = None if displacement is None else displacement[i]
-            ops.perturb(x, d, self.noise(i, chunk), out=out)
-
-    def gradient(self, chunk: int) -> tuple[Tensor, Tensors]:
-        """Scores [B, samples] and gradients at what the buffer of a chunk holds."""
-        rows = self.rows(chunk)
+    def gradient(self, chunk: int, rows: Tensors) -> tuple[Tensor, Tensors]:
+        """Scores [B, samples] and gradients at the copies of a chunk, laid out as these."""
         size = self.chunks[chunk][1]
-        scores, gradients = self._scores[size].gradient(rows)
-        return scores.view(-1, size), tuple(like_layout(g, x) for g, x in zip(gradients, rows, strict=True))
+        scores, found = self.passes.gradient(self._scores[size], rows)
+        return scores.view(-1, size), tuple([like_layout(g, x) for g, x in zip(found, rows, strict=True)])
 
-    def chunked_gradients(
-        self, displacement: Tensors | None, into: Tensors, score: Tensor, *, drawn: bool = False
+    def gradients(
+        self, displacement: Tensors | None, into: Tensors, score: Tensor, first: Tensors | None = None
     ) -> Tensors:
-        """The gradients of the last chunk at a displacement; the sum of those of the chunks before it is written
-        ``into`` tensors of the state dtype, the sum of all scores into ``score``, float64 [B]. ``drawn``: the buffer of
-        the first chunk holds its noisy copies already."""
+        """The gradients of the last chunk at a displacement.
+
+        Args:
+            displacement: δ; None for 0.
+            into: state dtype; the sum of the gradients of the chunks before the last is written here.
+            score: float64 [B]; the sum of all scores is written here.
+            first: the copies of the first chunk, where they are drawn already.
+        """
         last = len(self.chunks) - 1
-        for c in range(last + 1):
-            if c or not drawn:
-                self.write(c, displacement)
-            scores, gradients = self.gradient(c)
-            if c == 0:
+        for chunk in range(last + 1):
+            rows = first if first is not None and chunk == 0 else self.draw(chunk, displacement)
+            scores, gradients = self.gradient(chunk, rows)
+            if chunk == 0:
                 torch.sum(scores, 1, dtype=torch.float64, out=score)
             else:
                 score += scores.sum(1, dtype=torch.float64)
-            if c == last:
-                break
-            for g, sum_of in zip(gradients, into, strict=True):
-                ops.accumulate(g, sum_of, carry=c > 0)
+            if chunk < last:
+                for g, total in zip(gradients, into, strict=True):
+                    ops.accumulate(g, total, carry=chunk > 0)
         return gradients
 
-    def total(self, displacement: Tensors | None, into: Tensors, score: Tensor, steps: Steps) -> None:
-        """The same with all gradients in the sum."""
-        samples = sum(size for _, size in self.chunks)
-        elements = samples * sum(x.numel() for x in self.inputs)
-        steps.run(_Total.form, _Total(self, displacement, into, score), 1, key=samples, elements=elements)
+    def total(self, displacement: Tensors | None, into: Tensors, score: Tensor) -> None:
+        """The sum of the gradients of all chunks, ``into`` tensors of the state dtype; see :meth:`gradients`."""
+        for g, total in zip(self.gradients(displacement, into, score), into, strict=True):
+            ops.accumulate(g, total, carry=len(self.chunks) > 1)
 
 
 @dataclass
-class _Total:
-    """A sum of gradients at a displacement, in place: it may be captured."""
+class MeanGradient:
+    """The mean gradient at one displacement, in place: it may be captured.
+
+    ``run`` writes the sum of the gradients to ``gradient`` and that of the scores, float64 [B], to ``score``.
+    """
 
     copies: NoisyCopies
-    displacement: Tensors | None = field(metadata=READ)
-    into: Tensors
+    displacement: Tensors | None
+    gradient: Tensors
     score: Tensor
 
-    def form(self) -> None:
-        gradients = self.copies.chunked_gradients(self.displacement, self.into, self.score)
-        for g, sum_of in zip(gradients, self.into, strict=True):
-            ops.accumulate(g, sum_of, carry=len(self.copies.chunks) > 1)
+    def run(self) -> None:
+        self.copies.total(self.displacement, self.gradient, self.score)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.layout import Tensors, flat_rows
+from ..ops.layout import Tensors, flat_rows, join, take
 from .problem import Problem
 
 
@@ -60,70 +60,60 @@ class Solution:
 
     @staticmethod
     def concatenate(parts: Iterable[Solution]) -> Solution:
-        """One solution of many, in their order; every field over features must be a tuple of tensors."""
-        parts = list(parts)
-
-        def join(values: list[Any]) -> Any:
-            if isinstance(values[0], tuple):
-                return tuple(join(list(column)) for column in zip(*values, strict=True))
-            return torch.cat(values)
-
-        return Solution(**{f.name: join([getattr(p, f.name) for p in parts]) for f in fields(Solution)})
+        """One solution of many, in their order."""
+        whole: Solution = join(list(parts))
+        return whole
 
     def take(self, index: Tensor) -> Solution:
         """The solution of some of the inputs."""
-
-        def pick(value: Any) -> Any:
-            return tuple(pick(v) for v in value) if isinstance(value, tuple) else value[index]
-
-        return Solution(**{f.name: pick(getattr(self, f.name)) for f in fields(Solution)})
+        return replace(self, **{f.name: take(getattr(self, f.name), index) for f in fields(self)})
 
 
-def assemble(
-    problem: Problem,
-    *,
-    eta: Tensors | None,
-    maps: Tensors,
-    displacement: Tensors,
-    gradient: Tensors,
-    envelope: Tensor,
-    residual: Tensor,
-    relative_residual: Tensor,
-    steps: int | Tensor,
-    evaluations: int,
-    tol: float,
-) -> Solution:
-    """The Solution of what a solver found, with what follows from it."""
-    attribution = tuple(a.to(x.dtype) for a, x in zip(maps, problem.inputs, strict=True))
+@dataclass
+class Answer:
+    """An answer to a problem, per input.
+
+    Args:
+        rho, eta: of the problem that is answered, per tensor; η as reported, () without a penalty.
+        maps: A = S_η(p), state dtype.
+        displacement: the answer for δ*.
+        gradient: p.
+        envelope: H, float64 [B].
+        residual, relative_residual: float64 [B].
+    """
+
+    rho: Tensors
+    eta: Tensors
+    maps: Tensors
+    displacement: Tensors
+    gradient: Tensors
+    envelope: Tensor
+    residual: Tensor
+    relative_residual: Tensor
+
+
+def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, evaluations: int, tol: float) -> Solution:
+    """The Solution of an answer, with what follows from it."""
+    attribution = tuple([a.to(x.dtype) for a, x in zip(answer.maps, problem.inputs, strict=True)])
     nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
     ones = torch.ones_like(nnz)
-    none = tuple(torch.zeros_like(r) for r in problem.rho)
+    eta = answer.eta or tuple([torch.zeros_like(r) for r in answer.rho])
     return Solution(
         attribution=attribution,
-        displacement=displacement,
-        envelope=envelope,
-        envelope_gradient=gradient,
+        displacement=answer.displacement,
+        envelope=answer.envelope,
+        envelope_gradient=answer.gradient,
         score=problem.value,
-        residual=residual,
-        relative_residual=relative_residual,
+        residual=answer.residual,
+        relative_residual=answer.relative_residual,
         steps=ones * steps,
         gradient_evaluations=ones * evaluations,
-        converged=relative_residual <= tol,
+        converged=answer.relative_residual <= tol,
         nnz=nnz,
-        support=nnz if problem.penalty is None else (problem.penalty.magnitudes(maps) > 0).sum(1),
+        support=(problem.penalty.magnitudes(answer.maps) > 0).sum(1),
         empty=nnz == 0,
-        eta=none if eta is None else tuple(rows_of(e, nnz.shape[0]) for e in eta),
-        rho=problem.rho[0],
+        # One eta per input, also where a row of them serves all.
+        eta=tuple([e.expand(problem.batch, *e.shape[1:]) if e.dim() > 1 else e for e in eta]),
+        rho=answer.rho[0],
         sigma=problem.sigma,
     )
-
-
-def in_order(parts: list[tuple[Tensor, Solution]]) -> Solution:
-    """Solutions of inputs that were done at different times, by their place in the batch."""
-    whole = Solution.concatenate(solution for _, solution in parts)
-    return whole.take(torch.cat([where for where, _ in parts]).argsort())
-
-
-def rows_of(eta: Tensor, batch: int) -> Tensor:
-    """One eta per input, also where a row of them serves all."""
-    return eta.expand(batch, *eta.shape[1:]) if eta.dim() > 1 else eta

@@ -1,0 +1,80 @@
+"""The protocol of a solver: init, schedule, step, estimate, next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..capture.runner import Runner
+from .problem import Problem
+from .solution import Answer
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Equal steps, one after the other.
+
+    Args:
+        step: changes the tensors of the iterate in place.
+        times: how often.
+        options: keyword arguments of ``step``.
+    """
+
+    step: Callable[..., None]
+    times: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """Where a solver is, for some inputs at one level; solvers add to it.
+
+    Args:
+        problem: of these inputs, with η and ρ as they are now.
+        iterate: the record of tensors that a step changes in place; it may be captured.
+        carried: the tensors [B, ...] that inputs take along from level to level, among them ``steps``, int64 [B].
+        samples: noisy copies per input and step.
+        level: number of levels done.
+        evaluations: gradients taken of each input.
+    """
+
+    problem: Problem
+    iterate: Any
+    carried: Any
+    samples: int
+    level: int = 0
+    evaluations: int = 0
+
+
+class Solver(Protocol):
+    """What :func:`moreau_ext.solvers.loop.solve` asks of a solver; a frozen record of settings."""
+
+    @property
+    def tol(self) -> float:
+        """An input leaves once its relative residual is ≤ tol."""
+
+    @property
+    def progress(self) -> bool:
+        """Whether to show a progress bar."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of one input in a pass, from which the size of a group of inputs follows."""
+
+    def init(self, problem: Problem, runner: Runner) -> State:
+        """The state at the start."""
+
+    def schedule(self, state: State) -> Iterator[Steps]:
+        """The steps of one level. Code between two ``yield`` runs between the steps."""
+
+    def estimate(self, state: State, runner: Runner) -> Answer | None:
+        """What the inputs would return now; None where it is too early to tell."""
+
+    def next(self, state: State, answer: Answer | None) -> Tensor:
+        """Samples per step of each input's next level, int64 [B]; 0: done."""
+
+    def resume(self, problem: Problem, carried: Any, last: State, samples: int) -> State:
+        """The state of some inputs at their next level. ``last``: a state that some of them come from."""
