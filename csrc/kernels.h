@@ -39,7 +39,7 @@ struct Groups {
   const int32_t* labels;   // [rows, features], group of each memory offset
   const void* weights;     // state_t [rows, count]
   int64_t count;
-  bool per_input;          // rows == batch, else one row serves every input
+  bool per_input;  // rows == batch, else one row serves every input
 };
 
 // noisy[b, k] = x[b] + displacement[b] + sigma[b] * z(b, k)
@@ -49,7 +49,7 @@ struct Perturb {
   const void* x;             // T [batch, features]
   const void* displacement;  // state_t, or null for zero
   Noise noise;
-  void* noisy;               // T [batch, noise.samples, features]
+  void* noisy;  // T [batch, noise.samples, features]
 };
 
 // sum[b] (+)= sum_k gradients[b, k], added in the order of k, so that chunking does not change it
@@ -58,8 +58,8 @@ struct Accumulate {
   Extents extents;
   const void* gradients;  // T [batch, samples, features]
   int64_t samples;
-  void* sum;              // state_t [batch, features]
-  bool carry;             // add to what is there, else overwrite
+  void* sum;   // state_t [batch, features]
+  bool carry;  // add to what is there, else overwrite
 };
 
 // norms[b, g] = ||v[b, members of g]||_2, summed in float64
@@ -82,28 +82,28 @@ constexpr int kStatistics = 5;
 struct ProxStep {
   Dtype dtype;
   Extents extents;
-  const void* gradients;     // T [batch, samples, features]; null when samples == 0
+  const void* gradients;  // T [batch, samples, features]; null when samples == 0
   int64_t samples;
-  int64_t count;             // the sum is divided by this to give p
-  bool carry;                // `gradient` holds the sum of earlier chunks
-  void* gradient;            // state_t: the sum so far on entry (carry), p on return
-  void* displacement;        // state_t, updated in place
-  void* total;               // state_t running sum of p or of the new displacement
+  int64_t count;       // the sum is divided by this to give p
+  bool carry;          // `gradient` holds the sum of earlier chunks
+  void* gradient;      // state_t: the sum so far on entry (carry), p on return
+  void* displacement;  // state_t, updated in place
+  void* total;         // state_t running sum of p or of the new displacement
   Total total_of;
-  const void* rho;           // state_t [batch]
-  const void* step_size;     // state_t [batch]
+  const void* rho;        // state_t [batch]
+  const void* step_size;  // state_t [batch]
   Penalty penalty;
-  const void* eta;           // state_t; indexed by input * eta_input + offset * eta_feature
+  const void* eta;  // state_t; indexed by input * eta_input + offset * eta_feature
   int64_t eta_input;
   int64_t eta_feature;
   Groups groups;
-  const void* x;             // T, read only when noisy copies are written
-  Noise noise;               // samples == 0: no noisy copies
-  void* noisy;               // T [batch, noise.samples, features]
-  double* statistics;        // [batch, kStatistics]
-  double* partials;          // scratch [batch, prox_step_partials(...), kStatistics]
-  void* factors;             // scratch state_t [batch, count, 2] for groups
-  int32_t* arrivals;         // scratch [batch], zero on entry and on return; CUDA only
+  const void* x;       // T, read only when noisy copies are written
+  Noise noise;         // samples == 0: no noisy copies
+  void* noisy;         // T [batch, noise.samples, features]
+  double* statistics;  // [batch, kStatistics]
+  double* partials;    // scratch [batch, prox_step_partials(...), kStatistics]
+  void* factors;       // scratch state_t [batch, count, 2] for groups
+  int32_t* arrivals;   // scratch [batch], zero on entry and on return; CUDA only
 };
 
 // What a momentum step multiplies and adds up per input, float64: see PRODUCTS and SUMS of moreau_ext/ops/reference.py.
@@ -129,8 +129,8 @@ struct Momentum {
   const void* gradient;
   void* last_gradient;
   void* change;
-  void* squares;             // null: not summed
-  void* points;              // null: not summed, nor gradients
+  void* squares;  // null: not summed
+  void* points;   // null: not summed, nor gradients
   void* gradients;
   double* products;          // [batch, kProducts]: momentum_products writes, momentum_update reads
   double* sums;              // [batch, kSums]; null for all tensors of a tuple but one
@@ -138,8 +138,8 @@ struct Momentum {
   double samples;
   double momentum;
   bool first;
-  double* partials;          // scratch [batch, momentum_partials(...), kProducts]
-  int32_t* arrivals;         // scratch [batch], zero on entry and on return; CUDA only
+  double* partials;   // scratch [batch, momentum_partials(...), kProducts]
+  int32_t* arrivals;  // scratch [batch], zero on entry and on return; CUDA only
 };
 
 namespace cpu {

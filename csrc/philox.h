@@ -91,7 +91,8 @@ MOREAU_HD void cos_sin<float>(uint32_t k, float& c, float& s) {
   const float sine =
       a * (1.0f + a2 * (-0.166666667f + a2 * (8.33333333e-3f + a2 * (-1.98412698e-4f + a2 * 2.75573192e-6f))));
   const float cosine =
-      1.0f + a2 * (-0.5f + a2 * (4.16666667e-2f + a2 * (-1.38888889e-3f + a2 * (2.48015873e-5f - a2 * 2.75573192e-7f))));
+      1.0f +
+      a2 * (-0.5f + a2 * (4.16666667e-2f + a2 * (-1.38888889e-3f + a2 * (2.48015873e-5f - a2 * 2.75573192e-7f))));
   const float x = quarter & 1u ? sine : cosine, y = quarter & 1u ? cosine : sine;
   c = ((quarter + 1u) & 2u) ? -x : x;
   s = (quarter & 2u) ? -y : y;

@@ -12,29 +12,29 @@ namespace moreau::cpu {
 namespace {
 
 // Even and odd counters run side by side and are packed into 32-bit lanes at the end.
-#define MOREAU_PHILOX(NAME, TARGET, WIDTH, MULTIPLY)                                                                \
-  __attribute__((target(TARGET))) void NAME(uint32_t* words, int64_t batches, uint64_t key, uint64_t first,         \
-                                            uint32_t sample, uint32_t step) {                                      \
-    typedef uint64_t V __attribute__((vector_size(8 * WIDTH)));                                                     \
-    V iota;                                                                                                         \
-    for (int i = 0; i < WIDTH; ++i) iota[i] = 2 * uint64_t(i);                                                      \
-    const V m0 = iota * 0 + 0xD2511F53u, m1 = iota * 0 + 0xCD9E8D57u;                                               \
-    for (int64_t at = 0; at < batches * kBatch; at += 2 * WIDTH) {                                                  \
-      V packed[4];                                                                                                  \
-      for (uint64_t odd = 0; odd < 2; ++odd) {                                                                      \
-        V c0 = iota + (first + uint64_t(at) + odd), c1 = c0 >> 32, c2 = iota * 0 + sample, c3 = iota * 0 + step;    \
-        uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);                                                      \
-        _Pragma("GCC unroll 10") for (int round = 0; round < 10; ++round) {                                         \
-          const V p0 = MULTIPLY(c0, m0), p1 = MULTIPLY(c2, m1);                                                     \
-          c0 = (p1 >> 32) ^ c1 ^ k0, c2 = (p0 >> 32) ^ c3 ^ k1, c1 = p1, c3 = p0;                                   \
-          k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;                                                                     \
-        }                                                                                                           \
-        const V c[4] = {c0, c1, c2, c3};                                                                            \
-        for (int w = 0; w < 4; ++w) packed[w] = odd ? packed[w] | c[w] << 32 : c[w] & 0xffffffffu;                  \
-      }                                                                                                             \
-      uint32_t* to = words + at / kBatch * 4 * kBatch + at % kBatch;                                                \
-      for (int w = 0; w < 4; ++w) std::memcpy(to + w * kBatch, &packed[w], sizeof(V));                              \
-    }                                                                                                               \
+#define MOREAU_PHILOX(NAME, TARGET, WIDTH, MULTIPLY)                                                             \
+  __attribute__((target(TARGET))) void NAME(uint32_t* words, int64_t batches, uint64_t key, uint64_t first,      \
+                                            uint32_t sample, uint32_t step) {                                    \
+    typedef uint64_t V __attribute__((vector_size(8 * WIDTH)));                                                  \
+    V iota;                                                                                                      \
+    for (int i = 0; i < WIDTH; ++i) iota[i] = 2 * uint64_t(i);                                                   \
+    const V m0 = iota * 0 + 0xD2511F53u, m1 = iota * 0 + 0xCD9E8D57u;                                            \
+    for (int64_t at = 0; at < batches * kBatch; at += 2 * WIDTH) {                                               \
+      V packed[4];                                                                                               \
+      for (uint64_t odd = 0; odd < 2; ++odd) {                                                                   \
+        V c0 = iota + (first + uint64_t(at) + odd), c1 = c0 >> 32, c2 = iota * 0 + sample, c3 = iota * 0 + step; \
+        uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);                                                   \
+        _Pragma("GCC unroll 10") for (int round = 0; round < 10; ++round) {                                      \
+          const V p0 = MULTIPLY(c0, m0), p1 = MULTIPLY(c2, m1);                                                  \
+          c0 = (p1 >> 32) ^ c1 ^ k0, c2 = (p0 >> 32) ^ c3 ^ k1, c1 = p1, c3 = p0;                                \
+          k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;                                                                  \
+        }                                                                                                        \
+        const V c[4] = {c0, c1, c2, c3};                                                                         \
+        for (int w = 0; w < 4; ++w) packed[w] = odd ? packed[w] | c[w] << 32 : c[w] & 0xffffffffu;               \
+      }                                                                                                          \
+      uint32_t* to = words + at / kBatch * 4 * kBatch + at % kBatch;                                             \
+      for (int w = 0; w < 4; ++w) std::memcpy(to + w * kBatch, &packed[w], sizeof(V));                           \
+    }                                                                                                            \
   }
 
 #define MOREAU_MUL128(a, b) V(_mm_mul_epu32(__m128i(a), __m128i(b)))

@@ -71,8 +71,8 @@ const S* span_normals(const Span& span, const Extents& e, const Noise& noise, ui
   };
   if (e.channels == 1) return draw(z, noise.element_offset + span.position, span.positions);
   for (int64_t c = 0; c < span.channels; ++c) {
-    const S* row = draw(scratch, noise.element_offset + (span.channel + c) * e.positions + span.position,
-                        span.positions);
+    const S* row =
+        draw(scratch, noise.element_offset + (span.channel + c) * e.positions + span.position, span.positions);
     for (int64_t i = 0; i < span.positions; ++i) z[i * span.channels + c] = row[i];
   }
   return z;

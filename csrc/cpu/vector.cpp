@@ -111,7 +111,8 @@ MOREAU_INLINE void products_body(const S* __restrict point, const S* __restrict 
                                  const S* __restrict change, int64_t n, double* products) {
   Products sums;
   const auto add = [&](int64_t lane, int64_t i) {
-    sums.add<S>(lane, here[i] - point[i], point[i] - previous[i], here[i] - before[i], gradient[i] - last[i], change[i]);
+    sums.add<S>(lane, here[i] - point[i], point[i] - previous[i], here[i] - before[i], gradient[i] - last[i],
+                change[i]);
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -181,8 +182,7 @@ template <class S>
 MOREAU_INLINE void group_step_body(S* displacement, const S* p, const Scalars<S>& k, const int32_t* labels,
                                    const S* factors, int64_t n, double* statistics) {
   step_body(
-      displacement, p, k, n, statistics,
-      [=](S v, int64_t i) { return scaled(v, factors[2 * int64_t(labels[i])]); },
+      displacement, p, k, n, statistics, [=](S v, int64_t i) { return scaled(v, factors[2 * int64_t(labels[i])]); },
       [=](S g, int64_t i) { return scaled(g, factors[2 * int64_t(labels[i]) + 1]); });
 }
 
@@ -193,19 +193,19 @@ MOREAU_CLONES void normals_range(float* z, const uint32_t* words, int64_t batche
 }
 void normals_range(double* z, const uint32_t* words, int64_t batches) { normals_body<double>(z, words, batches); }
 
-#define MOREAU_DEFINE(T, S)                                                                                       \
-  MOREAU_CLONES void add_rows(S* sum, const T* g, int64_t rows, int64_t stride, int64_t n, bool carry) {          \
-    add_rows_body<T, S>(sum, g, rows, stride, n, carry);                                                          \
-  }                                                                                                               \
-  MOREAU_CLONES void base_range(S* base, const T* x, const S* displacement, int64_t n) {                          \
-    base_body<T, S>(base, x, displacement, n);                                                                    \
-  }                                                                                                               \
-  MOREAU_CLONES void noisy_range(T* out, const S* base, const S* z, S sigma, int64_t n) {                         \
-    noisy_body<T, S>(out, base, z, sigma, n);                                                                     \
-  }                                                                                                               \
-  MOREAU_CLONES void noisy_pair(T* plus, T* minus, const S* base, const S* z, S sigma, int64_t n) {               \
-    pair_body<T, S>(plus, minus, base, z, sigma, n);                                                              \
-  }                                                                                                               \
+#define MOREAU_DEFINE(T, S)                                                                              \
+  MOREAU_CLONES void add_rows(S* sum, const T* g, int64_t rows, int64_t stride, int64_t n, bool carry) { \
+    add_rows_body<T, S>(sum, g, rows, stride, n, carry);                                                 \
+  }                                                                                                      \
+  MOREAU_CLONES void base_range(S* base, const T* x, const S* displacement, int64_t n) {                 \
+    base_body<T, S>(base, x, displacement, n);                                                           \
+  }                                                                                                      \
+  MOREAU_CLONES void noisy_range(T* out, const S* base, const S* z, S sigma, int64_t n) {                \
+    noisy_body<T, S>(out, base, z, sigma, n);                                                            \
+  }                                                                                                      \
+  MOREAU_CLONES void noisy_pair(T* plus, T* minus, const S* base, const S* z, S sigma, int64_t n) {      \
+    pair_body<T, S>(plus, minus, base, z, sigma, n);                                                     \
+  }                                                                                                      \
   MOREAU_CLONES void copy_range(T* out, const S* base, int64_t n) { copy_body<T, S>(out, base, n); }
 MOREAU_DEFINE(float, float)
 MOREAU_DEFINE(double, double)
@@ -213,38 +213,38 @@ MOREAU_DEFINE(half_bits, float)
 MOREAU_DEFINE(bfloat_bits, float)
 #undef MOREAU_DEFINE
 
-#define MOREAU_DEFINE(S)                                                                                          \
-  MOREAU_CLONES void mean_range(S* p, S count, int64_t n) {                                                       \
-    for (int64_t i = 0; i < n; ++i) p[i] /= count;                                                                \
-  }                                                                                                               \
-  MOREAU_CLONES void step_range(S* displacement, const S* p, const Scalars<S>& k, const S* eta,                   \
-                                int64_t eta_feature, int64_t n, double* statistics) {                             \
-    step_dispatch<S>(displacement, p, k, eta, eta_feature, n, statistics);                                        \
-  }                                                                                                               \
-  MOREAU_CLONES void group_step_range(S* displacement, const S* p, const Scalars<S>& k, const int32_t* labels,    \
-                                      const S* factors, int64_t n, double* statistics) {                          \
-    group_step_body<S>(displacement, p, k, labels, factors, n, statistics);                                       \
-  }                                                                                                               \
-  MOREAU_CLONES void add_range(S* total, const S* v, int64_t n) {                                                 \
-    for (int64_t i = 0; i < n; ++i) total[i] += v[i];                                                             \
-  }                                                                                                               \
-  MOREAU_CLONES void add_scaled_range(S* total, const S* v, S weight, int64_t n) {                                \
-    for (int64_t i = 0; i < n; ++i) total[i] += weight * v[i];                                                    \
-  }                                                                                                               \
-  MOREAU_CLONES void add_change_range(S* total, const S* gradient, const S* last, S weight, int64_t n) {          \
-    for (int64_t i = 0; i < n; ++i) {                                                                             \
-      const S turn = gradient[i] - last[i];                                                                       \
-      total[i] += weight * turn * turn;                                                                           \
-    }                                                                                                             \
-  }                                                                                                               \
-  MOREAU_CLONES void products_range(const S* point, const S* previous, const S* here, const S* before,            \
-                                    const S* gradient, const S* last_gradient, const S* change, int64_t n,        \
-                                    double* products) {                                                           \
-    products_body<S>(point, previous, here, before, gradient, last_gradient, change, n, products);                \
-  }                                                                                                               \
-  MOREAU_CLONES void momentum_range(S* point, S* previous, S* here, S* before, S* last_gradient, S* change,       \
-                                    const S* gradient, S factor, int64_t n) {                                     \
-    momentum_body<S>(point, previous, here, before, last_gradient, change, gradient, factor, n);                  \
+#define MOREAU_DEFINE(S)                                                                                             \
+  MOREAU_CLONES void mean_range(S* p, S count, int64_t n) {                                                          \
+    for (int64_t i = 0; i < n; ++i) p[i] /= count;                                                                   \
+  }                                                                                                                  \
+  MOREAU_CLONES void step_range(S* displacement, const S* p, const Scalars<S>& k, const S* eta, int64_t eta_feature, \
+                                int64_t n, double* statistics) {                                                     \
+    step_dispatch<S>(displacement, p, k, eta, eta_feature, n, statistics);                                           \
+  }                                                                                                                  \
+  MOREAU_CLONES void group_step_range(S* displacement, const S* p, const Scalars<S>& k, const int32_t* labels,       \
+                                      const S* factors, int64_t n, double* statistics) {                             \
+    group_step_body<S>(displacement, p, k, labels, factors, n, statistics);                                          \
+  }                                                                                                                  \
+  MOREAU_CLONES void add_range(S* total, const S* v, int64_t n) {                                                    \
+    for (int64_t i = 0; i < n; ++i) total[i] += v[i];                                                                \
+  }                                                                                                                  \
+  MOREAU_CLONES void add_scaled_range(S* total, const S* v, S weight, int64_t n) {                                   \
+    for (int64_t i = 0; i < n; ++i) total[i] += weight * v[i];                                                       \
+  }                                                                                                                  \
+  MOREAU_CLONES void add_change_range(S* total, const S* gradient, const S* last, S weight, int64_t n) {             \
+    for (int64_t i = 0; i < n; ++i) {                                                                                \
+      const S turn = gradient[i] - last[i];                                                                          \
+      total[i] += weight * turn * turn;                                                                              \
+    }                                                                                                                \
+  }                                                                                                                  \
+  MOREAU_CLONES void products_range(const S* point, const S* previous, const S* here, const S* before,               \
+                                    const S* gradient, const S* last_gradient, const S* change, int64_t n,           \
+                                    double* products) {                                                              \
+    products_body<S>(point, previous, here, before, gradient, last_gradient, change, n, products);                   \
+  }                                                                                                                  \
+  MOREAU_CLONES void momentum_range(S* point, S* previous, S* here, S* before, S* last_gradient, S* change,          \
+                                    const S* gradient, S factor, int64_t n) {                                        \
+    momentum_body<S>(point, previous, here, before, last_gradient, change, gradient, factor, n);                     \
   }
 MOREAU_DEFINE(float)
 MOREAU_DEFINE(double)

@@ -21,7 +21,9 @@ __device__ __forceinline__ void for_rows(int64_t samples, Add add, int64_t k = 0
 // 20 warps of a multiprocessor have 80 KB in flight, or 40 of half the size, where 30 hide the latency. Scalar loads of
 // a quad make do with fewer; double fits no more beside the state of a step.
 template <class T, bool kVector>
-constexpr int kRows = sizeof(T) == 8 ? 2 : !kVector ? 4 : 8;
+constexpr int kRows = sizeof(T) == 8 ? 2
+                      : !kVector     ? 4
+                                     : 8;
 
 // A quad as it is loaded, until it is added: on their own, 16-bit values would take a register each.
 template <class T>
@@ -98,10 +100,12 @@ struct Team {
   }
 };
 
-// Rows that each thread of a team has in flight: 32 samples are there after one wait with 8 slices, two with 4. Twice as
-// many of half the size; half of it for scalar loads, whose addresses take as many registers again.
+// Rows that each thread of a team has in flight: 32 samples are there after one wait with 8 slices, two with 4. Twice
+// as many of half the size; half of it for scalar loads, whose addresses take as many registers again.
 template <class T, bool kVector>
-constexpr int kStaged = !kVector ? 2 : sizeof(T) == 2 ? 8 : 4;
+constexpr int kStaged = !kVector         ? 2
+                        : sizeof(T) == 2 ? 8
+                                         : 4;
 
 // The same for a team: every thread loads, and the first one of a quad adds in the order of the rows. Every thread of
 // the block calls it; those that hold no quad are not `mine`. `stage` has kStaged<T, true> quads for every thread.

@@ -21,11 +21,11 @@ __global__ void __launch_bounds__(kThreads, 4) group_norms_kernel(GroupNorms a, 
       if (chunk.offsets[g] == chunk.offsets[g + 1]) norms[g] = 0.0;
     group_sums<1>(
         chunk, shared,
-        [&](int32_t member, double(&sums)[1]) {
+        [&](int32_t member, double (&sums)[1]) {
           const double value = v[chunk.order[member]];
           sums[0] = fma(value, value, sums[0]);
         },
-        [&](int64_t g, const double(&sums)[1]) { norms[g] = sqrt(sums[0]); });
+        [&](int64_t g, const double (&sums)[1]) { norms[g] = sqrt(sums[0]); });
     __syncthreads();  // before the next item takes `shared`
   }
 }

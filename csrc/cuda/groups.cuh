@@ -42,7 +42,8 @@ struct Chunk {
 constexpr int kLaneMembers = 32;
 constexpr int kParts = 8;
 
-// sums += what add(member, sums) adds for every `stride`-th member from `first` on. Loads of some are in flight together.
+// sums += what add(member, sums) adds for every `stride`-th member from `first` on. Loads of some are in flight
+// together.
 template <int kCount, class Add>
 __device__ __forceinline__ void add_members(double (&sums)[kCount], int64_t first, int64_t last, int64_t stride,
                                             const Add& add) {
@@ -50,9 +51,9 @@ __device__ __forceinline__ void add_members(double (&sums)[kCount], int64_t firs
   for (int64_t member = first; member < last; member += stride) add(int32_t(member), sums);
 }
 
-// Calls done(g, sums) once for every group g of a chunk that has members, where sums adds up what add(member, sums) adds
-// for each of them. The order of a sum follows from the size of the group alone, whatever the size of the block. Every
-// thread of the block calls it; `shared` is scratch.
+// Calls done(g, sums) once for every group g of a chunk that has members, where sums adds up what add(member, sums)
+// adds for each of them. The order of a sum follows from the size of the group alone, whatever the size of the block.
+// Every thread of the block calls it; `shared` is scratch.
 template <int kCount, class Add, class Done>
 __device__ __forceinline__ void group_sums(const Chunk& chunk, double (&shared)[kParts][kCount], const Add& add,
                                            const Done& done) {

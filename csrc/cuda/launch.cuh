@@ -20,7 +20,8 @@ constexpr int64_t kBusy = int64_t(1) << 17;
 // What to do about the errors that come from the installation.
 inline const char* advice(cudaError_t error) {
   switch (error) {
-    case cudaErrorInsufficientDriver: return "; there is no NVIDIA driver, or one too old for CUDA " MOREAU_CUDA_VERSION;
+    case cudaErrorInsufficientDriver:
+      return "; there is no NVIDIA driver, or one too old for CUDA " MOREAU_CUDA_VERSION;
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorUnsupportedPtxVersion:
       return "; this build has kernels for architectures " MOREAU_CUDA_ARCHITECTURES

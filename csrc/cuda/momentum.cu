@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads, 2) momentum_products_kernel(Momentum
     for (int64_t i = block * kThreads + threadIdx.x; i < fours.count; i += fours.blocks * kThreads) {
       const Quad quad = fours[i];
       // Empty lanes are 0 in all of them.
-      const Pack<S> point = load_quad<kVector>(row(a.point), quad), previous = load_quad<kVector>(row(a.previous), quad);
+      const Pack<S> point = load_quad<kVector>(row(a.point), quad),
+                    previous = load_quad<kVector>(row(a.previous), quad);
       const Pack<S> here = load_quad<kVector>(row(a.here), quad), before = load_quad<kVector>(row(a.before), quad);
       const Pack<S> gradient = load_quad<kVector>(row(a.gradient), quad);
       const Pack<S> last = load_quad<kVector>(row(a.last_gradient), quad);
@@ -104,7 +105,8 @@ __global__ void __launch_bounds__(kThreads) momentum_update_kernel(Momentum a, F
         add_scaled<kVector>(a.points, first, quad, here, S(a.samples));
         add_scaled<kVector>(a.gradients, first, quad, gradient, S(a.samples));
       }
-      const Pack<S> point = load_quad<kVector>(row(a.point), quad), previous = load_quad<kVector>(row(a.previous), quad);
+      const Pack<S> point = load_quad<kVector>(row(a.point), quad),
+                    previous = load_quad<kVector>(row(a.previous), quad);
       S step[kLanes], next[kLanes];
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {

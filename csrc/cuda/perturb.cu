@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(Perturb a, Quads quad
   const int64_t features = quads.features(), total = a.extents.batch * slices * quads.count();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
     const Division at = divide(i, quads.count()), row = divide(at.quotient, slices);
-    write_copies<kVector>(copies, features, quads[at.remainder], a.noise, draws, row.quotient,
-                                 uint32_t(row.remainder), uint32_t(slices));
+    write_copies<kVector>(copies, features, quads[at.remainder], a.noise, draws, row.quotient, uint32_t(row.remainder),
+                          uint32_t(slices));
   }
 }
 

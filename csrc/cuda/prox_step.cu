@@ -58,9 +58,7 @@ struct Sums {
   }
 };
 
-int64_t blocks_each(const Extents& e) {
-  return std::min((Quads(e, 0).count() + kQuads - 1) / kQuads, kMostBlocks);
-}
+int64_t blocks_each(const Extents& e) { return std::min((Quads(e, 0).count() + kQuads - 1) / kQuads, kMostBlocks); }
 
 // Whether quads travel as vectors in every tensor.
 template <class T>
@@ -85,7 +83,8 @@ struct Thresholds {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
       of[lane] = 0;  // which leaves every value as it is
-      if (a.penalty == Penalty::l1 && quad.has(lane)) of[lane] = eta[(quad.offset + lane * quad.stride) * a.eta_feature];
+      if (a.penalty == Penalty::l1 && quad.has(lane))
+        of[lane] = eta[(quad.offset + lane * quad.stride) * a.eta_feature];
     }
   }
   __device__ __forceinline__ S shrink_p(int lane, S p) const { return soft_threshold(p, of[lane]); }
@@ -156,8 +155,16 @@ struct Work {
 
   __device__ __forceinline__ Work(const ProxStep& args, const Quads& all, const Draws& drawn, int64_t of, int64_t mine,
                                   int64_t each)
-      : a(args), quads(all), draws(drawn), team(kQuads), input(of), block(mine), blocks(each),
-        features(all.features()), count(all.count()), k(args, of) {}
+      : a(args),
+        quads(all),
+        draws(drawn),
+        team(kQuads),
+        input(of),
+        block(mine),
+        blocks(each),
+        features(all.features()),
+        count(all.count()),
+        k(args, of) {}
 
   // Calls each(quad, mine) for all of them. The bounds are the block's, since its threads meet at barriers.
   template <class Each>
@@ -217,8 +224,7 @@ struct Work {
 // --- none, l1 --------------------------------------------------------------------------------------------------------
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kBound<T>, 1)
-    prox_step_kernel(ProxStep a, Quads quads, Draws draws, int64_t blocks) {
+__global__ void __launch_bounds__(kBound<T>, 1) prox_step_kernel(ProxStep a, Quads quads, Draws draws, int64_t blocks) {
   using S = state_t<T>;
   extern __shared__ uint4 staged[];  // for slices alone
   for (int64_t item = blockIdx.x; item < a.extents.batch * blocks; item += gridDim.x) {
@@ -303,14 +309,14 @@ __global__ void __launch_bounds__(kBound<T>, 1)
         const Chunk chunk(a.groups, quads.features(), input, i);
         group_sums<2>(
             chunk, shared,
-            [&](int32_t member, double(&sums)[2]) {
+            [&](int32_t member, double (&sums)[2]) {
               const int64_t offset = chunk.order[member];
               const S p = gradient[offset];
               const double v = k.pull(displacement[offset], p), g = p;
               sums[0] = fma(v, v, sums[0]);
               sums[1] = fma(g, g, sums[1]);
             },
-            [&](int64_t g, const double(&sums)[2]) {
+            [&](int64_t g, const double (&sums)[2]) {
               const double threshold = eta * double(weights[g]);
               factors[g] = {S(group_factor(sqrt(sums[0]), double(k.step_size) * threshold)),
                             S(group_factor(sqrt(sums[1]), threshold))};
@@ -325,8 +331,7 @@ __global__ void __launch_bounds__(kBound<T>, 1)
     wait_for(arrivals, blocks + summing);
     const Work<T, kVector> work(a, quads, draws, input, turn - blocks - summing, blocks);
     const int32_t* labels = a.groups.labels + row * work.features;
-    Sums sums =
-        work.step([&](const Quad& quad) { return Scales<S>::template load<kVector>(factors, labels, quad); });
+    Sums sums = work.step([&](const Quad& quad) { return Scales<S>::template load<kVector>(factors, labels, quad); });
     work.finish(sums, blocks + summing);
   }
 }
