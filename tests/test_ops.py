@@ -581,8 +581,18 @@ def test_one_libgomp_and_no_torch_in_the_core() -> None:
 def test_a_build_without_cuda_says_so() -> None:
     if _core.cuda_version is not None:
         pytest.skip("is about builds without CUDA kernels; this one has them")
-    with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        _core.accumulate(0, _core.Extents(1, 1, 1), 0, 0, 0, False, 0, 0)
+    extents = _core.Extents(batch=1, channels=1, positions=1)
+    with pytest.raises(RuntimeError, match=r"accumulate: .* no CUDA kernels"):
+        _core.accumulate(
+            dtype=_core.Dtype.f32,
+            extents=extents,
+            gradients=0,
+            samples=0,
+            sum=0,
+            carry=False,
+            device=0,
+            stream=0,
+        )
 
 
 @pytest.mark.parametrize("make", [lambda t: torch.stack([t, -t], 1)[:, 0], lambda t: t[:1].expand(3)])

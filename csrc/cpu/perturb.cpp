@@ -1,4 +1,4 @@
-// m noisy copies of every input.
+// noisy[b, k] = x[b] + displacement[b] + sigma[b] z(b, k)
 #include "spans.h"
 
 namespace moreau::cpu {

@@ -1,12 +1,12 @@
-// m noisy copies of every input. A thread owns a quad and every `slices`-th draw of it.
+// noisy[b, k] = x[b] + displacement[b] + sigma[b] z(b, k). A thread owns a quad and every `slices`-th draw of it.
 #include "noise.cuh"
 
 namespace moreau::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kMostSlices = 64;
+constexpr int kThreads = Sizes::perturb_threads;
 
+// noisy[k] = x + displacement + sigma z(k)
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(Perturb a, Quads quads, Draws draws, int slices) {
   using S = state_t<T>;
@@ -25,7 +25,7 @@ void run(const Perturb& a, void* stream) {
   const Quads quads(a.extents, a.noise.element_offset);
   const Draws draws(a.noise);
   const int64_t all = a.extents.batch * quads.count();
-  const int slices = slices_for(all, draws.count, kMostSlices);
+  const int slices = slices_for(all, draws.count, Sizes::perturb_most_slices);
   const bool vector = quads.whole() && aligned(static_cast<const T*>(a.x)) &&
                       aligned(static_cast<const S*>(a.displacement)) && aligned(static_cast<const T*>(a.noisy));
   const auto kernel = vector ? perturb_kernel<T, true> : perturb_kernel<T, false>;

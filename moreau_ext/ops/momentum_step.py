@@ -39,8 +39,9 @@ class _Args(NamedTuple):
         return [tensors[i] if tensors else None for tensors in lists]
 
 
-# Phases of the core's momentum, which tensors of a tuple need apart: what is multiplied is summed over all of them.
-_PRODUCTS, _UPDATE = 1, 2
+# Members of the core's enumeration, looked up once. A tuple's tensors run the phases apart, since the update of each
+# needs products summed over all of them.
+_PRODUCTS, _UPDATE, _BOTH = _core.Phases.products, _core.Phases.update, _core.Phases.both
 
 # Those before `squares` are needed.
 _OVER_FEATURES = _Args._fields[:10]
@@ -100,35 +101,47 @@ def _kernel(*args: Any) -> Tensor:
     arrivals = a.arrivals
     if on_cuda and arrivals is None:
         arrivals = torch.zeros(batch, dtype=torch.int32, device=a.sums.device)
-    target = stream_of(a.sums)
+    device, stream = stream_of(a.sums)
 
-    def run(i: int, phases: int, products: Tensor) -> None:
+    def run(i: int, phases: _core.Phases, products: Tensor) -> None:
         point = a.point[i]
         features = math.prod(point.shape[1:])
         partials = None
-        if phases & _PRODUCTS:
+        if phases is not _UPDATE:
             check_disjoint(**dict(zip(_OVER_FEATURES, a.of_tensor(i), strict=True)))
-            partials = a.sums.new_empty(batch, _core.momentum_partials(features, on_cuda), len(PRODUCTS))
-        _core.momentum(
-            phases,
-            DTYPES[point.dtype],
-            batch,
-            features,
-            *map(address, a.of_tensor(i)),
-            products.data_ptr(),
-            a.sums.data_ptr() if i == 0 else 0,
-            a.statistics.data_ptr(),
-            a.samples,
-            a.momentum,
-            a.first,
-            address(partials),
-            address(arrivals),
-            *target,
+            partials = a.sums.new_empty(
+                batch, _core.momentum_step_partials(features=features, cuda=on_cuda), len(PRODUCTS)
+            )
+        _core.momentum_step(
+            phases=phases,
+            dtype=DTYPES[point.dtype],
+            batch=batch,
+            features=features,
+            y=point.data_ptr(),
+            y_prev=a.previous[i].data_ptr(),
+            x=a.here[i].data_ptr(),
+            x_prev=a.before[i].data_ptr(),
+            gradient=a.gradient[i].data_ptr(),
+            last_gradient=a.last_gradient[i].data_ptr(),
+            last_step=a.change[i].data_ptr(),
+            squares=a.squares[i].data_ptr() if a.squares else 0,
+            points=a.points[i].data_ptr() if a.points else 0,
+            gradients=a.gradients[i].data_ptr() if a.gradients else 0,
+            products=products.data_ptr(),
+            sums=a.sums.data_ptr() if i == 0 else 0,
+            statistics=a.statistics.data_ptr(),
+            samples=a.samples,
+            momentum=a.momentum,
+            first=a.first,
+            partials=address(partials),
+            arrivals=address(arrivals),
+            device=device,
+            stream=stream,
         )
 
     if count == 1:
         products = _empty_products(a)
-        run(0, _PRODUCTS | _UPDATE, products)
+        run(0, _BOTH, products)
         return products
     parts = a.sums.new_empty(count, batch, len(PRODUCTS))
     for i in range(count):

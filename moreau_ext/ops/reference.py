@@ -17,9 +17,9 @@ from .partition import Partition
 
 STATISTICS = ("residual2", "displacement2", "image2", "gradient2", "nonzero")
 
-PRODUCTS = ("uphill", "turned", "length", "way", "bend", "square")
+PRODUCTS = ("restart_product", "step_dot_last", "last_sq", "dx_dx", "dx_dg", "dg_dg")
 
-SUMS = ("turned", "length", "differences", "norms", "norms2", "lengths", "weight", "steps")
+SUMS = ("step_dot_last", "last_sq", "differences", "norms", "norms2", "lengths", "weight", "steps")
 
 
 def per_input(value: Tensor | float, x: Tensor) -> Tensor:
