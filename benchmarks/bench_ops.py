@@ -156,7 +156,7 @@ def compiled(b: Buffers, antithetic: bool | None) -> Any:
 def momentum(device: str, rounds: int) -> list[dict[str, Any]]:
     """A momentum step of the adaptive solver against the same from PyTorch's own operations."""
     rows: list[dict[str, Any]] = []
-    over_features = ("point", "previous", "here", "before", "gradient", "last_gradient", "change")
+    over_features = ("y", "y_prev", "x", "x_prev", "gradient", "last_gradient", "last_step")
     for size, (batch, _, features) in SHAPES.items():
         names = (*over_features, "squares", "points", "gradients")
         case: dict[str, Any] = {name: (torch.zeros(batch, *features, device=device),) for name in names}

@@ -33,8 +33,8 @@ BLOCKS = {
     "perturb_kernel": (128, 0),
     "accumulate_kernel": (128, 0),
     "group_norms_kernel": (256, 0),
-    "momentum_products_kernel": (256, 0),
-    "momentum_update_kernel": (256, 0),
+    "momentum_step_products_kernel": (256, 0),
+    "momentum_step_update_kernel": (256, 0),
 }
 SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 # Warps, blocks and bytes of shared memory of a multiprocessor (CUDA C++ Programming Guide, technical specifications).

@@ -1,4 +1,4 @@
-// Errors as exceptions that carry the values. pybind11 turns them into RuntimeError.
+// Errors as exceptions with values in their messages; RuntimeError in Python.
 #pragma once
 
 #include <sstream>

@@ -1,4 +1,4 @@
-// Storage types, the state type that goes with each, and dispatch from the run-time tag.
+// Storage types, their state types, and dispatch on the run-time tag.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,7 @@ struct half_bits {
 struct bfloat_bits {
   uint16_t bits;
 };
+static_assert(sizeof(half_bits) == 2 && sizeof(bfloat_bits) == 2, "tensors are arrays of them");
 
 template <class T>
 struct State {
@@ -61,7 +62,7 @@ MOREAU_HD uint32_t as_bits(float f) {
 
 MOREAU_HD float load(bfloat_bits v) { return as_float(uint32_t(v.bits) << 16); }
 MOREAU_HD float load(half_bits v) {
-  // Shifted into place the exponent is 112 too small; the product mends that and normalises subnormals.
+  // After the shift the exponent is 112 too small. The product corrects it and normalises subnormals.
   const uint32_t magnitude = uint32_t(v.bits & 0x7fffu) << 13;
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // infinities and NaN
   const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
@@ -78,7 +79,7 @@ MOREAU_HD void store(half_bits* to, float v) {
   const uint32_t u = as_bits(v), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
   // Normal range: rebias the exponent by -112 and round to nearest even.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  // Below 2^-14: adding 0.5 aligns the bits of a subnormal half at the end of the float, rounded by the adder.
+  // Below 2^-14: the sum with 0.5 has the bits of a subnormal half at its end, rounded by the addition.
   const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t bits = magnitude < 0x38800000u ? subnormal : normal;
   bits = magnitude >= 0x477ff000u ? 0x7c00u : bits;  // 65520 and above round to infinity

@@ -3,10 +3,10 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key = the 64-bit key
 // of the input and counter = (element block low, element block high, sample, step). One call serves the four
 // consecutive elements of a block: words (0, 1) give elements 0 and 1 by Box-Muller, words (2, 3) elements 2 and 3.
-// This mapping is version 1; tests/test_noise.py holds golden values, and changing it is a breaking change.
+// This mapping is version 1, and tests/test_noise.py has its golden values: a change is a breaking change.
 //
-// The words are the same on every device. What is made of them is not, to the last bit: every CPU gives the same
-// floats; a GPU gives floats within kFastError of the exact normals, and doubles within the libraries' last digits.
+// The words are the same on every device. The normals are the same on every CPU. A GPU's floats are within kFastError
+// of the exact normals, its doubles within the last digits of the mathematical libraries.
 #pragma once
 
 #include <cmath>
@@ -18,18 +18,19 @@ namespace moreau {
 struct Words {
   uint32_t w[4];
 };
+static_assert(sizeof(Words) == 16, "one word for each element of a block");
 
 MOREAU_HD Words philox(uint64_t key, uint64_t block, uint32_t sample, uint32_t step) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   uint32_t c0 = uint32_t(block), c1 = uint32_t(block >> 32), c2 = sample, c3 = step;
 #if defined(__CUDA_ARCH__)
 #pragma unroll
-#elif !defined(__CUDACC__)  // nvcc's pass over the host code knows neither pragma
+#elif !defined(__CUDACC__)  // nvcc's pass over the host code rejects both pragmas
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
 #ifdef __CUDA_ARCH__
-    // By name: for the plain product nvcc adds a zero to the upper half, which is twenty more instructions a call.
+    // Inline assembly: for the plain product nvcc adds a zero to the upper half, twenty more instructions a call.
     uint64_t p0, p1;
     asm("mul.wide.u32 %0, %1, 0xD2511F53;" : "=l"(p0) : "r"(c0));
     asm("mul.wide.u32 %0, %1, 0xCD9E8D57;" : "=l"(p1) : "r"(c2));
@@ -43,11 +44,11 @@ MOREAU_HD Words philox(uint64_t key, uint64_t block, uint32_t sample, uint32_t s
   return {{c0, c1, c2, c3}};
 }
 
-// -2 ln(u) for u = (k + 1/2) / 2^32, accurate at both ends: near u = 1 the distance 1 - u is formed from ~k before
-// it is rounded, so that float and double agree to the precision of float everywhere.
+// -2 ln(u) for u = (k + 1/2) / 2^32, accurate at both ends: near u = 1 the distance 1 - u is computed from ~k before
+// rounding, so that float and double agree to the precision of float everywhere.
 MOREAU_HD float minus_two_log(uint32_t k) {
-  // u * 2^32 with 24 significant bits; the halves are exact where they matter. Signed conversions only: unsigned
-  // ones have no AVX2 instruction.
+  // u * 2^32 with 24 significant bits; the + 1/2 is exact for small u, where it matters. Signed conversions only:
+  // unsigned ones have no AVX2 instruction.
   const float high = float(int32_t(k >> 8)) * 256.0f + (float(int32_t(k & 255u)) + 0.5f);
   const float gap = float(int32_t(~k >> 8)) * 256.0f + (float(int32_t(~k & 255u)) + 0.5f);
   uint32_t bits;
@@ -78,7 +79,7 @@ MOREAU_HD double minus_two_log_exact(uint32_t k) {
   return k < 0x80000000u ? -2.0 * log((double(k) + 0.5) * 0x1p-32) : -2.0 * log1p(-(double(~k) + 0.5) * 0x1p-32);
 }
 
-// cos and sin of 2 pi k / 2^32: the top bits give the quarter turn, the rest an angle within pi/4.
+// cos and sin of 2 pi k / 2^32. The top bits are the quarter turn, the rest is an angle within pi/4.
 template <class S>
 MOREAU_HD void cos_sin(uint32_t k, S& c, S& s);
 
@@ -87,11 +88,12 @@ MOREAU_HD void cos_sin<float>(uint32_t k, float& c, float& s) {
   const uint32_t quarter = (k + 0x20000000u) >> 30;
   const float a = float(int32_t(k - (quarter << 30))) * 1.4629180792671596e-9f;  // (pi / 2) / 2^30
   const float a2 = a * a;
-  // Taylor: the first term left out is below 2e-9 in either
+  // Taylor series; the first omitted term is below 2e-9 in both.
   const float sine =
       a * (1.0f + a2 * (-0.166666667f + a2 * (8.33333333e-3f + a2 * (-1.98412698e-4f + a2 * 2.75573192e-6f))));
   const float cosine =
-      1.0f + a2 * (-0.5f + a2 * (4.16666667e-2f + a2 * (-1.38888889e-3f + a2 * (2.48015873e-5f - a2 * 2.75573192e-7f))));
+      1.0f +
+      a2 * (-0.5f + a2 * (4.16666667e-2f + a2 * (-1.38888889e-3f + a2 * (2.48015873e-5f - a2 * 2.75573192e-7f))));
   const float x = quarter & 1u ? sine : cosine, y = quarter & 1u ? cosine : sine;
   c = ((quarter + 1u) & 2u) ? -x : x;
   s = (quarter & 2u) ? -y : y;
@@ -101,7 +103,7 @@ template <>
 MOREAU_HD void cos_sin<double>(uint32_t k, double& c, double& s) {
   const uint32_t quarter = (k + 0x20000000u) >> 30;
 #ifdef __CUDA_ARCH__
-  // Of the fraction of a half turn, which is exact: CUDA's sin and cos keep a stack for arguments far beyond pi.
+  // sincospi of the exact fraction of a half turn: CUDA's sin and cos use local memory for arguments far beyond pi.
   double sine, cosine;
   sincospi(double(int32_t(k - (quarter << 30))) * 0x1p-31, &sine, &cosine);
 #else
@@ -132,18 +134,21 @@ MOREAU_HD void box_muller<double>(uint32_t a, uint32_t b, double& z0, double& z1
   z0 = r * c, z1 = r * s;
 }
 
-// --- Box-Muller for a GPU's float. With Philox and the copy a normal takes 33 to 39 instructions on sm_90, with
-// box_muller<float> 80 (benchmarks/sass_table.py); at 8.6 bytes a normal an H200's memory leaves time for about 60.
+// --- Box-Muller in float on a GPU. A normal, with Philox and its copy, takes 33 to 39 instructions on sm_90, against
+// 80 with box_muller<float> (benchmarks/sass_table.py). At 8.6 bytes a normal, the memory of an H200 leaves time for
+// about 60 instructions.
 //
-// |z - exact| <= kFastError * max(|z|, 1), of which kIntrinsicsError is for the two intrinsics: PTX states 2^-22
-// relative for lg2.approx below 1/2, of which the root keeps half, and 2^-23 for sqrt.approx. The rest is rounding, as
-// in box_muller<float>: tests/cpp/normals.cpp finds 2.9e-7 of either over the corners and millions of words.
+// |z - exact| <= kFastError max(|z|, 1). kIntrinsicsError of that is for the two intrinsics: PTX states a relative
+// error of 2^-22 for lg2.approx below 1/2, which the root halves, and of 2^-23 for sqrt.approx. The rest is rounding,
+// as in box_muller<float>; tests/cpp/normals.cpp measures 2.9e-7 for both at the corners and over millions of words.
 constexpr double kFastError = 6e-7, kIntrinsicsError = 2.4e-7;
+static_assert(0x1p-22 / 2 + 0x1p-23 <= kIntrinsicsError && 2.9e-7 + kIntrinsicsError <= kFastError);
 
 MOREAU_HD float fast_log2(float x) {
 #ifdef __CUDA_ARCH__
   float y;
-  // volatile: always computed. Both ends of u are in every warp, and a branch between them costs more than it spares.
+  // volatile keeps the compiler from branching around it: almost every warp has both ends of u, so a branch costs more
+  // than it saves.
   asm volatile("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
@@ -161,11 +166,11 @@ MOREAU_HD float fast_sqrt(float x) {
 #endif
 }
 
-// -2 ln(u) for u = (k + 1/2) / 2^32, positive for every k. As a signed number k + 1/2 is 2^32 u below u = 1/2 and
-// 2^32 (u - 1) above, so that one conversion gives u to 24 bits where it is small and 1 - u where that is small.
+// -2 ln(u) for u = (k + 1/2) / 2^32, positive for every k. As a signed number, k + 1/2 is 2^32 u for u < 1/2 and
+// 2^32 (u - 1) for u > 1/2. So one conversion gives 24 bits of u where u is small, and of 1 - u where that is small.
 MOREAU_HD float fast_minus_two_log(uint32_t k) {
   const float a = fmaf(float(int32_t(k)), 0x1p-32f, 0x1p-33f);
-  // lg2.approx loses everything near 1: there, -2 ln(1 + a) / a on [-1/2, 0], minimax to 2.3e-8.
+  // lg2.approx has no relative accuracy near 1. There: -2 ln(1 + a) / a on [-1/2, 0], minimax error 2.3e-8.
   float p = -2.8821805f;
   p = fmaf(p, a, -3.3915513f);
   p = fmaf(p, a, -2.5152783f);
@@ -195,7 +200,7 @@ MOREAU_HD float flipped(float x, uint32_t by) {
 
 MOREAU_HD void fast_box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
   const float r = fast_sqrt(fast_minus_two_log(a));
-  // As in cos_sin: without its two top bits b is an angle within pi/4 of a quarter turn; minimax, below 1e-8 in either.
+  // As in cos_sin: without its two top bits, b is an angle within pi/4 of a quarter turn. Minimax errors below 1e-8.
   const uint32_t quarter = b + 0x20000000u;
   const float angle = float(int32_t(b << 2)) * 3.6572952e-10f;  // (pi / 2) / 2^32
   const float square = angle * angle;
@@ -208,7 +213,7 @@ MOREAU_HD void fast_box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
   z1 = flipped(r * (odd ? cosine : sine), quarter);
 }
 
-// Four normals of the words of one call.
+// The four normals of one call's words.
 template <class S>
 MOREAU_HD void normals(const Words& words, S z[4]) {
 #ifdef __CUDACC__

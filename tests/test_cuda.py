@@ -252,8 +252,8 @@ def test_a_momentum_step_repeats_at_any_address_and_in_any_batch() -> None:
     last = mapped(case, lambda t: t[39:].clone())
     products = ops.momentum_step(**one)
     shifted = torch.zeros(40 * 5000 + 1, device=DEVICE)[1:].view(40, 5000)
-    shifted.copy_(moved["here"][0])
-    moved["here"] = (shifted,)
+    shifted.copy_(moved["x"][0])
+    moved["x"] = (shifted,)
     for other in (two, moved):
         assert torch.equal(ops.momentum_step(**other), products)
         for name, tensors in one.items():

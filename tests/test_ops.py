@@ -174,7 +174,7 @@ def test_accumulate_does_not_depend_on_the_chunks(dtype: torch.dtype, shape: tup
     assert torch.equal(parts, whole)
 
 
-OVER_FEATURES = ("point", "previous", "here", "before", "gradient", "last_gradient", "change")
+OVER_FEATURES = ("y", "y_prev", "x", "x_prev", "gradient", "last_gradient", "last_step")
 KEPT = ("squares", "points", "gradients")
 
 
@@ -233,15 +233,15 @@ def test_momentum_step(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> Non
 def test_momentum_goes_on_or_restarts() -> None:
     """By hand: the first input moves on along its step, the second has turned against it."""
     tensors = {name: (torch.zeros(2, 1, dtype=torch.float64),) for name in OVER_FEATURES}
-    tensors["point"][0][:] = torch.tensor([[3.0], [1.0]])
-    tensors["previous"][0][:] = torch.tensor([[1.0], [2.0]])
-    tensors["here"][0][:] = torch.tensor([[2.0], [0.5]])
+    tensors["y"][0][:] = torch.tensor([[3.0], [1.0]])
+    tensors["y_prev"][0][:] = torch.tensor([[1.0], [2.0]])
+    tensors["x"][0][:] = torch.tensor([[2.0], [0.5]])
     statistics, sums = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64)
     products = ops.momentum_step(**tensors, sums=sums, statistics=statistics, samples=1, momentum=0.5)
     assert products[:, 0].tolist() == [-2.0, 0.5]
-    assert tensors["point"][0].flatten().tolist() == [4.0, 1.0]
-    assert tensors["change"][0].flatten().tolist() == [2.0, -1.0]
-    assert tensors["before"][0].flatten().tolist() == [2.0, 0.5]
+    assert tensors["y"][0].flatten().tolist() == [4.0, 1.0]
+    assert tensors["last_step"][0].flatten().tolist() == [2.0, -1.0]
+    assert tensors["x_prev"][0].flatten().tolist() == [2.0, 0.5]
 
 
 def test_neither_threads_nor_the_batch_change_a_bit_of_momentum() -> None:
@@ -267,16 +267,16 @@ def test_momentum_refuses() -> None:
             ops.momentum_step(**{**momentum_case([(2, 3)], torch.float32), **changes})
 
     x = torch.zeros(2, 3)
-    refuse("point: expected at least one", **dict.fromkeys((*OVER_FEATURES, *KEPT), ()))
-    refuse("before: expected 1 tensors, as in point, got 2", before=(x, x.clone()))
-    refuse("here: expected shape", here=(torch.zeros(2, 4),))
-    refuse("change: expected torch.float32", TypeError, change=(x.double(),))
-    refuse("point: expected float32 or float64", TypeError, point=(x.half(),))
+    refuse("y: expected at least one", **dict.fromkeys((*OVER_FEATURES, *KEPT), ()))
+    refuse("x_prev: expected 1 tensors, as in y, got 2", x_prev=(x, x.clone()))
+    refuse("x: expected shape", x=(torch.zeros(2, 4),))
+    refuse("last_step: expected torch.float32", TypeError, last_step=(x.double(),))
+    refuse("y: expected float32 or float64", TypeError, y=(x.half(),))
     refuse("points, gradients: give both", points=())
     refuse("squares: a first step", first=True)
     refuse("samples: expected at least 1", samples=0)
     refuse("sums: expected shape", sums=torch.zeros(2, 5, dtype=torch.float64))
-    refuse("share memory", point=(x,), here=(x,))
+    refuse("share memory", y=(x,), x=(x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -581,8 +581,18 @@ def test_one_libgomp_and_no_torch_in_the_core() -> None:
 def test_a_build_without_cuda_says_so() -> None:
     if _core.cuda_version is not None:
         pytest.skip("is about builds without CUDA kernels; this one has them")
-    with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        _core.accumulate(0, _core.Extents(1, 1, 1), 0, 0, 0, False, 0, 0)
+    extents = _core.Extents(batch=1, channels=1, positions=1)
+    with pytest.raises(RuntimeError, match=r"accumulate: .* no CUDA kernels"):
+        _core.accumulate(
+            dtype=_core.Dtype.f32,
+            extents=extents,
+            gradients=0,
+            samples=0,
+            sum=0,
+            carry=False,
+            device=0,
+            stream=0,
+        )
 
 
 @pytest.mark.parametrize("make", [lambda t: torch.stack([t, -t], 1)[:, 0], lambda t: t[:1].expand(3)])

@@ -1,4 +1,4 @@
-// The sum of a chunk of gradients, added to what earlier chunks gave.
+// sum[b] (+)= sum_k gradients[b, k]
 #include "spans.h"
 
 namespace moreau::cpu {

@@ -1,5 +1,5 @@
-// Euclidean norm of every group. Members are summed in memory order by one thread, so the result does not depend on
-// how many there are.
+// norms[b, g] = ||v[b, members of g]||_2. One thread sums the members of a group in memory order, so the result does
+// not depend on the number of threads.
 #include "spans.h"
 
 namespace moreau::cpu {

@@ -1,4 +1,4 @@
-// m noisy copies of every input.
+// noisy[b, k] = x[b] + displacement[b] + sigma[b] z(b, k)
 #include "spans.h"
 
 namespace moreau::cpu {
@@ -8,8 +8,8 @@ template <class T>
 void run(const Perturb& a) {
   using S = state_t<T>;
   const Spans spans(a.extents);
-  const auto *x = static_cast<const T*>(a.x);
-  const auto *displacement = static_cast<const S*>(a.displacement);
+  const auto* x = static_cast<const T*>(a.x);
+  const auto* displacement = static_cast<const S*>(a.displacement);
   parallel_for(spans.count(), spans.features() * a.extents.batch * a.noise.samples, [&](int64_t i) {
     const Span span = spans[i];
     const int64_t at = span.input * spans.features() + span.start;

@@ -1,4 +1,14 @@
-// The fused step: mean of the gradients, pull to zero, shrinkage, statistics, next noisy copies, one pass over memory.
+// The fused proximal gradient step, one pass over memory:
+//
+//   p      = sum_k gradients[k] / count                          average gradient
+//   y      = -rho S_eta(p)                                       KKT image of delta
+//   stats  = ||delta - y||^2, ||delta||^2, ||y||^2, ||p||^2, non-zeros of y
+//   v      = (1 - gamma / rho) delta - gamma p                   gradient step, gamma = step_size
+//   delta  = S_{gamma eta}(v)                                    proximal map of gamma eta Omega
+//   total += p or delta
+//   noisy[k] = x + delta + sigma z(k)                            next noisy copies
+//
+// S_t is the identity without a penalty, v - clip(v, -t, t) for l1, and v_g max(1 - t w_g / ||v_g||, 0) for groups.
 #include "spans.h"
 
 namespace moreau::cpu {
@@ -39,7 +49,7 @@ struct Step {
     parallel_for(spans.count(), work(), [&](int64_t i) {
       const Span s = spans[i];
       average(s);
-      // Without a penalty the threshold is 0, which leaves every value as it is.
+      // No penalty is the threshold 0: soft_threshold then returns its argument.
       const S zero = 0;
       const bool l1 = a.penalty == Penalty::l1;
       const S* eta = l1 ? static_cast<const S*>(a.eta) + s.input * a.eta_input + s.start * a.eta_feature : &zero;
@@ -49,7 +59,7 @@ struct Step {
     });
   }
 
-  // Averages, then norms and factors of each group, then the step: three sweeps, the last two in cache.
+  // Three sweeps: averages; norms and factors of each group; the step. The last two find their data in the cache.
   void grouped() const {
     parallel_for(spans.count(), work(), [&](int64_t i) { average(spans[i]); });
     const Groups& groups = a.groups;

@@ -1,4 +1,4 @@
-// How the CPU operations cut a batch into pieces of work, and when they use more than one thread.
+// Division of a batch into pieces of work for the CPU operations, and the number of threads.
 #pragma once
 
 #include <omp.h>
@@ -9,7 +9,8 @@
 
 namespace moreau::cpu {
 
-// Waking a thread costs more than a hundred microseconds on a busy machine: each must get this many elements.
+// Fewest elements for each thread: waking one takes more than 100 microseconds on a busy machine, and less work than
+// this would not pay for it.
 constexpr int64_t kElementsPerThread = 100000;
 
 template <class F>
@@ -25,8 +26,8 @@ void parallel_for(int64_t items, int64_t elements, F&& f) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A span is a contiguous piece of one input's memory: whole positions, or some channels of one position where a
-// position alone exceeds kSpan. The cut depends on the extents alone, never on threads, so sums do not either.
+// A span is a contiguous piece of one input's memory: whole positions, or some channels of one position where one
+// position exceeds kSpan. Spans depend on the extents alone, so sums over them do not depend on the number of threads.
 struct Span {
   int64_t input, position, positions, channel, channels;
   int64_t start;  // memory offset within the input
@@ -56,7 +57,7 @@ struct Spans {
   }
 };
 
-// Normals of one sample at the features of a span, in memory order; returns where they begin in `z`.
+// Normals of one sample at the features of a span, in memory order. Returns their first address, in `z`.
 template <class S>
 const S* span_normals(const Span& span, const Extents& e, const Noise& noise, uint32_t sample, S* z, S* scratch) {
   const uint64_t key = uint64_t(noise.keys[span.input]);
@@ -71,14 +72,14 @@ const S* span_normals(const Span& span, const Extents& e, const Noise& noise, ui
   };
   if (e.channels == 1) return draw(z, noise.element_offset + span.position, span.positions);
   for (int64_t c = 0; c < span.channels; ++c) {
-    const S* row = draw(scratch, noise.element_offset + (span.channel + c) * e.positions + span.position,
-                        span.positions);
+    const S* row =
+        draw(scratch, noise.element_offset + (span.channel + c) * e.positions + span.position, span.positions);
     for (int64_t i = 0; i < span.positions; ++i) z[i * span.channels + c] = row[i];
   }
   return z;
 }
 
-// The noisy copies of one span; `base` is x + displacement there.
+// noisy[k] = base + sigma z(k) on one span; `base` is x + displacement there.
 template <class T, class S>
 void write_noisy(const Span& span, const Extents& e, const Noise& noise, const S* base, T* noisy) {
   const int64_t features = e.channels * e.positions;

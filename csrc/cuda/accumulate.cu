@@ -1,21 +1,20 @@
-// The sum of a chunk of gradients, added to what earlier chunks gave. A thread owns a quad.
+// sum[b] (+)= sum_k gradients[b, k]. A thread owns a quad.
 #include "gradients.cuh"
 
 namespace moreau::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-// That allows 102 registers; by itself ptxas stops at 72 for sm_120, and spills.
-constexpr int kBlocksEach = 5;
+constexpr int kThreads = Sizes::accumulate_threads;
 
+// sum = (carry ? sum : 0) + gradients[0] + gradients[1] + ..., from left to right
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, kBlocksEach) accumulate_kernel(Accumulate a, Quads quads) {
+__global__ void __launch_bounds__(kThreads, Sizes::accumulate_blocks) accumulate_kernel(Accumulate a, Quads quads) {
   using S = state_t<T>;
   const int64_t features = quads.features(), total = a.extents.batch * quads.count();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
     const Division at = divide(i, quads.count());
     const Quad quad = quads[at.remainder];
-    S* to = static_cast<S*>(a.sum) + at.quotient * features;
+    S* __restrict__ to = static_cast<S*>(a.sum) + at.quotient * features;
     Pack<S> sum{};
     if (a.carry) sum = load_quad<kVector>(to, quad);
     add_rows<kVector>(sum.v, static_cast<const T*>(a.gradients) + at.quotient * a.samples * features, a.samples,

@@ -8,27 +8,23 @@
 
 namespace moreau::cuda {
 
-// Calls add<kRows>(k) for kRows samples from k at a time while as many are left, then for half of it and so on, so that
-// loads are in flight together and none needs a test of its own.
+// Calls add(kRows, k) for the samples k .. k + kRows - 1 while as many are left, then with half of kRows, and so on.
+// All loads of one call are in flight together, and no load needs a test of its own.
 template <int kRows, class Add>
 __device__ __forceinline__ void for_rows(int64_t samples, Add add, int64_t k = 0) {
+  static_assert(kRows > 0 && (kRows & (kRows - 1)) == 0, "a power of two");
 #pragma unroll 1
   for (; samples - k >= kRows; k += kRows) add(std::integral_constant<int, kRows>(), k);
   if constexpr (kRows > 1) for_rows<kRows / 2>(samples, add, k);
 }
 
-// Rows in flight before the first is added: with 8 a warp waits 4 times for memory at 32 samples, not 32 times, and the
-// 20 warps of a multiprocessor have 80 KB in flight, or 40 of half the size, where 30 hide the latency. Scalar loads of
-// a quad make do with fewer; double fits no more beside the state of a step.
-template <class T, bool kVector>
-constexpr int kRows = sizeof(T) == 8 ? 2 : !kVector ? 4 : 8;
-
-// A quad as it is loaded, until it is added: on their own, 16-bit values would take a register each.
+// A quad in the words in which it was loaded. As separate values, those of 2 bytes would take a register each.
 template <class T>
 struct Held {
   using Word = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
   static constexpr int kWords = kLanes * sizeof(T) / sizeof(Word);
   Word words[kWords];
+  static_assert(kWords * sizeof(Word) == Tuning<T>::quad_bytes);
 
   template <class S>
   __device__ __forceinline__ void add_to(S (&sum)[kLanes]) const {
@@ -39,10 +35,10 @@ struct Held {
   }
 };
 
-// The quad of one row of gradients. Vectors are marked as the first to leave the caches: nobody reads a gradient twice,
-// while the model reads the noisy copies next. Scalar loads share their sectors with those of other lanes.
+// The quad of one row of gradients. Vector loads mark their cache lines as the first to evict: a gradient is read once,
+// while the model reads the noisy copies next. Scalar loads do not, since lanes share their sectors.
 template <bool kVector, class T>
-__device__ __forceinline__ Held<T> hold(const T* row, const Quad& quad) {
+__device__ __forceinline__ Held<T> hold(const T* __restrict__ row, const Quad& quad) {
   Held<T> held;
   if constexpr (kVector) {
     const auto* words = reinterpret_cast<const typename Held<T>::Word*>(row + quad.offset);
@@ -55,13 +51,14 @@ __device__ __forceinline__ Held<T> hold(const T* row, const Quad& quad) {
   return held;
 }
 
-// sum += the rows at one quad; `rows` is the input's first row. Empty lanes hold nothing of meaning afterwards.
+// sum += rows[0] + rows[1] + ... at one quad, from left to right; `rows` is the first row of the input. Sums of empty
+// lanes are undefined.
 template <bool kVector, class T, class S>
-__device__ __forceinline__ void add_rows(S (&sum)[kLanes], const T* rows, int64_t samples, int64_t features,
-                                         const Quad& quad) {
+__device__ __forceinline__ void add_rows(S (&sum)[kLanes], const T* __restrict__ rows, int64_t samples,
+                                         int64_t features, const Quad& quad) {
   if (quad.lanes == 0) return;
   if constexpr (kVector) {
-    for_rows<kRows<T, true>>(samples, [&](auto count, int64_t k) {
+    for_rows<Tuning<T>::vector_rows>(samples, [&](auto count, int64_t k) {
       Held<T> held[decltype(count)::value];
 #pragma unroll
       for (int r = 0; r < decltype(count)::value; ++r) held[r] = hold<true>(rows + (k + r) * features, quad);
@@ -69,13 +66,13 @@ __device__ __forceinline__ void add_rows(S (&sum)[kLanes], const T* rows, int64_
       for (int r = 0; r < decltype(count)::value; ++r) held[r].add_to(sum);
     });
   } else {
-    // Empty lanes read what their nearest neighbour reads, which spares a test in front of every load.
+    // An empty lane reads the address of its nearest full neighbour, which saves a test before every load.
     const int least = __ffs(int(quad.lanes)) - 1, most = 31 - __clz(int(quad.lanes));
     const T* lanes[kLanes];
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane)
       lanes[lane] = rows + quad.offset + (lane < least ? least : lane > most ? most : lane) * quad.stride;
-    for_rows<kRows<T, false>>(samples, [&](auto count, int64_t k) {
+    for_rows<Tuning<T>::scalar_rows>(samples, [&](auto count, int64_t k) {
       T held[decltype(count)::value][kLanes];
 #pragma unroll
       for (int r = 0; r < decltype(count)::value; ++r)
@@ -89,26 +86,24 @@ __device__ __forceinline__ void add_rows(S (&sum)[kLanes], const T* rows, int64_
   }
 }
 
-// How the threads of a block share `width` quads: thread (slice, here) is one of `slices` that work on quad `here`.
+// The division of a block's threads over `width` quads: thread (slice, index) is one of `slices` threads on quad
+// `index`.
 struct Team {
-  int width, slices, here, slice;
+  int width, slices, index, slice;
 
   __device__ __forceinline__ explicit Team(int quads) : width(quads), slices(int(blockDim.x) / quads) {
-    here = int(threadIdx.x) % width, slice = int(threadIdx.x) / width;
+    index = int(threadIdx.x) % width, slice = int(threadIdx.x) / width;
   }
 };
 
-// Rows that each thread of a team has in flight: 32 samples are there after one wait with 8 slices, two with 4. Twice as
-// many of half the size; half of it for scalar loads, whose addresses take as many registers again.
-template <class T, bool kVector>
-constexpr int kStaged = !kVector ? 2 : sizeof(T) == 2 ? 8 : 4;
-
-// The same for a team: every thread loads, and the first one of a quad adds in the order of the rows. Every thread of
-// the block calls it; those that hold no quad are not `mine`. `stage` has kStaged<T, true> quads for every thread.
+// add_rows for a team: all threads of a quad load, and its first thread adds, in the order of the rows. Every thread of
+// the block calls this, with mine = false if it has no quad. `stage` has Tuning<T>::vector_staged quads for each
+// thread.
 template <bool kVector, class T, class S>
-__device__ __forceinline__ void add_rows_together(S (&sum)[kLanes], const T* rows, int64_t samples, int64_t features,
-                                                  const Quad& quad, bool mine, const Team& team, Held<T>* stage) {
-  constexpr int kEach = kStaged<T, kVector>;
+__device__ __forceinline__ void add_rows_together(S (&sum)[kLanes], const T* __restrict__ rows, int64_t samples,
+                                                  int64_t features, const Quad& quad, bool mine, const Team& team,
+                                                  Held<T>* stage) {
+  constexpr int kEach = kVector ? Tuning<T>::vector_staged : Tuning<T>::scalar_staged;
   const int together = kEach * team.slices;
   for (int64_t first = 0; first < samples; first += together, rows += together * features) {
     const int now = int(samples - first < together ? samples - first : together);
@@ -122,7 +117,7 @@ __device__ __forceinline__ void add_rows_together(S (&sum)[kLanes], const T* row
 #pragma unroll
       for (int r = 0; r < kEach; ++r) {
         const int row = r * team.slices + team.slice;
-        if (row < now) stage[row * team.width + team.here] = held[r];
+        if (row < now) stage[row * team.width + team.index] = held[r];
       }
     }
     __syncthreads();
@@ -130,7 +125,7 @@ __device__ __forceinline__ void add_rows_together(S (&sum)[kLanes], const T* row
       for_rows<kEach>(now, [&](auto count, int64_t k) {
         Held<T> held[decltype(count)::value];
 #pragma unroll
-        for (int r = 0; r < decltype(count)::value; ++r) held[r] = stage[(k + r) * team.width + team.here];
+        for (int r = 0; r < decltype(count)::value; ++r) held[r] = stage[(k + r) * team.width + team.index];
 #pragma unroll
         for (int r = 0; r < decltype(count)::value; ++r) held[r].add_to(sum);
       });

@@ -1,4 +1,4 @@
-// How blocks share the groups of an input, and sums over the members of every group.
+// Division of an input's groups over blocks, and sums over the members of every group.
 #pragma once
 
 #include "../kernels.h"
@@ -6,9 +6,10 @@
 
 namespace moreau::cuda {
 
-// Chunk k of an input owns the groups that start in [k * kChunk, (k + 1) * kChunk) of `order`: whole groups only, of
-// which only the last can reach beyond the chunk. Members are counted with 32 bits, as `order` counts them.
-constexpr int kChunk = 1024;
+constexpr int kChunk = Sizes::chunk, kLaneMembers = Sizes::lane_members, kParts = Sizes::parts;
+
+// Chunk k of an input owns the groups that start in [k * kChunk, (k + 1) * kChunk) of `order`, as a whole; its last
+// group can extend beyond the chunk. Members have 32-bit numbers, as in `order`.
 
 inline int64_t chunks(const Extents& e) { return (e.channels * e.positions + kChunk - 1) / kChunk; }
 
@@ -31,18 +32,15 @@ struct Chunk {
   }
 
  private:
-  // The first group that has members and starts at `position` or later; groups.count where the last one started before.
+  // The first non-empty group that starts at `position` or later; groups.count if there is none.
   __device__ __forceinline__ int32_t first_at(int64_t position) const {
     const int32_t g = labels[order[position]];
     return offsets[g] == position ? g : g + 1;
   }
 };
 
-// Up to so many members one lane adds up (pixels); up to kChunk a warp (tiles, tokens); more, kParts warps.
-constexpr int kLaneMembers = 32;
-constexpr int kParts = 8;
-
-// sums += what add(member, sums) adds for every `stride`-th member from `first` on. Loads of some are in flight together.
+// Calls add(member, sums) for every `stride`-th member from `first` on. The loads of four members are in flight
+// together.
 template <int kCount, class Add>
 __device__ __forceinline__ void add_members(double (&sums)[kCount], int64_t first, int64_t last, int64_t stride,
                                             const Add& add) {
@@ -50,24 +48,25 @@ __device__ __forceinline__ void add_members(double (&sums)[kCount], int64_t firs
   for (int64_t member = first; member < last; member += stride) add(int32_t(member), sums);
 }
 
-// Calls done(g, sums) once for every group g of a chunk that has members, where sums adds up what add(member, sums) adds
-// for each of them. The order of a sum follows from the size of the group alone, whatever the size of the block. Every
-// thread of the block calls it; `shared` is scratch.
+// Calls done(g, sums) once for every non-empty group g of a chunk, with the sums of add(member, sums) over its members.
+// One lane sums a group of up to kLaneMembers members, a warp one of up to kChunk members, kParts warps a larger one.
+// The order of a sum depends on the size of the group alone, not on the size of the block. Every thread of the block
+// calls this; `shared` is scratch memory.
 template <int kCount, class Add, class Done>
 __device__ __forceinline__ void group_sums(const Chunk& chunk, double (&shared)[kParts][kCount], const Add& add,
                                            const Done& done) {
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const int warp = thread / kWarp, lane = thread % kWarp, warps = threads / kWarp;
-  bool tiles = false;  // any that a warp adds up
+  bool large = false;  // whether the chunk has a group of more than kLaneMembers members
   for (int64_t g = chunk.group + thread; g < chunk.groups_end; g += threads) {
     const int32_t first = chunk.offsets[g], last = chunk.offsets[g + 1];
-    tiles = tiles || last - first > kLaneMembers;
+    large = large || last - first > kLaneMembers;
     if (last == first || last - first > kLaneMembers) continue;
     double sums[kCount] = {};
     add_members(sums, first, last, 1, add);
     done(g, sums);
   }
-  if (!__syncthreads_or(tiles)) return;
+  if (!__syncthreads_or(large)) return;
   for (int64_t g = chunk.group + warp; g < chunk.groups_end; g += warps) {
     const int32_t first = chunk.offsets[g], last = chunk.offsets[g + 1];
     if (last - first <= kLaneMembers || last - first > kChunk) continue;
@@ -77,7 +76,7 @@ __device__ __forceinline__ void group_sums(const Chunk& chunk, double (&shared)[
     for (int i = 0; i < kCount; ++i) sums[i] = lanes_sum<kWarp>(sums[i]);
     if (lane == 0) done(g, sums);
   }
-  // A longer one starts in this chunk and ends beyond it, so it is the last that has members.
+  // A group of more than kChunk members ends beyond the chunk, so it is the last non-empty one.
   if (chunk.members_end - chunk.member <= kChunk) return;
   const int32_t g = chunk.labels[chunk.order[chunk.members_end - 1]];
   const int32_t first = chunk.offsets[g], last = chunk.members_end;

@@ -1,26 +1,36 @@
-// Launching a kernel: the device guard, the size of the grid, and the check that follows every launch.
+// Launch of a kernel: the device guard, the size of the grid, and the check that follows every launch.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <utility>
+#include <type_traits>
 
 #include "../check.h"
+#include "traits.cuh"
+
+// The constructs that only a CUDA compiler reads. The emulator of the tests (tests/cpp/emulator) defines its own.
+#ifndef MOREAU_EMULATED
+// Launches `KERNEL(...)`.
+#define MOREAU_LAUNCH(KERNEL, BLOCKS, THREADS, SHARED, STREAM, ...) \
+  KERNEL<<<BLOCKS, THREADS, SHARED, static_cast<cudaStream_t>(STREAM)>>>(__VA_ARGS__)
+// Declares `TYPE NAME[]`, the dynamic shared memory of the block.
+#define MOREAU_DYNAMIC_SHARED(TYPE, NAME) extern __shared__ TYPE NAME[]
+// Declares a constant of the host code that the emulator varies, so that small cases take the paths of large ones.
+#define MOREAU_LIMIT(NAME, VALUE, EMULATED) constexpr int64_t NAME = VALUE
+#endif
 
 namespace moreau::cuda {
 
-constexpr int kWarp = 32;
-constexpr unsigned kFullWarp = 0xffffffffu;
+MOREAU_LIMIT(kBusy, Sizes::busy, busy);
+// Blocks of a grid.
+MOREAU_LIMIT(kMostGrid, Gpu::most_grid, grid);
 
-// Below this many threads a card stands partly idle: an H200 holds 132 x 2048, and half of them hide the latency of
-// memory.
-constexpr int64_t kBusy = int64_t(1) << 17;
-
-// What to do about the errors that come from the installation.
+// Advice on errors that come from the installation.
 inline const char* advice(cudaError_t error) {
   switch (error) {
-    case cudaErrorInsufficientDriver: return "; there is no NVIDIA driver, or one too old for CUDA " MOREAU_CUDA_VERSION;
+    case cudaErrorInsufficientDriver:
+      return "; there is no NVIDIA driver, or one too old for CUDA " MOREAU_CUDA_VERSION;
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorUnsupportedPtxVersion:
       return "; this build has kernels for architectures " MOREAU_CUDA_ARCHITECTURES
@@ -54,13 +64,14 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// One block per item as far as a grid reaches (2^31 - 1 blocks); kernels stride over the rest. `shared` is the dynamic
-// shared memory in bytes, at most the 48 KB that need no leave.
+// One block per item, up to the largest grid; kernels stride over the rest. `shared`: bytes of dynamic shared memory.
 template <class Kernel, class... Arguments>
 void launch(const char* operation, Kernel* kernel, int64_t items, int threads, size_t shared, void* stream,
             const Arguments&... a) {
-  const auto grid = unsigned(std::min<int64_t>(items, 0x7fffffff));
-  kernel<<<grid, unsigned(threads), shared, static_cast<cudaStream_t>(stream)>>>(a...);
+  static_assert((std::is_trivially_copyable_v<Arguments> && ...), "a launch copies the bytes of its arguments");
+  static_assert((sizeof(Arguments) + ...) <= Gpu::most_parameters);
+  const auto grid = unsigned(std::min<int64_t>(items, kMostGrid));
+  MOREAU_LAUNCH(kernel, grid, unsigned(threads), shared, stream, a...);
   check(cudaGetLastError(), operation, "launch the kernel");
 }
 

@@ -1,12 +1,12 @@
-// The draws of a chunk of the noise bank, and the noisy copies made from them.
+// Draws from the noise bank, and the noisy copies made from them.
 #pragma once
 
 #include "quads.cuh"
 
 namespace moreau::cuda {
 
-// With antithetic pairs one draw serves the rows of samples 2k and 2k + 1. Where a chunk starts or ends inside a pair,
-// one of the two rows is not in it.
+// The draws of a chunk of samples. With antithetic pairs one draw serves the rows of samples 2k and 2k + 1. Where a
+// chunk starts or ends inside a pair, it has only one of the two rows.
 struct Draws {
   int64_t samples, sample_offset;
   uint32_t first, count, rows_each;
@@ -18,16 +18,17 @@ struct Draws {
   }
 };
 
-// row[k] = base + sigma z(k) at one quad, for every `slices`-th draw from `slice`; store(row, copy) puts it there.
+// noisy[k] = base + sigma z(k) at one quad, for every `slices`-th draw from number `slice` on; store(row, copy) writes
+// it.
 template <bool kPairs, class T, class S, class Store>
-__device__ __forceinline__ void write_draws(T* noisy, int64_t features, uint64_t block, const S (&base)[kLanes],
-                                            const Noise& noise, const Draws& draws, int64_t input, uint32_t slice,
-                                            uint32_t slices, Store store) {
+__device__ __forceinline__ void write_draws(T* __restrict__ noisy, int64_t features, uint64_t block,
+                                            const S (&base)[kLanes], const Noise& noise, const Draws& draws,
+                                            int64_t input, uint32_t slice, uint32_t slices, Store store) {
   constexpr uint32_t kEach = kPairs ? 2 : 1;
   const S sigma = static_cast<const S*>(noise.sigma)[input];
   const uint64_t key = uint64_t(noise.keys[input]);
   const uint32_t step = uint32_t(*noise.step);
-  // Of the first sample of the draw; -1 where the chunk starts with the second of a pair.
+  // Row of the draw's first sample; -1 where the chunk starts with the second sample of a pair.
   int64_t row = int64_t(draws.first + slice) * kEach - draws.sample_offset;
   T* to = noisy + row * features;
   for (uint32_t draw = slice; draw < draws.count; draw += slices) {
@@ -48,15 +49,15 @@ __device__ __forceinline__ void write_draws(T* noisy, int64_t features, uint64_t
   }
 }
 
-// What all copies of a tensor are made of; `displacement` is null for zero.
+// The tensors of the noisy copies; a null `displacement` is 0.
 template <class T>
 struct Copies {
-  const T* x;
+  const T* __restrict__ x;
   const state_t<T>* displacement;
-  T* noisy;
+  T* __restrict__ noisy;
 };
 
-// The noisy copies of one quad.
+// noisy[k] = x + displacement + sigma z(k) at one quad.
 template <bool kVector, class T>
 __device__ __forceinline__ void write_copies(const Copies<T>& a, int64_t features, const Quad& quad, const Noise& noise,
                                              const Draws& draws, int64_t input, uint32_t slice, uint32_t slices) {
@@ -68,7 +69,7 @@ __device__ __forceinline__ void write_copies(const Copies<T>& a, int64_t feature
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) {
     base[lane] = load(x.v[lane]);
-    if (a.displacement) base[lane] += displacement.v[lane];  // not + 0, which would lose the sign of -0
+    if (a.displacement) base[lane] += displacement.v[lane];  // + 0 would lose the sign of -0
   }
   T* noisy = a.noisy + input * noise.samples * features;
   const auto store = [&](T* row, const S(&copy)[kLanes]) { store_quad<kVector>(row, quad, copy); };
@@ -81,7 +82,7 @@ __device__ __forceinline__ void write_copies(const Copies<T>& a, int64_t feature
   }
 }
 
-// How many threads share the copies of one quad: a power of two up to `most`, enough to fill a card with few inputs.
+// Threads that share one quad: a power of two up to `most`, enough to fill the GPU when quads are few.
 inline int slices_for(int64_t quads, int64_t draws, int most) {
   int slices = 1;
   while (2 * slices <= most && 2 * slices <= draws && quads * slices < kBusy) slices *= 2;

@@ -1,9 +1,19 @@
-// The fused step: mean of the gradients, pull to zero, shrinkage, statistics, next noisy copies, in one launch.
+// The fused proximal gradient step, in one launch:
 //
-// A block owns quads of one input, whatever belongs together. Where quads are few, `slices` threads share each of them:
-// all load gradients and write noisy copies, the first one adds and steps. Statistics are summed in an order that
-// follows from the extents alone. With groups the blocks of an input do three things one after the other: some average
-// the gradients, some then add up the groups, some then step.
+//   p      = sum_k gradients[k] / count                          average gradient
+//   y      = -rho S_eta(p)                                       KKT image of delta
+//   stats  = ||delta - y||^2, ||delta||^2, ||y||^2, ||p||^2, non-zeros of y
+//   v      = (1 - gamma / rho) delta - gamma p                   gradient step, gamma = step_size
+//   delta  = S_{gamma eta}(v)                                    proximal map of gamma eta Omega
+//   total += p or delta
+//   noisy[k] = x + delta + sigma z(k)                            next noisy copies
+//
+// S_t is the identity without a penalty, v - clip(v, -t, t) for l1, and v_g max(1 - t w_g / ||v_g||, 0) for groups.
+//
+// A block owns quads of one input. Where quads are few, `slices` threads share each quad: all of them load gradients
+// and write noisy copies; the first one adds and steps. The order of the statistics' sums depends on the extents alone.
+// With groups, an input has three kinds of blocks, each of which waits for the one before: blocks that average the
+// gradients, blocks that sum over the groups, and blocks that step.
 #include "../shrinkage.h"
 #include "gradients.cuh"
 #include "groups.cuh"
@@ -12,23 +22,10 @@
 namespace moreau::cuda {
 namespace {
 
-// 64 quads: one CIFAR-10 image (3072 features) makes 12 blocks, a batch of 64 images 768 for the 132 multiprocessors of
-// an H200.
-constexpr int kQuads = 64;
+constexpr int kQuads = Sizes::quads;
 constexpr int kQuadWarps = kQuads / kWarp;
-template <class T>
-constexpr int kMostSlices = sizeof(T) == 8 ? 4 : 8;
-// Threads of a block as ptxas is told. 640, more than ever come, leave 96 registers each, and so room for ten blocks of
-// 64 on a multiprocessor, not eight: those that draw noise hide others that load. Elsewhere ptxas would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-template <class T>
-constexpr int kBound = sizeof(T) == 8 ? 256 : 640;
-#else
-template <class T>
-constexpr int kBound = sizeof(T) == 8 ? 256 : 512;
-#endif
-// Blocks of one input beyond which they stride: 4096 already fill any card, and the last one sums as many partials.
-constexpr int64_t kMostBlocks = 4096;
+// Blocks of one input.
+MOREAU_LIMIT(kMostBlocks, Sizes::most_blocks, blocks);
 
 template <class S>
 struct Scalars {
@@ -44,7 +41,7 @@ struct Scalars {
 };
 
 // The statistics of one thread.
-struct Sums {
+struct Statistics {
   double of[kStatistics] = {};
 
   template <class S>
@@ -58,11 +55,9 @@ struct Sums {
   }
 };
 
-int64_t blocks_each(const Extents& e) {
-  return std::min((Quads(e, 0).count() + kQuads - 1) / kQuads, kMostBlocks);
-}
+int64_t blocks_each(const Extents& e) { return std::min((Quads(e, 0).count() + kQuads - 1) / kQuads, kMostBlocks); }
 
-// Whether quads travel as vectors in every tensor.
+// Whether quads are loaded as vectors in every tensor.
 template <class T>
 bool whole_vectors(const ProxStep& a, const Quads& quads) {
   using S = state_t<T>;
@@ -74,37 +69,38 @@ bool whole_vectors(const ProxStep& a, const Quads& quads) {
 
 // --- the step of one quad --------------------------------------------------------------------------------------------
 
-// How the lanes of a quad shrink without groups: v by step_size * eta, p by eta.
+// Shrinkage of the lanes of a quad without groups: v by gamma eta, p by eta.
 template <class S>
 struct Thresholds {
   S step_size, of[kLanes];
 
   __device__ __forceinline__ Thresholds(const ProxStep& a, const Scalars<S>& k, int64_t input, const Quad& quad)
       : step_size(k.step_size) {
-    const S* eta = static_cast<const S*>(a.eta) + input * a.eta_input;
+    const S* __restrict__ eta = static_cast<const S*>(a.eta) + input * a.eta_input;
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      of[lane] = 0;  // which leaves every value as it is
-      if (a.penalty == Penalty::l1 && quad.has(lane)) of[lane] = eta[(quad.offset + lane * quad.stride) * a.eta_feature];
+      of[lane] = 0;  // soft_threshold(v, 0) is v
+      if (a.penalty == Penalty::l1 && quad.has(lane))
+        of[lane] = eta[(quad.offset + lane * quad.stride) * a.eta_feature];
     }
   }
   __device__ __forceinline__ S shrink_p(int lane, S p) const { return soft_threshold(p, of[lane]); }
   __device__ __forceinline__ S shrink_v(int lane, S v) const { return soft_threshold(v, step_size * of[lane]); }
 };
 
-// The factors of a group, side by side: one load.
+// The factors of a group, adjacent in memory, so that one load brings both.
 template <class S>
 struct alignas(2 * sizeof(S)) Factors {
   S of_v, of_p;
 };
 
-// v * factor; exactly +0 for a factor of 0, and NaN for NaN.
+// v times the factor of its group: exactly +0 for the factor 0, and NaN for NaN.
 template <class S>
 __device__ __forceinline__ S scaled(S v, S factor) {
   return factor == S(0) ? S(0) * (v - v) : v * factor;
 }
 
-// The same with groups: by the factors of each lane's.
+// Shrinkage of the lanes of a quad with groups.
 template <class S>
 struct Scales {
   Factors<S> of[kLanes];
@@ -122,10 +118,10 @@ struct Scales {
   __device__ __forceinline__ S shrink_v(int lane, S v) const { return scaled(v, of[lane].of_v); }
 };
 
-// The new displacement of one quad from its averaged gradient, its statistics and running total.
+// From the average gradient p of one quad: its new displacement, its statistics and its running total.
 template <bool kVector, class S, class Rule>
 __device__ __forceinline__ void step_quad(const ProxStep& a, const Scalars<S>& k, int64_t row, const Quad& quad,
-                                          const Pack<S>& p, const Rule& rule, Sums& sums) {
+                                          const Pack<S>& p, const Rule& rule, Statistics& sums) {
   S* displacement = static_cast<S*>(a.displacement) + row;
   const Pack<S> d = load_quad<kVector>(displacement, quad);
   S next[kLanes];
@@ -136,14 +132,14 @@ __device__ __forceinline__ void step_quad(const ProxStep& a, const Scalars<S>& k
   }
   store_quad<kVector>(displacement, quad, next);
   if (a.total_of == Total::none) return;
-  S* to = static_cast<S*>(a.total) + row;
+  S* __restrict__ to = static_cast<S*>(a.total) + row;
   Pack<S> total = load_quad<kVector>(to, quad);
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) total.v[lane] += a.total_of == Total::gradient ? p.v[lane] : next[lane];
   store_quad<kVector>(to, quad, total.v);
 }
 
-// What a block does with its quads of an input: block, block + blocks, ... of kQuads each.
+// The work of one block on an input: quads block * kQuads ... and every blocks * kQuads further.
 template <class T, bool kVector>
 struct Work {
   using S = state_t<T>;
@@ -156,24 +152,33 @@ struct Work {
 
   __device__ __forceinline__ Work(const ProxStep& args, const Quads& all, const Draws& drawn, int64_t of, int64_t mine,
                                   int64_t each)
-      : a(args), quads(all), draws(drawn), team(kQuads), input(of), block(mine), blocks(each),
-        features(all.features()), count(all.count()), k(args, of) {}
+      : a(args),
+        quads(all),
+        draws(drawn),
+        team(kQuads),
+        input(of),
+        block(mine),
+        blocks(each),
+        features(all.features()),
+        count(all.count()),
+        k(args, of) {}
 
-  // Calls each(quad, mine) for all of them. The bounds are the block's, since its threads meet at barriers.
+  // Calls each(quad, mine) for the quads of the block. All threads make the same number of calls, since they meet at
+  // barriers; mine = false where a thread has no quad.
   template <class Each>
-  __device__ __forceinline__ void walk(const Each& each) const {
+  __device__ __forceinline__ void for_quads(const Each& each) const {
     for (int64_t first = block * kQuads; first < count; first += blocks * kQuads) {
-      const bool mine = first + team.here < count;
-      each(quads[mine ? first + team.here : 0], mine);
+      const bool mine = first + team.index < count;
+      each(quads[mine ? first + team.index : 0], mine);
     }
   }
 
-  // The averaged gradients, in their place. That is one loop and the step another, which reads them again: with the
-  // step's sums beside them, fewer loads would fit in the registers.
+  // p = sum_k gradients[k] / count, written to a.gradient. The step is a second loop that reads p again: in one loop
+  // with the sums of the step, the registers would hold fewer loads in flight.
   __device__ __forceinline__ void average(uint4* staged) const {
-    const T* gradients = static_cast<const T*>(a.gradients) + input * a.samples * features;
+    const T* __restrict__ gradients = static_cast<const T*>(a.gradients) + input * a.samples * features;
     S* gradient = static_cast<S*>(a.gradient) + input * features;
-    walk([&](const Quad& quad, bool mine) {
+    for_quads([&](const Quad& quad, bool mine) {
       Pack<S> p{};
       if (mine && team.slice == 0 && a.carry) p = load_quad<kVector>(gradient, quad);
       if (team.slices > 1)
@@ -188,12 +193,12 @@ struct Work {
     });
   }
 
-  // The step from them, with the rule of each quad.
+  // The step, with the shrinkage rule_of(quad) of each quad.
   template <class RuleOf>
-  __device__ __forceinline__ Sums step(const RuleOf& rule_of) const {
+  __device__ __forceinline__ Statistics step(const RuleOf& rule_of) const {
     const int64_t row = input * features;
-    Sums sums;
-    walk([&](const Quad& quad, bool mine) {
+    Statistics sums;
+    for_quads([&](const Quad& quad, bool mine) {
       if (!mine || team.slice > 0) return;
       const Pack<S> p = load_quad<kVector>(static_cast<const S*>(a.gradient) + row, quad);
       step_quad<kVector>(a, k, row, quad, p, rule_of(quad), sums);
@@ -201,55 +206,57 @@ struct Work {
     return sums;
   }
 
-  // The sums of all blocks, which have `before` others before them, then the copies. The barriers of the sums also let
-  // every thread see the new displacement. The copies come last, when no sum is held any more: the registers are needed
-  // for the keys of the ten rounds.
-  __device__ __forceinline__ void finish(Sums& sums, int64_t before) const {
+  // The statistics of all blocks of the input, after `before` arrivals of others; then the noisy copies. The barriers
+  // of the sums also make the new displacement visible to every thread of the block. The copies come last, when the
+  // sums no longer take registers, which the keys of Philox's ten rounds need.
+  __device__ __forceinline__ void finish(Statistics& sums, int64_t before) const {
     finish_sums<kQuadWarps>(sums.of, a.partials + input * blocks * kStatistics, a.arrivals + input, block, blocks,
                             a.statistics + input * kStatistics, before);
     if (draws.count == 0) return;
     const Copies<T> copies{static_cast<const T*>(a.x), static_cast<const S*>(a.displacement), static_cast<T*>(a.noisy)};
-    for (int64_t i = block * kQuads + team.here; i < count; i += blocks * kQuads)
+    for (int64_t i = block * kQuads + team.index; i < count; i += blocks * kQuads)
       write_copies<kVector>(copies, features, quads[i], a.noise, draws, input, team.slice, team.slices);
   }
 };
 
 // --- none, l1 --------------------------------------------------------------------------------------------------------
 
+// The step of the head of this file for no penalty and for l1.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kBound<T>, 1)
+__global__ void __launch_bounds__(Tuning<T>::bound, 1)
     prox_step_kernel(ProxStep a, Quads quads, Draws draws, int64_t blocks) {
   using S = state_t<T>;
-  extern __shared__ uint4 staged[];  // for slices alone
+  MOREAU_DYNAMIC_SHARED(uint4, staged);  // used by slices > 1
   for (int64_t item = blockIdx.x; item < a.extents.batch * blocks; item += gridDim.x) {
     const Division at = divide(item, blocks);
     const Work<T, kVector> work(a, quads, draws, at.quotient, at.remainder, blocks);
     work.average(staged);
-    Sums sums = work.step([&](const Quad& quad) { return Thresholds<S>(a, work.k, work.input, quad); });
+    Statistics sums = work.step([&](const Quad& quad) { return Thresholds<S>(a, work.k, work.input, quad); });
     work.finish(sums, 0);
   }
 }
 
 // --- group -----------------------------------------------------------------------------------------------------------
 
-// An input has `blocks` blocks that average, `chunk_blocks` that add up its groups, and `blocks` that step.
+// The order of the work. An input has `blocks` items that average, `chunk_blocks` that sum over its groups, and
+// `blocks` that step.
 struct Stages {
   int64_t batch, blocks, chunks, chunk_blocks, lag;
 
   MOREAU_HD int64_t each() const { return 2 * blocks + chunk_blocks; }
   MOREAU_HD int64_t items() const { return (batch + 2 * lag) * each(); }
 
-  // The input of an item; of some at either end there is none. What is done for it is the next piece of its work: who
-  // waits, waits for blocks that have begun, in whatever order a GPU begins them. Those that add up groups come `lag`
-  // inputs behind those that average, and so do those that step behind them, so that in the usual order, first to last,
-  // they find done what they need; and while some load, others draw noise.
+  // The input of an item; outside [0, batch) there is none. A block does the next piece of its input's work, whichever
+  // item it has: so a waiting block waits for blocks that have started, in whatever order the GPU starts them. Items
+  // that sum over groups follow `lag` inputs after those that average, and items that step another `lag` after them. In
+  // the usual order, first to last, they find their data ready; and while some blocks load, others draw noise.
   MOREAU_HD int64_t input(int64_t item) const {
     const Division at = divide(item, each());
     return at.quotient - (at.remainder < blocks ? 0 : at.remainder < blocks + chunk_blocks ? lag : 2 * lag);
   }
 };
 
-// Says that a block has done its part.
+// Counts a block as arrived: its part is done and visible.
 __device__ __forceinline__ void arrive(int32_t* arrivals) {
   __syncthreads();
   if (threadIdx.x > 0) return;
@@ -257,33 +264,34 @@ __device__ __forceinline__ void arrive(int32_t* arrivals) {
   atomicAdd(arrivals, 1);
 }
 
-// Waits until `count` blocks have, and makes what they wrote visible to this one.
+// Waits until `count` blocks have arrived, and makes their writes visible to this block.
 __device__ __forceinline__ void wait_for(const int32_t* arrivals, int64_t count) {
   if (threadIdx.x == 0) {
-    while ((*static_cast<const volatile int32_t*>(arrivals) & kArrived) < count) __nanosleep(100);
+    while ((*static_cast<const volatile int32_t*>(arrivals) & Sizes::arrived) < count) __nanosleep(100);
     __threadfence();
   }
   __syncthreads();
 }
 
+// The step of the head of this file for groups.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kBound<T>, 1)
+__global__ void __launch_bounds__(Tuning<T>::bound, 1)
     prox_step_group_kernel(ProxStep a, Quads quads, Draws draws, Stages stages) {
   using S = state_t<T>;
   __shared__ int32_t ticket;
   __shared__ double shared[kParts][2];
-  extern __shared__ uint4 staged[];  // for slices alone
+  MOREAU_DYNAMIC_SHARED(uint4, staged);  // used by slices > 1
   const int64_t blocks = stages.blocks, summing = stages.chunk_blocks;
   for (int64_t item = blockIdx.x; item < stages.items(); item += gridDim.x) {
     const int64_t input = stages.input(item), row = a.groups.per_input ? input : 0;
     if (input < 0 || input >= stages.batch) continue;
     int32_t* arrivals = a.arrivals + input;
-    if (threadIdx.x == 0) ticket = atomicAdd(arrivals, kArrived + 1) / (kArrived + 1);
+    if (threadIdx.x == 0) ticket = atomicAdd(arrivals, Sizes::arrived + 1) / (Sizes::arrived + 1);
     __syncthreads();
     const int64_t turn = ticket;
     Factors<S>* factors = static_cast<Factors<S>*>(a.factors) + input * a.groups.count;
 
-    // 1. The averaged gradient.
+    // 1. p = sum_k gradients[k] / count
     if (turn < blocks) {
       const Work<T, kVector> work(a, quads, draws, input, turn, blocks);
       work.average(staged);
@@ -291,7 +299,7 @@ __global__ void __launch_bounds__(kBound<T>, 1)
       continue;
     }
 
-    // 2. Norms and factors of the groups.
+    // 2. factors[g] = max(1 - gamma eta w_g / ||v_g||, 0), max(1 - eta w_g / ||p_g||, 0)
     if (turn < blocks + summing) {
       wait_for(arrivals, blocks);
       const Scalars<S> k(a, input);
@@ -303,19 +311,19 @@ __global__ void __launch_bounds__(kBound<T>, 1)
         const Chunk chunk(a.groups, quads.features(), input, i);
         group_sums<2>(
             chunk, shared,
-            [&](int32_t member, double(&sums)[2]) {
+            [&](int32_t member, double (&sums)[2]) {
               const int64_t offset = chunk.order[member];
               const S p = gradient[offset];
               const double v = k.pull(displacement[offset], p), g = p;
               sums[0] = fma(v, v, sums[0]);
               sums[1] = fma(g, g, sums[1]);
             },
-            [&](int64_t g, const double(&sums)[2]) {
+            [&](int64_t g, const double (&sums)[2]) {
               const double threshold = eta * double(weights[g]);
               factors[g] = {S(group_factor(sqrt(sums[0]), double(k.step_size) * threshold)),
                             S(group_factor(sqrt(sums[1]), threshold))};
             });
-        __syncthreads();  // before the next chunk takes `shared`
+        __syncthreads();  // before the next chunk uses `shared`
       }
       arrive(arrivals);
       continue;
@@ -325,7 +333,7 @@ __global__ void __launch_bounds__(kBound<T>, 1)
     wait_for(arrivals, blocks + summing);
     const Work<T, kVector> work(a, quads, draws, input, turn - blocks - summing, blocks);
     const int32_t* labels = a.groups.labels + row * work.features;
-    Sums sums =
+    Statistics sums =
         work.step([&](const Quad& quad) { return Scales<S>::template load<kVector>(factors, labels, quad); });
     work.finish(sums, blocks + summing);
   }
@@ -340,15 +348,15 @@ void run(const ProxStep& a, void* stream) {
   const int64_t batch = a.extents.batch, blocks = blocks_each(a.extents);
   const bool vectors = whole_vectors<T>(a, quads);
   const int64_t rows = std::max<int64_t>(a.samples, draws.count);
-  const int slices = slices_for(batch * quads.count(), rows, kMostSlices<T>), threads = kQuads * slices;
-  const size_t stage = slices > 1 ? kStaged<T, true> * threads * sizeof(Held<T>) : 0;  // at most 32 KB
+  const int slices = slices_for(batch * quads.count(), rows, Tuning<T>::most_slices), threads = kQuads * slices;
+  const size_t stage = slices > 1 ? Tuning<T>::vector_staged * threads * Tuning<T>::quad_bytes : 0;
   if (a.penalty != Penalty::group) {
     const auto kernel = vectors ? prox_step_kernel<T, true> : prox_step_kernel<T, false>;
     return launch("prox_step", kernel, batch * blocks, threads, stage, stream, a, quads, draws, blocks);
   }
   Stages stages{batch, blocks, chunks(a.extents), 0, 0};
   stages.chunk_blocks = std::min(stages.chunks, kMostBlocks);
-  // As many inputs as a card works on at once; no more than half of them, which do not fill it.
+  // The inputs that the GPU works on at once; at most half of the batch.
   stages.lag = std::min(kBusy / (stages.each() * threads) + 1, (batch - 1) / 2);
   const auto kernel = vectors ? prox_step_group_kernel<T, true> : prox_step_group_kernel<T, false>;
   launch("prox_step", kernel, stages.items(), threads, stage, stream, a, quads, draws, stages);

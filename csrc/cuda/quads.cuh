@@ -1,9 +1,9 @@
 // Quads: four features of one input that share a noise block, the unit of work of the elementwise kernels.
 //
 // A quad holds the elements 4 n .. 4 n + 3 of the noise bank as far as they lie in one channel, so one Philox call
-// serves it whatever the sizes. Where channels or the tensor start within a block, the first and the last quad of a
-// channel are partly empty. Lanes are `channels` apart in memory; neighbouring threads take neighbouring channels, or
-// neighbouring quads of contiguous memory, whose lanes travel as one vector where size and addresses allow.
+// serves it. Where a channel or the tensor starts inside a block, the first and the last quad of the channel are partly
+// empty. Lanes are `channels` apart in memory. Neighbouring threads take neighbouring channels, or neighbouring quads
+// of contiguous memory, whose lanes are loaded as one vector where size and addresses allow.
 #pragma once
 
 #include "../dtype.h"
@@ -12,19 +12,21 @@
 
 namespace moreau::cuda {
 
-constexpr int kLanes = 4;
-
-// Four values that move as one; two 16-byte words for double.
+// Four values that are loaded and stored together: one word, or two words of 16 bytes for double.
 template <class T>
 struct alignas(kLanes * sizeof(T) < 16 ? kLanes * sizeof(T) : 16) Pack {
   T v[kLanes];
 };
+static_assert(sizeof(Pack<float>) == 16 && alignof(Pack<float>) == 16, "one word");
+static_assert(sizeof(Pack<double>) == 32 && alignof(Pack<double>) == 16, "two words");
+static_assert(sizeof(Pack<uint16_t>) == 8 && alignof(Pack<uint16_t>) == 8, "half a word");
 
 struct Division {
   int64_t quotient, remainder;
 };
 
-// A 64-bit division costs about a hundred instructions, a 32-bit one twenty, and nearly all sizes are small.
+// n / d and n % d for n >= 0, d > 0. A 64-bit division takes about a hundred instructions, a 32-bit one twenty, and
+// nearly all sizes are small.
 MOREAU_HD Division divide(int64_t n, int64_t d) {
   if (((n | d) >> 32) == 0) {
     const uint32_t q = uint32_t(n) / uint32_t(d);
@@ -35,8 +37,8 @@ MOREAU_HD Division divide(int64_t n, int64_t d) {
 }
 
 struct Quad {
-  int64_t offset;  // of lane 0 from the input's first feature; negative where lane 0 is empty
-  int64_t stride;  // of the lanes
+  int64_t offset;  // of lane 0 from the input's first feature; may be negative where lane 0 is empty
+  int64_t stride;  // between lanes
   uint64_t block;  // of the noise bank
   unsigned lanes;  // bit i: lane i holds a feature
 
@@ -49,7 +51,8 @@ struct Quads {
 
   Quads(const Extents& e, int64_t first_element)
       : channels(e.channels), positions(e.positions), element_offset(first_element) {
-    // How far into a noise block a channel can start: all alike, unless channels shift against the blocks.
+    // Elements by which a channel can start after its noise block: the same for all channels where the size of a
+    // channel is a multiple of a block, up to 3 otherwise.
     const int64_t lead = channels == 1 || positions % kLanes == 0 ? element_offset % kLanes : kLanes - 1;
     per_channel = (positions + lead + kLanes - 1) / kLanes;
   }
@@ -57,7 +60,7 @@ struct Quads {
   MOREAU_HD int64_t count() const { return channels * per_channel; }
   MOREAU_HD int64_t features() const { return channels * positions; }
 
-  // Whether every quad is full and starts at a multiple of four in memory.
+  // Whether every quad is full and starts at an offset that is a multiple of four.
   bool whole() const { return channels == 1 && positions % kLanes == 0 && element_offset % kLanes == 0; }
 
   MOREAU_HD Quad operator[](int64_t i) const {
@@ -76,7 +79,7 @@ bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % alignof(Pack<T>) == 0;
 }
 
-// The lanes of a quad in a row of features; 0 in empty ones. kVector: Quads::whole() and an aligned row.
+// The lanes of a quad in a row of features; empty lanes are 0. kVector requires Quads::whole() and an aligned row.
 template <bool kVector, class T>
 __device__ __forceinline__ Pack<T> load_quad(const T* row, const Quad& quad) {
   if constexpr (kVector) {

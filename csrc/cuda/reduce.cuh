@@ -1,20 +1,21 @@
-// Sums over a block, in an order that depends on nothing but its size.
+// Sums over a block, in an order that depends on its size alone.
 #pragma once
 
 #include "launch.cuh"
 
 namespace moreau::cuda {
 
-// Sum over 2^k neighbouring lanes of a warp, the same bits in each of them.
+// Sum over kWidth neighbouring lanes of a warp, the same bits in each of them.
 template <int kWidth>
 __device__ __forceinline__ double lanes_sum(double value) {
+  static_assert(kWidth <= kWarp && (kWidth & (kWidth - 1)) == 0, "a power of two");
 #pragma unroll
   for (int apart = kWidth / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kFullWarp, value, apart);
   return value;
 }
 
-// Sums over the first kWarps warps, for thread 0; every thread of the block calls it. `shared` is free for other use
-// only after a barrier.
+// Sums over the first kWarps warps of a block; thread 0 gets them. Every thread of the block calls this. Other uses of
+// `shared` have to follow a barrier.
 template <int kWarps, int kCount>
 __device__ __forceinline__ void block_sum(double (&sums)[kCount], double (&shared)[kWarps][kCount]) {
   const int warp = int(threadIdx.x) / kWarp;
@@ -34,13 +35,10 @@ __device__ __forceinline__ void block_sum(double (&sums)[kCount], double (&share
   }
 }
 
-// The counter of an input counts the blocks that have done their part in its low half. A kernel whose blocks wait for
-// each other counts those that have begun in its high half.
-constexpr int32_t kArrived = 0xffff;
-
-// What each of an input's `blocks` blocks adds up, summed over them in order by the last one to arrive, which finds
-// `before` + blocks - 1 arrived. Every thread of a block calls it. `partials` is scratch of the input, `arrivals` its
-// counter, zero afterwards.
+// results = the sums of the `blocks` blocks of an input, added in the order of the blocks by the last one to arrive,
+// which finds before + blocks - 1 arrivals. Every thread of a block calls this. `partials` is scratch memory of the
+// input. `arrivals` is its counter, zero afterwards: arrived blocks in the low half; in the high half the blocks that
+// started, for kernels whose blocks wait for each other.
 template <int kWarps, int kCount>
 __device__ __forceinline__ void finish_sums(double (&sums)[kCount], double* partials, int32_t* arrivals, int64_t block,
                                             int64_t blocks, double* results, int64_t before = 0) {
@@ -51,14 +49,14 @@ __device__ __forceinline__ void finish_sums(double (&sums)[kCount], double* part
 #pragma unroll
     for (int i = 0; i < kCount; ++i) partials[block * kCount + i] = sums[i];
     __threadfence();  // the sums before the arrival
-    last = (atomicAdd(arrivals, 1) & kArrived) == int32_t(before + blocks - 1);
+    last = (atomicAdd(arrivals, 1) & Sizes::arrived) == int32_t(before + blocks - 1);
   }
   __syncthreads();
   if (last) {
     __threadfence();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] = 0;
-    // Past the first-level cache, which does not see what other multiprocessors wrote.
+    // __ldcg bypasses the first-level cache, which does not see writes of other multiprocessors.
     if (threadIdx.x < kWarps * kWarp)
       for (int64_t other = threadIdx.x; other < blocks; other += kWarps * kWarp) {
 #pragma unroll

@@ -1,3 +1,4 @@
+// A private CUDA stream.
 #include "../kernels.h"
 #include "launch.cuh"
 
@@ -6,7 +7,7 @@ namespace moreau::cuda {
 void* make_stream(int device) {
   const DeviceGuard guard(device, "make_stream");
   cudaStream_t made;
-  // Non-blocking: work on the legacy default stream of another thread would end a capture here.
+  // Non-blocking: otherwise work that another thread puts on the legacy default stream would end a capture here.
   check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "make_stream", "create a stream");
   return made;
 }

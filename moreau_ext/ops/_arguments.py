@@ -13,11 +13,16 @@ from .layout import memory_layout, state_dtype
 from .noise import Noise
 from .reference import per_input
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPES = {
+    torch.float32: _core.Dtype.f32,
+    torch.float64: _core.Dtype.f64,
+    torch.float16: _core.Dtype.f16,
+    torch.bfloat16: _core.Dtype.bf16,
+}
 
-NO_NOISE = _core.Noise(0, 0, 0, 0, 0, 0, False)
+NO_NOISE = _core.Noise(keys=0, step=0, sigma=0, element_offset=0, sample_offset=0, samples=0, antithetic=False)
 
-NO_GROUPS = _core.Groups(0, 0, 0, 0, 0, False)
+NO_GROUPS = _core.Groups(order=0, offsets=0, labels=0, weights=0, count=0, per_input=False)
 
 
 class NoiseArgs(Protocol):
@@ -122,16 +127,17 @@ def stream_of(x: Tensor) -> tuple[int, int]:
 
 
 def extents_of(x: Tensor) -> _core.Extents:
-    return _core.Extents(x.shape[0], *layout_of("x", x))
+    channels, positions = layout_of("x", x)
+    return _core.Extents(batch=x.shape[0], channels=channels, positions=positions)
 
 
 def core_noise(a: NoiseArgs) -> _core.Noise:
     return _core.Noise(
-        address(a.keys),
-        address(a.step),
-        address(a.sigma),
-        a.element_offset,
-        a.sample_offset,
-        a.num_samples,
-        a.antithetic,
+        keys=address(a.keys),
+        step=address(a.step),
+        sigma=address(a.sigma),
+        element_offset=a.element_offset,
+        sample_offset=a.sample_offset,
+        samples=a.num_samples,
+        antithetic=a.antithetic,
     )

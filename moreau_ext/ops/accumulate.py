@@ -29,10 +29,16 @@ def _kernel(total: Tensor, gradients: Tensor, carry: bool) -> None:
     if total.numel() == 0:
         return
     check_disjoint(total=total, gradients=gradients)
-    samples = gradients.shape[0] // total.shape[0]
-    dtype = DTYPES[gradients.dtype]
+    device, stream = stream_of(total)
     _core.accumulate(
-        dtype, extents_of(total), gradients.data_ptr(), samples, total.data_ptr(), carry, *stream_of(total)
+        dtype=DTYPES[gradients.dtype],
+        extents=extents_of(total),
+        gradients=gradients.data_ptr(),
+        samples=gradients.shape[0] // total.shape[0],
+        sum=total.data_ptr(),
+        carry=carry,
+        device=device,
+        stream=stream,
     )
 
 

@@ -32,12 +32,12 @@ def check_groups(x: Tensor, state: torch.dtype, groups: Partition) -> None:
 
 def core_groups(groups: Partition) -> _core.Groups:
     return _core.Groups(
-        groups.order.data_ptr(),
-        groups.offsets.data_ptr(),
-        groups.labels.data_ptr(),
-        groups.weights.data_ptr(),
-        groups.count,
-        groups.per_input,
+        order=groups.order.data_ptr(),
+        offsets=groups.offsets.data_ptr(),
+        labels=groups.labels.data_ptr(),
+        weights=groups.weights.data_ptr(),
+        count=groups.count,
+        per_input=groups.per_input,
     )
 
 
@@ -54,8 +54,16 @@ def _kernel(v: Tensor, *partition: Tensor) -> Tensor:
     norms = _fake(v, *partition)
     if v.numel() == 0:
         return norms.zero_()
-    groups = core_groups(Partition(*partition))
-    _core.group_norms(DTYPES[v.dtype], extents_of(v), v.data_ptr(), groups, norms.data_ptr(), *stream_of(v))
+    device, stream = stream_of(v)
+    _core.group_norms(
+        dtype=DTYPES[v.dtype],
+        extents=extents_of(v),
+        v=v.data_ptr(),
+        groups=core_groups(Partition(*partition)),
+        norms=norms.data_ptr(),
+        device=device,
+        stream=stream,
+    )
     return norms
 
 

@@ -16,13 +16,13 @@ from .reference import PRODUCTS, STATISTICS, SUMS
 
 
 class _Args(NamedTuple):
-    point: list[Tensor]
-    previous: list[Tensor]
-    here: list[Tensor]
-    before: list[Tensor]
+    y: list[Tensor]
+    y_prev: list[Tensor]
+    x: list[Tensor]
+    x_prev: list[Tensor]
     gradient: list[Tensor]
     last_gradient: list[Tensor]
-    change: list[Tensor]
+    last_step: list[Tensor]
     squares: list[Tensor]
     points: list[Tensor]
     gradients: list[Tensor]
@@ -39,8 +39,9 @@ class _Args(NamedTuple):
         return [tensors[i] if tensors else None for tensors in lists]
 
 
-# Phases of the core's momentum, which tensors of a tuple need apart: what is multiplied is summed over all of them.
-_PRODUCTS, _UPDATE = 1, 2
+# Members of the core's enumeration, looked up once. A tuple's tensors run the phases apart, since the update of each
+# needs products summed over all of them.
+_PRODUCTS, _UPDATE, _BOTH = _core.Phases.products, _core.Phases.update, _core.Phases.both
 
 # Those before `squares` are needed.
 _OVER_FEATURES = _Args._fields[:10]
@@ -50,12 +51,12 @@ _NEEDED = _OVER_FEATURES.index("squares")
 
 def _check(*args: Any) -> _Args:
     a = _Args(*args)
-    count = len(a.point)
+    count = len(a.y)
     if count == 0:
-        raise ValueError("point: expected at least one tensor")
+        raise ValueError("y: expected at least one tensor")
     for i, name in enumerate(_OVER_FEATURES):
         if len(args[i]) != count and (i < _NEEDED or args[i]):
-            raise ValueError(f"{name}: expected {count} tensors, as in point, got {len(args[i])}")
+            raise ValueError(f"{name}: expected {count} tensors, as in y, got {len(args[i])}")
     if bool(a.points) != bool(a.gradients):
         raise ValueError("points, gradients: give both or neither")
     if a.first and a.squares:
@@ -64,15 +65,15 @@ def _check(*args: Any) -> _Args:
         raise ValueError(f"samples: expected at least 1, got {a.samples}")
     device = a.sums.device
     batch = a.sums.shape[0]
-    for i, point in enumerate(a.point):
-        if point.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"point: expected float32 or float64, got {point.dtype}")
-        if not point.dim():
-            raise ValueError("point: expected a batch axis, got a tensor without axes")
-        shape, layout = (batch, *point.shape[1:]), layout_of("point", point)
+    for i, y in enumerate(a.y):
+        if y.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"y: expected float32 or float64, got {y.dtype}")
+        if not y.dim():
+            raise ValueError("y: expected a batch axis, got a tensor without axes")
+        shape, layout = (batch, *y.shape[1:]), layout_of("y", y)
         for name, tensor in zip(_OVER_FEATURES, a.of_tensor(i), strict=True):
             if tensor is not None:
-                expect(name, tensor, shape, point.dtype, device)
+                expect(name, tensor, shape, y.dtype, device)
                 layout_of(name, tensor, layout)
     expect("sums", a.sums, (batch, len(SUMS)), torch.float64, device)
     expect("statistics", a.statistics, (batch, len(STATISTICS)), torch.float64, device)
@@ -93,42 +94,54 @@ def _fake(*args: Any) -> Tensor:
 
 def _kernel(*args: Any) -> Tensor:
     a = _check(*args)
-    if not all(point.numel() for point in a.point):
+    if not all(y.numel() for y in a.y):
         return _reference(*args)  # an empty tensor's address is that of one which is not there
-    batch, count = a.sums.shape[0], len(a.point)
+    batch, count = a.sums.shape[0], len(a.y)
     on_cuda = a.sums.device.type == "cuda"
     arrivals = a.arrivals
     if on_cuda and arrivals is None:
         arrivals = torch.zeros(batch, dtype=torch.int32, device=a.sums.device)
-    target = stream_of(a.sums)
+    device, stream = stream_of(a.sums)
 
-    def run(i: int, phases: int, products: Tensor) -> None:
-        point = a.point[i]
-        features = math.prod(point.shape[1:])
+    def run(i: int, phases: _core.Phases, products: Tensor) -> None:
+        y = a.y[i]
+        features = math.prod(y.shape[1:])
         partials = None
-        if phases & _PRODUCTS:
+        if phases is not _UPDATE:
             check_disjoint(**dict(zip(_OVER_FEATURES, a.of_tensor(i), strict=True)))
-            partials = a.sums.new_empty(batch, _core.momentum_partials(features, on_cuda), len(PRODUCTS))
-        _core.momentum(
-            phases,
-            DTYPES[point.dtype],
-            batch,
-            features,
-            *map(address, a.of_tensor(i)),
-            products.data_ptr(),
-            a.sums.data_ptr() if i == 0 else 0,
-            a.statistics.data_ptr(),
-            a.samples,
-            a.momentum,
-            a.first,
-            address(partials),
-            address(arrivals),
-            *target,
+            partials = a.sums.new_empty(
+                batch, _core.momentum_step_partials(features=features, cuda=on_cuda), len(PRODUCTS)
+            )
+        _core.momentum_step(
+            phases=phases,
+            dtype=DTYPES[y.dtype],
+            batch=batch,
+            features=features,
+            y=y.data_ptr(),
+            y_prev=a.y_prev[i].data_ptr(),
+            x=a.x[i].data_ptr(),
+            x_prev=a.x_prev[i].data_ptr(),
+            gradient=a.gradient[i].data_ptr(),
+            last_gradient=a.last_gradient[i].data_ptr(),
+            last_step=a.last_step[i].data_ptr(),
+            squares=a.squares[i].data_ptr() if a.squares else 0,
+            points=a.points[i].data_ptr() if a.points else 0,
+            gradients=a.gradients[i].data_ptr() if a.gradients else 0,
+            products=products.data_ptr(),
+            sums=a.sums.data_ptr() if i == 0 else 0,
+            statistics=a.statistics.data_ptr(),
+            samples=a.samples,
+            momentum=a.momentum,
+            first=a.first,
+            partials=address(partials),
+            arrivals=address(arrivals),
+            device=device,
+            stream=stream,
         )
 
     if count == 1:
         products = _empty_products(a)
-        run(0, _PRODUCTS | _UPDATE, products)
+        run(0, _BOTH, products)
         return products
     parts = a.sums.new_empty(count, batch, len(PRODUCTS))
     for i in range(count):
@@ -155,13 +168,13 @@ def _reference(*args: Any) -> Tensor:
 
 
 def momentum_step(
-    point: Tensors,
-    previous: Tensors,
-    here: Tensors,
-    before: Tensors,
+    y: Tensors,
+    y_prev: Tensors,
+    x: Tensors,
+    x_prev: Tensors,
     gradient: Tensors,
     last_gradient: Tensors,
-    change: Tensors,
+    last_step: Tensors,
     *,
     sums: Tensor,
     statistics: Tensor,
@@ -173,16 +186,16 @@ def momentum_step(
     first: bool = False,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Momentum after a proximal step, in place, and what is kept of the step; two launches on CUDA. Formula, arguments
+    """Momentum after a proximal step with restart, in place, and running sums; two launches on CUDA. Formula, arguments
     and result: :func:`reference.momentum_step`. Deterministic as :func:`prox_step` is."""
     products: Tensor = _momentum_step(
-        point,
-        previous,
-        here,
-        before,
+        y,
+        y_prev,
+        x,
+        x_prev,
         gradient,
         last_gradient,
-        change,
+        last_step,
         squares,
         points,
         gradients,
@@ -197,8 +210,8 @@ def momentum_step(
 
 
 _momentum_step = register(
-    "momentum_step(Tensor(a!)[] point, Tensor(b!)[] previous, Tensor(c!)[] here, Tensor(d!)[] before, "
-    "Tensor[] gradient, Tensor(e!)[] last_gradient, Tensor(f!)[] change, "
+    "momentum_step(Tensor(a!)[] y, Tensor(b!)[] y_prev, Tensor(c!)[] x, Tensor(d!)[] x_prev, "
+    "Tensor[] gradient, Tensor(e!)[] last_gradient, Tensor(f!)[] last_step, "
     "Tensor(g!)[] squares, Tensor(h!)[] points, Tensor(i!)[] gradients, "
     "Tensor(j!) sums, Tensor statistics, int samples, float momentum, bool first, Tensor(k!)? arrivals) -> Tensor",
     kernel=_kernel,

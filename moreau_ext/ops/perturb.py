@@ -57,14 +57,16 @@ def _kernel(*args: Any) -> None:
     if a.out.numel() == 0:
         return
     check_disjoint(out=a.out, x=a.x, displacement=a.displacement)
+    device, stream = stream_of(a.x)
     _core.perturb(
-        DTYPES[a.x.dtype],
-        extents_of(a.x),
-        a.x.data_ptr(),
-        address(a.displacement),
-        core_noise(a),
-        a.out.data_ptr(),
-        *stream_of(a.x),
+        dtype=DTYPES[a.x.dtype],
+        extents=extents_of(a.x),
+        x=a.x.data_ptr(),
+        displacement=address(a.displacement),
+        noise=core_noise(a),
+        noisy=a.out.data_ptr(),
+        device=device,
+        stream=stream,
     )
 
 

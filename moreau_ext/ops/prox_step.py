@@ -30,6 +30,10 @@ from .noise import Noise
 from .partition import Partition
 from .reference import STATISTICS, per_input
 
+# Members of the core's enumerations, looked up once.
+_NO_PENALTY, _L1, _GROUP = _core.Penalty.none, _core.Penalty.l1, _core.Penalty.group
+_NO_TOTAL, _OF_GRADIENT, _OF_DISPLACEMENT = _core.Total.none, _core.Total.gradient, _core.Total.displacement
+
 
 class _Args(NamedTuple):
     gradients: Tensor | None
@@ -142,42 +146,45 @@ def _kernel(*args: Any) -> Tensor:
     )
     batch, extents, groups = a.displacement.shape[0], extents_of(a.displacement), a.groups
     on_cuda = a.displacement.device.type == "cuda"
-    penalty = 0 if a.eta is None else 1 if groups is None else 2
+    penalty = _NO_PENALTY if a.eta is None else _L1 if groups is None else _GROUP
+    total_of = _NO_TOTAL if a.total is None else _OF_DISPLACEMENT if a.total_of_displacement else _OF_GRADIENT
     factors = None if groups is None else a.displacement.new_empty(batch, groups.count, 2)
     eta_input, eta_feature = 1, 0
     if a.eta is not None and a.eta_per_feature:
         eta_input, eta_feature = (0 if a.eta.shape[0] == 1 else a.displacement[0].numel()), 1
-    pieces = _core.prox_step_partials(extents, on_cuda)
+    pieces = _core.prox_step_partials(extents=extents, cuda=on_cuda)
     partials = statistics.new_empty(batch, pieces, len(STATISTICS))
     arrivals = a.arrivals
     if on_cuda and arrivals is None:
         arrivals = torch.zeros(batch, dtype=torch.int32, device=statistics.device)
+    device, stream = stream_of(a.displacement)
     _core.prox_step(
-        DTYPES[a.storage],
-        extents,
-        address(a.gradients),
-        0 if a.gradients is None else a.gradients.shape[0] // batch,
-        a.summed,
-        a.carry,
-        a.gradient.data_ptr(),
-        a.displacement.data_ptr(),
-        address(a.total),
-        0 if a.total is None else 2 if a.total_of_displacement else 1,
-        a.rho.data_ptr(),
-        a.step_size.data_ptr(),
-        penalty,
-        address(a.eta),
-        eta_input,
-        eta_feature,
-        NO_GROUPS if groups is None else core_groups(groups),
-        address(a.x),
-        core_noise(a) if a.num_samples else NO_NOISE,
-        address(a.out),
-        statistics.data_ptr(),
-        partials.data_ptr(),
-        address(factors),
-        address(arrivals),
-        *stream_of(a.displacement),
+        dtype=DTYPES[a.storage],
+        extents=extents,
+        gradients=address(a.gradients),
+        samples=0 if a.gradients is None else a.gradients.shape[0] // batch,
+        count=a.summed,
+        carry=a.carry,
+        gradient=a.gradient.data_ptr(),
+        displacement=a.displacement.data_ptr(),
+        total=address(a.total),
+        total_of=total_of,
+        rho=a.rho.data_ptr(),
+        step_size=a.step_size.data_ptr(),
+        penalty=penalty,
+        eta=address(a.eta),
+        eta_input=eta_input,
+        eta_feature=eta_feature,
+        groups=NO_GROUPS if groups is None else core_groups(groups),
+        x=address(a.x),
+        noise=core_noise(a) if a.num_samples else NO_NOISE,
+        noisy=address(a.out),
+        statistics=statistics.data_ptr(),
+        partials=partials.data_ptr(),
+        factors=address(factors),
+        arrivals=address(arrivals),
+        device=device,
+        stream=stream,
     )
     return statistics
 

@@ -17,9 +17,9 @@ from .partition import Partition
 
 STATISTICS = ("residual2", "displacement2", "image2", "gradient2", "nonzero")
 
-PRODUCTS = ("uphill", "turned", "length", "way", "bend", "square")
+PRODUCTS = ("restart_product", "step_dot_last", "last_sq", "dx_dx", "dx_dg", "dg_dg")
 
-SUMS = ("turned", "length", "differences", "norms", "norms2", "lengths", "weight", "steps")
+SUMS = ("step_dot_last", "last_sq", "differences", "norms", "norms2", "lengths", "weight", "steps")
 
 
 def per_input(value: Tensor | float, x: Tensor) -> Tensor:
@@ -270,13 +270,13 @@ def prox_step(
 
 
 def momentum_step(
-    point: Tensors,
-    previous: Tensors,
-    here: Tensors,
-    before: Tensors,
+    y: Tensors,
+    y_prev: Tensors,
+    x: Tensors,
+    x_prev: Tensors,
     gradient: Tensors,
     last_gradient: Tensors,
-    change: Tensors,
+    last_step: Tensors,
     *,
     sums: Tensor,
     statistics: Tensor,
@@ -288,36 +288,37 @@ def momentum_step(
     first: bool = False,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Momentum after a proximal step, in place, with restart, and what is kept of the step.
+    """Nesterov's momentum after a proximal step, with gradient restart, in place; and running sums of the iteration.
 
-    s = δ⁺ − δ                  the step of the displacement, δ the one before
-    q = p − p⁻                  the change of the averaged gradient
-    δ⁺ + β·s                    the next point; β = 0 where ⟨x_t − δ⁺, s⟩ > 0, where the step turned against the last
-    squares += m/2·q²           what noise alone makes of the change of the gradient
-    points += m·x_t, gradients += m·p
+    y_{t+1}                             the displacement that a proximal step from x_t made
+    s = y_{t+1} − y_t                   the step
+    dx = x_t − x_{t−1},  dg = p_t − p_{t−1}
+    x_{t+1} = y_{t+1} + β·s             β = 0 where ⟨x_t − y_{t+1}, s⟩ > 0: there the momentum points uphill
+    squares += m/2·dg²                  estimates the variance of one gradient where noise alone changes p
+    points += m·x_t, gradients += m·p_t
 
     Args:
-        point: δ⁺, which a proximal step from ``here`` made; becomes the next point. All of these are tuples of tensors
-            [B, *features] of float32 or float64, the i-th of each shaped and laid out alike.
-        previous: δ; becomes δ⁺.
-        here: x_t, where the gradients were taken; becomes the next point too.
-        before: x_{t−1}; becomes x_t.
-        gradient: p, the average of the gradients at x_t.
-        last_gradient: p⁻, that at x_{t−1}; becomes p.
-        change: the last s; becomes s.
-        sums: float64 [B, 8], added to: ⟨s, last s⟩ and ‖last s‖² unless ``first``; 1, (m/2)‖q‖² and its square with
-            ``squares``; m‖x_t‖², m and 1 with ``points``. Named by ``SUMS``.
+        y: y_{t+1}; becomes x_{t+1}, where the next proximal step starts. This and the following are tuples of tensors
+            [B, *features] of float32 or float64; the i-th tensors of all have one shape, dtype and layout.
+        y_prev: y_t; becomes y_{t+1}.
+        x: x_t, where the gradients were taken; becomes x_{t+1}.
+        x_prev: x_{t−1}; becomes x_t.
+        gradient: p_t, the average of the gradients at x_t.
+        last_gradient: p_{t−1}; becomes p_t.
+        last_step: y_t − y_{t−1}; becomes s.
+        sums: float64 [B, 8], added to: ⟨s, last step⟩ and ‖last step‖² unless ``first``; 1, (m/2)‖dg‖² and its square
+            with ``squares``; m‖x_t‖², m and 1 with ``points``. Named by ``SUMS``.
         statistics: float64 [B, 5] of the proximal step.
-        samples: m, how many gradients were averaged.
+        samples: m, the number of gradients in an average.
         momentum: β.
-        squares: where the squared changes are summed, or ().
-        points, gradients: where points and gradients are summed, or ().
-        first: there is no last step yet; ``before``, ``last_gradient`` and ``change`` hold zeros.
-        arrivals: int32 zeros [B], scratch of the CUDA kernel, of one call at a time; None allocates it.
+        squares: sums of squared changes of the gradient, or ().
+        points, gradients: sums of points and of gradients, or ().
+        first: there is no last step; ``x_prev``, ``last_gradient`` and ``last_step`` hold zeros.
+        arrivals: int32 zeros [B], scratch of the CUDA kernel, for one call at a time; None allocates it.
 
     Returns:
-        float64 [B, 6], over all tensors: ⟨x_t − δ⁺, s⟩, ⟨s, last s⟩, ‖last s‖², ‖x_t − x_{t−1}‖², ⟨x_t − x_{t−1}, q⟩,
-        ‖q‖². Named by ``PRODUCTS``.
+        float64 [B, 6], over all tensors: ⟨x_t − y_{t+1}, s⟩, ⟨s, last step⟩, ‖last step‖², ‖dx‖², ⟨dx, dg⟩, ‖dg‖².
+        Named by ``PRODUCTS``.
 
     Source: O'Donoghue and Candès, "Adaptive restart for accelerated gradient schemes", 2015.
     """
@@ -329,27 +330,34 @@ def momentum_step(
         parts = [(flat_rows(u).double() * flat_rows(v).double()).sum(1) for u, v in zip(a, b, strict=True)]
         return torch.stack(parts).sum(0)
 
-    step, turn, way = differences(point, previous), differences(gradient, last_gradient), differences(here, before)
-    pairs = [(differences(here, point), step), (step, change), (change, change), (way, way), (way, turn), (turn, turn)]
+    step, dx, dg = differences(y, y_prev), differences(x, x_prev), differences(gradient, last_gradient)
+    pairs = [
+        (differences(x, y), step),
+        (step, last_step),
+        (last_step, last_step),
+        (dx, dx),
+        (dx, dg),
+        (dg, dg),
+    ]
     products = torch.stack([inner(*pair) for pair in pairs], dim=1)
     if not first:
         sums[:, :2] += products[:, 1:3]
     if squares:
         square = products[:, 5] * (samples / 2)
         sums[:, 2:5] += torch.stack([torch.ones_like(square), square, square.square()], dim=1)
-        for total, q in zip(squares, turn, strict=True):
+        for total, q in zip(squares, dg, strict=True):
             total += samples / 2 * q * q
     if points:
         ones = torch.ones_like(statistics[:, 1])
         sums[:, 5:] += torch.stack([samples * statistics[:, 1], samples * ones, ones], dim=1)
-        for total, value in zip((*points, *gradients), (*here, *gradient), strict=True):
+        for total, value in zip((*points, *gradients), (*x, *gradient), strict=True):
             total += samples * value
-    factor = momentum * (~(products[:, 0] > 0)).double()
+    beta = momentum * (~(products[:, 0] > 0)).double()
     for i, s in enumerate(step):
-        before[i].copy_(here[i])
-        previous[i].copy_(point[i])
+        x_prev[i].copy_(x[i])
+        y_prev[i].copy_(y[i])
         last_gradient[i].copy_(gradient[i])
-        change[i].copy_(s)
-        here[i].copy_(point[i] + factor.to(s.dtype).view(-1, *[1] * (s.dim() - 1)) * s)
-        point[i].copy_(here[i])
+        last_step[i].copy_(s)
+        x[i].copy_(y[i] + beta.to(s.dtype).view(-1, *[1] * (s.dim() - 1)) * s)
+        y[i].copy_(x[i])
     return products

@@ -61,7 +61,7 @@ _MOMENTUM = 0.5
 # Successive changes of the displacement that turn back by half mean that the step is too long; noise alone turns back
 # by a third at most.
 _TURNING = -0.5
-_DX_DX, _DX_DG = ops.PRODUCTS.index("way"), ops.PRODUCTS.index("bend")
+_DX_DX, _DX_DG = ops.PRODUCTS.index("dx_dx"), ops.PRODUCTS.index("dx_dg")
 _TINY = torch.finfo(torch.float64).tiny
 
 

@@ -1,4 +1,4 @@
-// Prints a hash of what the CPU operations compute, so that builds for different instruction sets can be compared.
+// Prints hashes of the results of the CPU operations, so that builds for different instruction sets can be compared.
 #include <cstdint>
 #include <cstdio>
 #include <vector>
@@ -15,7 +15,7 @@ uint64_t hash(const void* data, size_t bytes) {
   return h;
 }
 
-void one(int64_t batch, int64_t channels, int64_t positions, int64_t samples, Penalty penalty) {
+void prox_step(int64_t batch, int64_t channels, int64_t positions, int64_t samples, Penalty penalty) {
   const int64_t features = channels * positions, n = batch * features;
   uint32_t state = 12345;
   const auto draw = [&] { return float(int32_t(state = state * 1664525u + 1013904223u)) * 0x1p-31f; };
@@ -47,7 +47,7 @@ void one(int64_t batch, int64_t channels, int64_t positions, int64_t samples, Pe
 }
 
 template <class S>
-void momentum(Dtype dtype, int64_t batch, int64_t features) {
+void momentum_step(Dtype dtype, int64_t batch, int64_t features) {
   const int64_t n = batch * features;
   uint32_t state = 54321;
   std::vector<S> all[10];
@@ -56,16 +56,15 @@ void momentum(Dtype dtype, int64_t batch, int64_t features) {
     for (S& value : v) value = S(int32_t(state = state * 1664525u + 1013904223u)) * S(0x1p-31);
   }
   std::vector<double> products(batch * kProducts), sums(batch * kSums), statistics(batch * kStatistics, 0.3);
-  std::vector<double> partials(batch * cpu::momentum_partials(features) * kProducts);
-  Momentum a{};
-  a.dtype = dtype, a.batch = batch, a.features = features;
-  a.point = all[0].data(), a.previous = all[1].data(), a.here = all[2].data(), a.before = all[3].data();
-  a.gradient = all[4].data(), a.last_gradient = all[5].data(), a.change = all[6].data();
+  std::vector<double> partials(batch * cpu::momentum_step_partials(features) * kProducts);
+  MomentumStep a{};
+  a.phases = Phases::both, a.dtype = dtype, a.batch = batch, a.features = features;
+  a.y = all[0].data(), a.y_prev = all[1].data(), a.x = all[2].data(), a.x_prev = all[3].data();
+  a.gradient = all[4].data(), a.last_gradient = all[5].data(), a.last_step = all[6].data();
   a.squares = all[7].data(), a.points = all[8].data(), a.gradients = all[9].data();
   a.products = products.data(), a.sums = sums.data(), a.statistics = statistics.data();
   a.samples = 6, a.momentum = 0.4, a.partials = partials.data();
-  cpu::momentum_products(a);
-  cpu::momentum_update(a);
+  cpu::momentum_step(a);
   uint64_t tensors = 0;
   for (const auto& v : all) tensors = tensors * 31 + hash(v.data(), n * sizeof(S));
   std::printf("%016llx %016llx %016llx\n", (unsigned long long)tensors,
@@ -78,11 +77,11 @@ void momentum(Dtype dtype, int64_t batch, int64_t features) {
 int main() {
   for (const auto penalty : {Penalty::none, Penalty::l1, Penalty::group})
     for (const int64_t positions : {1, 33, 111, 1023, 4097}) {
-      one(3, 1, positions, 5, penalty);
-      one(2, 3, positions, 8, penalty);
+      prox_step(3, 1, positions, 5, penalty);
+      prox_step(2, 3, positions, 8, penalty);
     }
   for (const int64_t features : {1, 33, 111, 1023, 4097}) {
-    momentum<float>(Dtype::f32, 3, features);
-    momentum<double>(Dtype::f64, 3, features);
+    momentum_step<float>(Dtype::f32, 3, features);
+    momentum_step<double>(Dtype::f64, 3, features);
   }
 }

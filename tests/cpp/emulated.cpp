@@ -1,9 +1,9 @@
 // Random cases of every operation: the CUDA kernels, run by the emulator, against the CPU kernels.
 //
-//   emulated COUNT SEED            prints how many cases of each operation passed; at the first failure the case, and
-//                                  exits with 1
-//   emulated OPERATION INDEX SEED  that case alone
-//   emulated fault NAME            a kernel with a fault that the emulator must not let pass
+//   emulated COUNT SEED            prints the number of cases of each operation that passed; prints the first case that
+//                                  fails and exits with 1
+//   emulated OPERATION INDEX SEED  runs one case
+//   emulated fault NAME            runs a kernel with a fault that the emulator must detect
 #include <sanitizer/common_interface_defs.h>
 
 #include <algorithm>
@@ -52,8 +52,8 @@ struct Random {
 size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 Dtype state_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-// Numbers of one type, at an address that is a multiple of 16 bytes, or off it by one of them. Nobody may write around
-// them.
+// Numbers of one type, at an address that is a multiple of 16 bytes or one number beyond it. Guard bytes on both sides
+// must stay unwritten.
 class Buffer {
  public:
   Buffer(Dtype dtype, int64_t count, bool off = false) : dtype_(dtype), count_(count), off_(off) {
@@ -85,7 +85,7 @@ class Buffer {
     std::memcpy(other.data(), data(), bytes());
     return other;
   }
-  // The first `count` numbers, on or off.
+  // The first `count` numbers, at an aligned address or off it.
   Buffer head(int64_t count, bool off) const {
     Buffer other(dtype_, count, off);
     std::memcpy(other.data(), data(), other.bytes());
@@ -111,7 +111,7 @@ class Buffer {
   void poison() {
     for (int64_t i = 0; i < count_; ++i) set(i, NAN);
   }
-  // Of the numbers that follow 1.
+  // Distance of neighbouring numbers at `value`.
   double spacing(double value) const {
     const int digits = dtype_ == Dtype::f64 ? 53 : dtype_ == Dtype::f32 ? 24 : dtype_ == Dtype::f16 ? 11 : 8;
     int exponent;
@@ -154,7 +154,7 @@ void same_bits(const Buffer& emulated, const Buffer& cpu, const char* what) {
   if (std::memcmp(emulated.data(), cpu.data(), cpu.bytes()) != 0) fail(std::string(what) + ": other bits");
 }
 
-// |a - b| <= tolerance(b), which nothing fulfils where one is NaN.
+// |a - b| <= tolerance(b); NaN never passes.
 template <class A, class B, class Tolerance>
 void close(const A& emulated, const B& cpu, int64_t count, const char* what, Tolerance tolerance) {
   for (int64_t i = 0; i < count; ++i)
@@ -171,19 +171,19 @@ void close_sums(const std::vector<double>& emulated, const std::vector<double>& 
   close(emulated, cpu, int64_t(cpu.size()), what, [=](double v) { return relative * std::fabs(v) + absolute; });
 }
 
-// Noisy copies for sigma up to `sigma`, of displacements that differ by up to `displaced`.
+// Noisy copies with standard deviations up to `sigma`, of displacements that differ by up to `displaced`.
 void close_copies(const Buffer& emulated, const Buffer& cpu, Dtype dtype, double sigma, double displaced = 0) {
   const double error = displaced + sigma * (dtype == Dtype::f64 ? 1e-13 : kNoiseError);
   if (error == 0) return same_bits(emulated, cpu, "noisy");
   const Buffer state(state_of(dtype), 0);
   close(emulated, cpu, cpu.count(), "noisy", [&](double v) {
-    // One rounding of the sum, and one to the dtype.
+    // One rounding of the sum and one to the dtype.
     const double sum = 2 * state.spacing(v), stored = cpu.spacing(v) > state.spacing(v) ? cpu.spacing(v) : 0;
     return error + sum + stored;
   });
 }
 
-// What all cases have in common.
+// Sizes, types and addresses of one case.
 struct Case {
   Dtype dtype, state;
   int64_t batch, channels, positions, features, count;  // count: numbers of a tensor
@@ -194,7 +194,7 @@ struct Case {
 
   Case(Random& random, int64_t all_tensors, bool halves = true) : tensors(all_tensors) {
     dtype = Dtype(random.between(0, halves ? 3 : 1)), state = state_of(dtype);
-    // Some have groups longer than a chunk.
+    // Large enough for groups longer than a chunk.
     const bool large = random.one_in(8);
     batch = random.between(1, large ? 2 : 4);
     channels = random.one_in(3) ? random.between(2, 6) : 1;
@@ -248,7 +248,7 @@ struct Bank {
   double most() const { return noise.sigma ? 1.0 : 0.0; }
 };
 
-// Groups of every kind: neighbours, few and many at random, all in one, strided as pixels are, tiles of rows.
+// Groups of every kind: neighbours, few or many at random, one group, strided groups like pixels, tiles.
 struct Partition {
   std::vector<int32_t> order, labels, offsets;
   Buffer weights;
@@ -258,7 +258,7 @@ struct Partition {
     const bool per_input = random.one_in(2);
     const int64_t rows = per_input ? c.batch : 1, n = c.features;
     const int64_t kind = n > 1000 && random.one_in(2) ? 0 : random.between(0, 5);
-    // Sizes where sums begin to go another way, and a chunk ends.
+    // Sizes at which sums change their path or a chunk ends.
     const int64_t edges[] = {32, 33, 1024, 1025};
     const int64_t tile = random.one_in(2) ? random.between(1, 40) : edges[random.between(0, 3)];
     const bool skewed = random.one_in(2);  // many small groups and a few large ones
@@ -269,7 +269,7 @@ struct Partition {
     const int64_t width = random.between(1, 60), third = (n + 2) / 3;
     const int64_t counts[] = {(n + tile - 1) / tile, random.between(1, 5), 1, third, random.between(1, n), 6};
     const int64_t count = counts[kind];
-    // Labels that are no multiple of a vector from one.
+    // Labels at an address that is not a multiple of a vector.
     const int64_t off = random.one_in(3) ? 1 : 0;
     labels.resize(rows * n + off), order.resize(rows * n), offsets.assign(rows * (count + 1), 0);
     for (int64_t r = 0; r < rows; ++r) {
@@ -341,7 +341,7 @@ void check_prox_step(Random& random) {
   const Result cpu = run(a, cpu::prox_step_partials(a.extents), [](const ProxStep& a) { cpu::prox_step(a); });
 
   same_bits(gpu.gradient, cpu.gradient, "gradient");
-  // A group's factor depends on a norm, whose sums go another way.
+  // A group's factor depends on a norm, whose terms are added in another order.
   const double factor_error = !grouped ? 0 : c.state == Dtype::f64 ? 1e-14 : 1e-6;
   if (grouped) {
     const auto tolerance = [=](double v) { return factor_error * std::max(1.0, std::fabs(v)); };
@@ -354,7 +354,8 @@ void check_prox_step(Random& random) {
   close_sums(gpu.statistics, cpu.statistics, "statistics", grouped && c.state == Dtype::f32 ? 1e-5 : 1e-12);
   close_copies(gpu.noisy, cpu.noisy, c.dtype, bank.most(), 10 * factor_error);
 
-  // An input's bits know neither its batch nor addresses nor how many threads share a quad or blocks a launch.
+  // The bits of an input depend neither on its batch, nor on addresses, nor on the threads of a quad or the blocks of a
+  // launch.
   if (!random.one_in(4)) return;
   const Buffer moved = gradients.head(c.features * samples, !gradients.off());
   ProxStep one = a;
@@ -386,7 +387,7 @@ void check_perturb(Random& random) {
   const Buffer whole = run(a, emulated);
   close_copies(whole, run(a, [](const Perturb& a) { cpu::perturb(a); }), c.dtype, bank.most());
 
-  // Two chunks are the whole, wherever it is cut.
+  // Two chunks of samples give the same copies as one, wherever they are cut.
   const int64_t cut = random.between(0, m);
   for (const bool second : {false, true}) {
     Perturb part = a;
@@ -424,7 +425,7 @@ void check_group_norms(Random& random) {
   close_sums(gpu, cpu, "norms", 1e-13);
 }
 
-void check_momentum(Random& random) {
+void check_momentum_step(Random& random) {
   Case c(random, 10, false);
   std::vector<Buffer> tensors;
   for (int i = 0; i < 10; ++i) tensors.push_back(c.tensor(random, c.dtype));
@@ -444,16 +445,16 @@ void check_momentum(Random& random) {
   };
   const auto run = [&](int64_t batch, int64_t partials, auto&& operation) {
     Result r{{}, std::vector<double>(size_t(batch * kProducts), NAN), sums};
-    // Alone, they all are at other addresses too.
+    // A single input gets other addresses too.
     for (const Buffer& tensor : tensors)
       r.tensors.push_back(batch == c.batch ? tensor.copy() : tensor.head(batch * c.features, !tensor.off()));
     std::vector<double> scratch(size_t(batch * partials * kProducts), NAN);
     std::vector<int32_t> arrivals = no_arrivals(batch);
-    Momentum a{};
-    a.dtype = c.dtype, a.batch = batch, a.features = c.features;
-    a.point = r.tensors[0].data(), a.previous = r.tensors[1].data(), a.here = r.tensors[2].data();
-    a.before = r.tensors[3].data(), a.gradient = r.tensors[4].data(), a.last_gradient = r.tensors[5].data();
-    a.change = r.tensors[6].data(), a.squares = squares ? r.tensors[7].data() : nullptr;
+    MomentumStep a{};
+    a.phases = Phases::both, a.dtype = c.dtype, a.batch = batch, a.features = c.features;
+    a.y = r.tensors[0].data(), a.y_prev = r.tensors[1].data(), a.x = r.tensors[2].data();
+    a.x_prev = r.tensors[3].data(), a.gradient = r.tensors[4].data(), a.last_gradient = r.tensors[5].data();
+    a.last_step = r.tensors[6].data(), a.squares = squares ? r.tensors[7].data() : nullptr;
     a.points = window ? r.tensors[8].data() : nullptr, a.gradients = window ? r.tensors[9].data() : nullptr;
     a.products = r.products.data(), a.sums = sums_too ? r.sums.data() : nullptr, a.statistics = statistics.data();
     a.samples = samples, a.momentum = 0.4, a.first = first;
@@ -462,18 +463,15 @@ void check_momentum(Random& random) {
     all_zero(arrivals);
     return r;
   };
-  const auto emulated = [](const Momentum& a) {
-    cuda::momentum_products(a, 0, nullptr);
-    cuda::momentum_update(a, 0, nullptr);
-  };
-  const Result gpu = run(c.batch, cuda::momentum_partials(c.features), emulated);
-  const Result cpu = run(c.batch, cpu::momentum_partials(c.features), [](const Momentum& a) {
-    cpu::momentum_products(a);
-    cpu::momentum_update(a);
+  const auto emulated = [](const MomentumStep& a) { cuda::momentum_step(a, 0, nullptr); };
+  const Result gpu = run(c.batch, cuda::momentum_step_partials(c.features), emulated);
+  // The CPU runs the phases one by one, as a tuple of tensors does.
+  const Result cpu = run(c.batch, cpu::momentum_step_partials(c.features), [](MomentumStep a) {
+    for (const Phases phase : {Phases::products, Phases::update}) a.phases = phase, cpu::momentum_step(a);
   });
   close_sums(gpu.products, cpu.products, "products", 1e-12, 1e-13 * double(c.features));
   close_sums(gpu.sums, cpu.sums, "sums", 1e-12, 1e-11 * double(c.features));
-  // Both add with momentum.h, so that which they add to is to be looked at by itself.
+  // Both sides share momentum_step.h, so the set of sums that change is checked on its own.
   const bool added[kSums] = {!first, !first, squares, squares, squares, window, window, window};
   for (size_t i = 0; i < sums.size(); ++i)
     if ((gpu.sums[i] != sums[i]) != (sums_too && added[i % kSums])) fail("sums: not those that should change");
@@ -482,7 +480,7 @@ void check_momentum(Random& random) {
 
   if (c.batch == 1) return;
   emulator::limits.grid = random.between(1, 100);
-  const Result alone = run(1, cuda::momentum_partials(c.features), emulated);
+  const Result alone = run(1, cuda::momentum_step_partials(c.features), emulated);
   if (!std::equal(alone.products.begin(), alone.products.end(), gpu.products.begin()))
     fail("products: other bits alone");
   if (!std::equal(alone.sums.begin(), alone.sums.begin() + kSums, gpu.sums.begin())) fail("sums: other bits alone");
@@ -490,7 +488,8 @@ void check_momentum(Random& random) {
     same_bits(gpu.tensors[i].head(c.features, false), alone.tensors[i].head(c.features, false), "tensor alone");
 }
 
-// What the emulator has to end the program at; `leftovers` passes where there are none. False: there is no such fault.
+// Runs a fault that the emulator must end the program at; `leftovers` passes if there are none. Returns false for an
+// unknown name.
 bool fault(const std::string& name) {
   if (name == "barrier") {
     emulator::launch(1, 64, 0, [] {
@@ -536,7 +535,7 @@ const Operation operations[] = {{"prox_step", check_prox_step},
                                 {"perturb", check_perturb},
                                 {"accumulate", check_accumulate},
                                 {"group_norms", check_group_norms},
-                                {"momentum", check_momentum}};
+                                {"momentum_step", check_momentum_step}};
 
 void check(const Operation& operation, int64_t index, int64_t seed) {
   Random random;

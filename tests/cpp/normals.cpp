@@ -1,5 +1,5 @@
-// Prints the largest error, relative to max(|z|, 1), of Box-Muller for a GPU's float and of the CPU's, against float64;
-// and the two bounds of philox.h. The host has exact intrinsics in place of the GPU's approximate ones.
+// Prints the largest errors, relative to max(|z|, 1), of the GPU's and of the CPU's Box-Muller in float against
+// float64, and the two bounds of philox.h. The host uses exact functions in place of the GPU's approximate intrinsics.
 #include <algorithm>
 #include <cstdio>
 #include <limits>
@@ -27,7 +27,7 @@ struct Worst {
     take(fast, z, expected);
     box_muller<float>(a, b, z[0], z[1]);
     take(exact, z, expected);
-    // A root of nothing negative.
+    // The argument of the square root must be positive.
     if (!(fast_minus_two_log(a) > 0.0f)) fast = std::numeric_limits<double>::infinity();
   }
 };
@@ -42,7 +42,7 @@ int main() {
     const uint32_t a = next();
     worst.at(a, next());
   }
-  // Both ends and the middle of u, where formulas change, and every eighth of a turn.
+  // Both ends and the middle of u, where the formulas change, and every eighth of a turn.
   for (uint32_t corner = 0; corner < 8; ++corner)
     for (const uint32_t centre : {corner << 29, 0xb504f333u, 0xbfffffffu})
       for (int i = -5000; i < 5000; ++i) {

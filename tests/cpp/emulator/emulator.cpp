@@ -38,7 +38,8 @@ unsigned running;
 const std::function<void()>* body;
 std::mt19937 dice(7);
 std::vector<char> memory;
-// What lanes hand over: two boxes in turn, since some may be at their next operation while others still read.
+// Values exchanged by lanes: two boxes in turn, since some lanes may be at their next operation while others still
+// read.
 std::vector<uint64_t> boxes;
 
 void enter() {
@@ -75,14 +76,14 @@ void release(unsigned first, unsigned count) {
   for (unsigned thread = first; thread < first + count; ++thread) fibers[thread].state = State::ready;
 }
 
-// Fills the static shared memory: the thread-local variables of the program, which has no other.
+// Fills the static shared memory: the thread-local variables of the program, which has no others.
 int poison_program(dl_phdr_info* object, size_t, void*) {
   for (int i = 0; i < object->dlpi_phnum; ++i)
     if (object->dlpi_phdr[i].p_type == PT_TLS) std::memset(object->dlpi_tls_data, 0xff, object->dlpi_phdr[i].p_memsz);
-  return 1;  // the program is the first object, and libraries are not ours
+  return 1;  // the program is the first object; libraries keep their variables
 }
 
-// Runs the threads of a warp that can, each up to its next stop. Whether there were any.
+// Runs the ready threads of a warp, each up to its next stop. Returns whether there were any.
 bool run_warp(unsigned warp) {
   const unsigned first = warp * kWarp;
   std::array<unsigned, kWarp> order;
@@ -108,7 +109,7 @@ void run_block(unsigned threads) {
   std::vector<unsigned> warps(threads / kWarp);
   std::iota(warps.begin(), warps.end(), 0u);
   while (!all(0, threads, State::done)) {
-    // Either all warps move on together, or each runs ahead up to the next barrier of the block before others start.
+    // Either the warps advance in turn, or each runs up to the next barrier of the block before others start.
     const bool ahead = dice() % 2;
     bool moved = false;
     std::shuffle(warps.begin(), warps.end(), dice);
@@ -159,7 +160,7 @@ void barrier() { wait(State::at_barrier); }
 
 bool any_of_block(bool mine) {
   static bool any;
-  barrier();  // nobody reads the last answer any more
+  barrier();  // all threads have read the previous answer
   any = false;
   barrier();
   any = any || mine;
