@@ -81,7 +81,7 @@ def state_of(name: str, x: Tensor) -> torch.dtype:
     return state_dtype(x.dtype)
 
 
-def check_noise(x: Tensor, state: torch.dtype, a: NoiseArgs) -> None:
+def check_noise(x: Tensor, state: torch.dtype, layout: tuple[int, int], a: NoiseArgs) -> None:
     if a.keys is None or a.step is None or a.out is None:
         raise ValueError("noise: writing noisy copies needs the keys, the step and `out`")
     expect("noise.keys", a.keys, (x.shape[0],), torch.int64, x.device)
@@ -93,7 +93,7 @@ def check_noise(x: Tensor, state: torch.dtype, a: NoiseArgs) -> None:
     if a.sample_offset + a.num_samples > 1 << 32:
         raise ValueError("noise: the bank numbers samples with 32 bits")
     expect("out", a.out, (x.shape[0] * a.num_samples, *x.shape[1:]), x.dtype, x.device)
-    layout_of("out", a.out, layout_of("x", x))
+    layout_of("out", a.out, layout)
 
 
 def noise_arguments(noise: Noise, x: Tensor) -> tuple[Any, ...]:
@@ -105,11 +105,11 @@ def noise_arguments(noise: Noise, x: Tensor) -> tuple[Any, ...]:
 
 def check_disjoint(**tensors: Tensor | None) -> None:
     """Buffers that are written must not share memory with anything else."""
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name)
-        for name, t in tensors.items()
-        if t is not None and t.numel()
-    )
+    spans = []
+    for name, t in tensors.items():
+        if t is not None and t.numel():
+            spans.append((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name))
+    spans.sort()
     for (_, end, first), (start, _, second) in pairwise(spans):
         if start < end:
             raise ValueError(f"{first} and {second} share memory; each must be a tensor of its own")

@@ -35,29 +35,16 @@ def register(
 
     Args:
         schema: of torch.library, e.g. ``"f(Tensor x) -> Tensor"``.
-        kernel: calls the compiled core; for the CPU, and for CUDA where the core was built with it.
+        kernel: calls the compiled core; for the CPU, and for CUDA where the core was built with it. It counts a new
+            version of each tensor that it writes, which autograd and captures look at.
         reference: for every other device.
         fake: the shape function that tracing uses; checks the arguments.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
-    written = [
-        i
-        for i, a in enumerate(torch._C.parse_schema(schema).arguments)
-        if a.alias_info is not None and a.alias_info.is_write
-    ]
-
-    def counted(*args: Any) -> Any:
-        """The kernel, and a new version of what it has written, which autograd and captures look at."""
-        made = kernel(*args)
-        for i in written:
-            if args[i] is not None:
-                torch.autograd.graph.increment_version(args[i])
-        return made
-
-    _library.impl(name, counted, "CPU")
+    _library.impl(name, kernel, "CPU")
     if _core.cuda_version is not None:
-        _library.impl(name, counted, "CUDA")
+        _library.impl(name, kernel, "CUDA")
     _library.impl(name, _warn_once(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
     overload: Callable[..., Any] = getattr(torch.ops.moreau_ext, name).default

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import reference
 from ._arguments import DTYPES, check_disjoint, expect, extents_of, layout_of, state_of, stream_of
@@ -40,6 +41,7 @@ def _kernel(total: Tensor, gradients: Tensor, carry: bool) -> None:
         device=device,
         stream=stream,
     )
+    increment_version(total)
 
 
 def _reference(total: Tensor, gradients: Tensor, carry: bool) -> None:

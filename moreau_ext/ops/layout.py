@@ -57,7 +57,7 @@ Tensors = tuple[Tensor, ...]
 
 def inner(a: Tensors, b: Tensors) -> Tensor:
     """⟨a, b⟩ of every input over all its tensors, float64 [B]."""
-    return total(tuple(u.double() * v.double() for u, v in zip(a, b, strict=True)))
+    return total(tuple([u.double() * v.double() for u, v in zip(a, b, strict=True)]))
 
 
 def total(tensors: Tensors) -> Tensor:
@@ -137,7 +137,7 @@ def like_layout(gradient: Tensor, x: Tensor) -> Tensor:
 
 def states_like(inputs: Tensors) -> Tensors:
     """Zeros of the inputs' shapes and layouts, in the state dtype."""
-    return tuple(torch.zeros_like(x, dtype=state_dtype(x.dtype)) for x in inputs)
+    return tuple([torch.zeros_like(x, dtype=state_dtype(x.dtype)) for x in inputs])
 
 
 def row_chunks(batch: int, size: int | None, device: torch.device) -> list[Tensor]:

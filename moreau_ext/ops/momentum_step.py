@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import reference
 from ._arguments import DTYPES, address, check_disjoint, expect, layout_of, stream_of
@@ -84,17 +85,14 @@ def _check(*args: Any) -> _Args:
     return a
 
 
-def _empty_products(a: _Args) -> Tensor:
-    return a.sums.new_empty(a.sums.shape[0], len(PRODUCTS))
-
-
 def _fake(*args: Any) -> Tensor:
-    return _empty_products(_check(*args))
+    a = _check(*args)
+    return a.sums.new_empty(a.sums.shape[0], len(PRODUCTS))
 
 
 def _kernel(*args: Any) -> Tensor:
     a = _check(*args)
-    if not all(y.numel() for y in a.y):
+    if min([y.numel() for y in a.y]) == 0:
         return _reference(*args)  # an empty tensor's address is that of one which is not there
     batch, count = a.sums.shape[0], len(a.y)
     on_cuda = a.sums.device.type == "cuda"
@@ -139,16 +137,19 @@ def _kernel(*args: Any) -> Tensor:
             stream=stream,
         )
 
+    products = a.sums.new_empty(batch, len(PRODUCTS))
     if count == 1:
-        products = _empty_products(a)
         run(0, _BOTH, products)
-        return products
-    parts = a.sums.new_empty(count, batch, len(PRODUCTS))
-    for i in range(count):
-        run(i, _PRODUCTS, parts[i])
-    products = parts.sum(0)
-    for i in range(count):
-        run(i, _UPDATE, products)
+    else:
+        parts = a.sums.new_empty(count, batch, len(PRODUCTS))
+        for i in range(count):
+            run(i, _PRODUCTS, parts[i])
+        torch.sum(parts, 0, out=products)
+        for i in range(count):
+            run(i, _UPDATE, products)
+    written = (a.y, a.y_prev, a.x, a.x_prev, a.last_gradient, a.last_step, a.squares, a.points, a.gradients, [a.sums])
+    for tensors in written:
+        increment_version(tensors)
     return products
 
 

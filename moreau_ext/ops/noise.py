@@ -23,15 +23,16 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
+_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
 def _mix(word: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014) on the bits of int64: a bijection, so ids never collide."""
 
-    def shift(value: Tensor, by: int) -> Tensor:
-        return (value >> by) & ((1 << (64 - by)) - 1)  # int64 shifts copy the sign; a mix needs zeros
-
-    word = (word ^ shift(word, 30)) * _signed(0xBF58476D1CE4E5B9)
-    word = (word ^ shift(word, 27)) * _signed(0x94D049BB133111EB)
-    return word ^ shift(word, 31)
+    # int64 shifts copy the sign; a mix needs zeros, hence the masks.
+    word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * _FIRST
+    word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * _SECOND
+    return word ^ ((word >> 31) & ((1 << 33) - 1))
 
 
 def noise_keys(seed: int, ids: Tensor) -> Tensor:

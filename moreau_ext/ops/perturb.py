@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import reference
 from ._arguments import (
@@ -41,10 +42,11 @@ class _Args(NamedTuple):
 def _check(*args: Any) -> _Args:
     a = _Args(*args)
     state = state_of("x", a.x)
-    check_noise(a.x, state, a)
+    layout = layout_of("x", a.x)
+    check_noise(a.x, state, layout, a)
     if a.displacement is not None:
         expect("displacement", a.displacement, tuple(a.x.shape), state, a.x.device)
-        layout_of("displacement", a.displacement, layout_of("x", a.x))
+        layout_of("displacement", a.displacement, layout)
     return a
 
 
@@ -68,6 +70,7 @@ def _kernel(*args: Any) -> None:
         device=device,
         stream=stream,
     )
+    increment_version(a.out)
 
 
 def _reference(*args: Any) -> None:

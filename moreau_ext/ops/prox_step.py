@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import reference
 from ._arguments import (
@@ -67,17 +68,6 @@ class _Args(NamedTuple):
             return None
         return Partition(self.labels, self.order, self.offsets, self.weights)
 
-    @property
-    def eta_per_feature(self) -> bool:
-        return self.eta is not None and self.eta.dim() > 1
-
-    @property
-    def storage(self) -> torch.dtype:
-        """Dtype of the model's side: gradients and noisy copies."""
-        if self.gradients is not None:
-            return self.gradients.dtype
-        return self.displacement.dtype if self.x is None else self.x.dtype
-
 
 def _check(*args: Any) -> _Args:
     a = _Args(*args)
@@ -100,11 +90,11 @@ def _check(*args: Any) -> _Args:
             expected = state_dtype(a.gradients.dtype)
             raise TypeError(f"gradients: {a.gradients.dtype} goes with a displacement of {expected}, got {state}")
         rows = a.gradients.shape[0] // batch if batch else 0
-        expect("gradients", a.gradients, (batch * rows, *shape[1:]), a.storage, device)
+        expect("gradients", a.gradients, (batch * rows, *shape[1:]), a.gradients.dtype, device)
         layout_of("gradients", a.gradients, layout)
     for name, scalar in (("rho", a.rho), ("step_size", a.step_size)):
         expect(name, scalar, (batch,), state, device)
-    if a.eta is not None and a.eta_per_feature:
+    if a.eta is not None and a.eta.dim() > 1:
         if a.labels is not None:
             raise ValueError("eta: the group penalty takes one per input, [B]")
         expect("eta", a.eta, (1 if a.eta.shape[0] == 1 else batch, *shape[1:]), state, device)
@@ -118,27 +108,25 @@ def _check(*args: Any) -> _Args:
     if a.num_samples:
         if a.x is None:
             raise ValueError("noise: writing noisy copies needs x")
-        if state_of("x", a.x) != state or a.x.dtype != a.storage:
-            raise TypeError(f"x: expected the dtype of the gradients, {a.storage}, got {a.x.dtype}")
+        storage = a.x.dtype if a.gradients is None else a.gradients.dtype
+        if state_of("x", a.x) != state or a.x.dtype != storage:
+            raise TypeError(f"x: expected the dtype of the gradients, {storage}, got {a.x.dtype}")
         expect("x", a.x, shape, a.x.dtype, device)
         layout_of("x", a.x, layout)
-        check_noise(a.x, state, a)
+        check_noise(a.x, state, layout, a)
     if a.arrivals is not None:
         expect("arrivals", a.arrivals, (batch,), torch.int32, device)
     return a
 
 
-def _empty_statistics(a: _Args) -> Tensor:
-    return a.displacement.new_empty(a.displacement.shape[0], len(STATISTICS), dtype=torch.float64)
-
-
 def _fake(*args: Any) -> Tensor:
-    return _empty_statistics(_check(*args))
+    a = _check(*args)
+    return a.displacement.new_empty(a.displacement.shape[0], len(STATISTICS), dtype=torch.float64)
 
 
 def _kernel(*args: Any) -> Tensor:
     a = _check(*args)
-    statistics = _empty_statistics(a)
+    statistics = a.displacement.new_empty(a.displacement.shape[0], len(STATISTICS), dtype=torch.float64)
     if a.displacement.numel() == 0:
         return statistics.zero_()
     check_disjoint(
@@ -150,7 +138,7 @@ def _kernel(*args: Any) -> Tensor:
     total_of = _NO_TOTAL if a.total is None else _OF_DISPLACEMENT if a.total_of_displacement else _OF_GRADIENT
     factors = None if groups is None else a.displacement.new_empty(batch, groups.count, 2)
     eta_input, eta_feature = 1, 0
-    if a.eta is not None and a.eta_per_feature:
+    if a.eta is not None and a.eta.dim() > 1:
         eta_input, eta_feature = (0 if a.eta.shape[0] == 1 else a.displacement[0].numel()), 1
     pieces = _core.prox_step_partials(extents=extents, cuda=on_cuda)
     partials = statistics.new_empty(batch, pieces, len(STATISTICS))
@@ -158,8 +146,11 @@ def _kernel(*args: Any) -> Tensor:
     if on_cuda and arrivals is None:
         arrivals = torch.zeros(batch, dtype=torch.int32, device=statistics.device)
     device, stream = stream_of(a.displacement)
+    # Gradients and noisy copies are of the model's dtype.
+    model_side = a.x if a.gradients is None else a.gradients
+    storage = a.displacement.dtype if model_side is None else model_side.dtype
     _core.prox_step(
-        dtype=DTYPES[a.storage],
+        dtype=DTYPES[storage],
         extents=extents,
         gradients=address(a.gradients),
         samples=0 if a.gradients is None else a.gradients.shape[0] // batch,
@@ -186,6 +177,7 @@ def _kernel(*args: Any) -> Tensor:
         device=device,
         stream=stream,
     )
+    increment_version([t for t in (a.gradient, a.displacement, a.total, a.out) if t is not None])
     return statistics
 
 

@@ -71,11 +71,11 @@ class _Iterate:
 
     problem: Problem
     copies: NoisyCopies
-    y: Tensors  # the extrapolated point; the proximal step starts from it
-    x: Tensors  # where the next gradients are taken: y between steps
+    y: Tensors  # of a proximal step; between steps it holds x
+    x: Tensors  # where the next gradients are taken
     x_prev: Tensors  # where the last step took its gradients
-    displacement: Tensors  # δ, before momentum
-    change: Tensors  # the last change of δ
+    y_prev: Tensors  # y before the last step
+    last_step: Tensors  # y − y_prev
     gradient: Tensors
     last_gradient: Tensors
     step_size: Tensors  # [B]
@@ -94,7 +94,7 @@ class _Carried:
     """The tensors that inputs take along from level to level."""
 
     y: Tensors
-    displacement: Tensors
+    y_prev: Tensors
     squares: Tensors
     sums: Tensor
     curvature: Tensor
@@ -174,7 +174,7 @@ class AdaptiveProximalGradient:
         begin = states_like(problem.inputs) if problem.start is None else problem.start.displacement
         carried = _Carried(
             y=tuple([b.clone() for b in begin]),
-            displacement=tuple([b.clone() for b in begin]),
+            y_prev=tuple([b.clone() for b in begin]),
             squares=states_like(problem.inputs),
             sums=zero[:, None].repeat(1, len(ops.SUMS)),
             curvature=zero.clone(),
@@ -203,8 +203,8 @@ class AdaptiveProximalGradient:
             y=carried.y,
             x=states_like(problem.inputs),
             x_prev=states_like(problem.inputs),
-            displacement=carried.displacement,
-            change=states_like(problem.inputs),
+            y_prev=carried.y_prev,
+            last_step=states_like(problem.inputs),
             gradient=states_like(problem.inputs),
             last_gradient=states_like(problem.inputs),
             step_size=tuple([torch.empty_like(r) for r in problem.rho]),
@@ -224,7 +224,7 @@ class AdaptiveProximalGradient:
         iterate, carried, problem, samples = state.iterate, state.carried, state.problem, state.samples
         length = state.spend // samples
         copy_into(iterate.x, iterate.y)
-        for tensor in (*iterate.x_prev, *iterate.last_gradient, *iterate.change):
+        for tensor in (*iterate.x_prev, *iterate.last_gradient, *iterate.last_step):
             tensor.zero_()
         iterate.sums[:, :DIFFERENCES] = 0
         iterate.copies.step.fill_(_first_draw(state.level))
@@ -313,7 +313,7 @@ class AdaptiveProximalGradient:
 
 
 def _step(iterate: _Iterate, *, samples: int, common_noise: bool, settled: bool, tuned: bool, first: bool) -> None:
-    """One iteration, in place: gradients at x, δ⁺ = S_{γη}((1 − γ/ρ)x − γp), x⁺ = δ⁺ + β(δ⁺ − δ) with restart.
+    """One iteration, in place: p at x, y⁺ = S_{γη}((1 − γ/ρ)x − γp), x⁺ = y⁺ + β(y⁺ − y) with restart.
 
     Args:
         iterate: changed in place.
@@ -349,12 +349,12 @@ def _step(iterate: _Iterate, *, samples: int, common_noise: bool, settled: bool,
     iterate.statistics.copy_(statistics[0] if len(statistics) == 1 else torch.stack(statistics).sum(0))
     products = ops.momentum_step(
         iterate.y,
-        iterate.displacement,
+        iterate.y_prev,
         iterate.x,
         iterate.x_prev,
         iterate.gradient,
         iterate.last_gradient,
-        iterate.change,
+        iterate.last_step,
         squares=iterate.squares if settled and not first else (),
         points=iterate.points,
         gradients=iterate.gradients,

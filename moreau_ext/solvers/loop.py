@@ -35,7 +35,7 @@ def solve(problem: Problem, solver: Solver, runner: Runner | None = None) -> Sol
     runner = runner or Runner()
     bar = _progress_bar(problem.batch) if solver.progress else None
     try:
-        return in_groups(problem, solver.rows, lambda group: _solve_group(group, solver, runner, bar))
+        return in_groups(problem, solver.rows, partial(_solve_group, solver=solver, runner=runner, bar=bar))
     finally:
         if bar is not None:
             bar.close()

@@ -101,11 +101,6 @@ class NoisyCopies:
                     ops.accumulate(g, total, carry=chunk > 0)
         return gradients
 
-    def total(self, displacement: Tensors | None, into: Tensors, score: Tensor) -> None:
-        """The sum of the gradients of all chunks, ``into`` tensors of the state dtype; see :meth:`gradients`."""
-        for g, total in zip(self.gradients(displacement, into, score), into, strict=True):
-            ops.accumulate(g, total, carry=len(self.chunks) > 1)
-
 
 @dataclass
 class MeanGradient:
@@ -120,4 +115,6 @@ class MeanGradient:
     score: Tensor
 
     def run(self) -> None:
-        self.copies.total(self.displacement, self.gradient, self.score)
+        last = self.copies.gradients(self.displacement, self.gradient, self.score)
+        for g, total in zip(last, self.gradient, strict=True):
+            ops.accumulate(g, total, carry=len(self.copies.chunks) > 1)
