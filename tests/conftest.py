@@ -30,6 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
     pip = Path.home() / ".config/pip/pip.conf"
     if pip.is_file() and not {"PIP_CONFIG_FILE", "XDG_CONFIG_HOME"} & {*os.environ}:
         environment.setenv("PIP_CONFIG_FILE", str(pip))
+    # With more threads than cores, the workers take half as much CPU time again.
+    workers = getattr(config.option, "numprocesses", None)
+    if workers and "OMP_NUM_THREADS" not in os.environ:
+        environment.setenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     environment.setenv("HOME", folder.name)
     environment.setenv("XDG_CACHE_HOME", f"{folder.name}/.cache")
 
