@@ -26,6 +26,7 @@ def blocks(page: Path) -> list[re.Match[str]]:
     return [block for block in BLOCK.finditer(page.read_text("utf-8")) if not block["skip"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, in an empty folder."""

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "tests/cpp/emulator"
 CXX = os.environ.get("CXX") or shutil.which("g++")
