@@ -54,6 +54,7 @@ def test_quadratics_of_any_curvature_are_solved(top: float) -> None:
     assert (error <= 1e-3 * top / (1 - 0.5) + 1e-12).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moreau", "sparse", "group"])
 def test_converged_means_what_it_says(kind: str) -> None:
     """Of the inputs reported converged at tol, 95 % have a residual ≤ tol on a fresh bank of 32,768 samples."""

@@ -94,6 +94,7 @@ def explainers(solver: Any) -> dict[str, Callable[[Any], Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", explainers(None))
 def test_replays_give_the_bits_of_steps_one_by_one(solver: str, name: str) -> None:

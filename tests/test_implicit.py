@@ -68,6 +68,7 @@ def slope(e: Any, x: Tensor, v: Tensor, u: Tensor, h: float = 1e-5) -> Tensor:
     return ((e.attribute(x + h * u) - e.attribute(x - h * u)) * v).flatten(1).sum(1) / (2 * h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "layout"),
     [(case, "contiguous") for case in CASES] + [(case, "channels_last") for case in CASES if "follow" in case],

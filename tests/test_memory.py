@@ -306,6 +306,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 FULL = {"adaptive": 16, "fixed": 8, "gradient": 1, "smoothgrad": 12, "sparsified_smoothgrad": 12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "precision"),
     [*((name, torch.float32, "float32") for name in NETS)]
@@ -534,6 +535,7 @@ def test_a_limit_only_falls() -> None:
     assert told == [8, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS, which makes memory end, is Linux's")
 def test_a_real_limit() -> None:
     """256 MiB beyond what the process has: passes of 512 rows of 4 MiB fail, in torch's allocator, and smaller ones do
