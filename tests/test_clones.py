@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import CXX, ROOT
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parent.parent
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 def hashes(folder: Path, *flags: str) -> str:

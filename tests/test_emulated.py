@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "tests/cpp/emulator"
 CXX = os.environ.get("CXX") or shutil.which("g++")
 # What g++ cannot read, and what the emulator varies.
