@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import in_threads
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -188,11 +188,7 @@ def test_threads_share_an_explainer() -> None:
     found = list[Tensor]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        threads = [threading.Thread(target=lambda: found.append(e.attribute(x, 1))) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        in_threads(lambda given: found.append(e.attribute(given, 1)), x, x, x, x)
     assert len(found) == 4
     for a in found:
         torch.testing.assert_close(a, expected, rtol=1e-9, atol=1e-11)
