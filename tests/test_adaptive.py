@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_solvers import Quadratic
+from helpers import Quadratic, smooth_net
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -17,11 +17,6 @@ from moreau_ext import (
     SparseMoreauGrad,
     Tiles,
 )
-
-
-def smooth_net(features: int = 24) -> nn.Module:
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(features, 48), nn.SiLU(), nn.Linear(48, 3)).double().eval()
 
 
 def test_linear_scores_are_exact() -> None:
@@ -43,7 +38,7 @@ def test_linear_scores_are_exact() -> None:
 @pytest.mark.parametrize("top", [2.0, 20.0, 200.0])
 def test_quadratics_of_any_curvature_are_solved(top: float) -> None:
     """The step follows the curvature that is met: with a fixed step of 0.1 the last two diverge."""
-    f = Quadratic([-0.5, 0.2, 1.0, top]).eval()
+    f = Quadratic([-0.5, 0.2, 1.0, top])
     x = torch.randn(4, 4, dtype=torch.float64)
     exact = torch.linalg.solve(torch.eye(4, dtype=torch.float64) + f.q, (x @ f.q + f.b).T).T
     solver = AdaptiveProximalGradient(tol=1e-3, max_gradients=1 << 16)
@@ -54,6 +49,7 @@ def test_quadratics_of_any_curvature_are_solved(top: float) -> None:
     assert (error <= 1e-3 * top / (1 - 0.5) + 1e-12).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moreau", "sparse", "group"])
 def test_converged_means_what_it_says(kind: str) -> None:
     """Of the inputs reported converged at tol, 95 % have a residual ≤ tol on a fresh bank of 32,768 samples."""

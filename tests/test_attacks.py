@@ -26,6 +26,7 @@ def explainer(name: str, model: nn.Module, x: Tensor, budget: int = 176):
     return methods(Settings(budget=budget))[name].build(model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_and_the_prediction_are_kept(digits, kind: str, norm: str) -> None:
@@ -73,6 +74,7 @@ def test_an_attack_does_not_depend_on_the_batch(digits, kind: str) -> None:
     torch.testing.assert_close(whole[5:7], part, atol=1e-7, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["moreau", "sparse", "group"])
 def test_adaptive_is_at_least_as_strong_as_frozen(name: str) -> None:
     model, x = zoo.trained("digits_cnn"), zoo.digits("test").inputs[:16]
@@ -102,6 +104,7 @@ def test_a_relu_net_needs_stein(digits) -> None:
 # --- derivatives ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["gradient", "smoothgrad", "st_smoothgrad", "sparsified_smoothgrad", "integrated_gradients", "moreau"]
 )
@@ -180,6 +183,7 @@ def test_bad_settings(arguments: dict, words: str) -> None:
         Attack(**{"kind": "frozen", "radius": 1.0, **arguments})
 
 
+@pytest.mark.slow
 def test_strong_attacks_are_stronger(digits) -> None:
     model, x, target = digits
     e = make_explainer("smoothgrad", model, num_samples=32)

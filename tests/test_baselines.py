@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import TOLERANCE, bank, close, images, smooth
 from torch import Tensor, nn
 
 import moreau_ext
@@ -26,26 +27,10 @@ from moreau_ext import (
     SparsifiedSmoothGrad,
     make_explainer,
 )
-from moreau_ext.ops.noise import Noise, noise_keys
-from moreau_ext.ops.reference import normals
 
-B, SHAPE, CLASSES = 3, (2, 5, 4), 4
+B, SHAPE = 3, (2, 5, 4)
 FEATURES = math.prod(SHAPE)
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 32 * torch.finfo(torch.float32).eps}
 DTYPES = [torch.float64, torch.float32]
-
-
-def images(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(B, *SHAPE, dtype=torch.float64).to(dtype)
-
-
-def smooth(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(FEATURES, 8), nn.SiLU(), nn.Linear(8, CLASSES)).to(dtype).eval()
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    t = TOLERANCE[actual.dtype]
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=t, atol=t)
 
 
 def gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
@@ -59,8 +44,7 @@ def sample_gradients(
     """∇f(x + σz_i), [B, m, *SHAPE] in float64, with z from the bank's specification, one pass per sample."""
     exact = smooth()
     exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-    noise = Noise(noise_keys(seed, torch.arange(B)), torch.zeros(1, dtype=torch.int64), None, samples, antithetic)
-    z = normals(noise, FEATURES).view(B, samples, *SHAPE)
+    z = bank(seed, torch.arange(B), samples, SHAPE, antithetic)
     return torch.stack([gradient(exact, x.double() + sigma * z[:, i], target) for i in range(samples)], dim=1)
 
 
@@ -72,7 +56,7 @@ TARGET = torch.tensor([2, 0, 3])
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient(dtype: torch.dtype) -> None:
-    model, x = smooth(dtype), images(dtype)
+    model, x = smooth(dtype), images(dtype=dtype)
     close(Gradient(model).attribute(x, TARGET), gradient(model, x, TARGET))
 
 
@@ -87,7 +71,7 @@ def test_gradient_of_a_tuple() -> None:
 @pytest.mark.parametrize("antithetic", [False, True], ids=["independent", "antithetic"])
 @pytest.mark.parametrize("samples", [1, 6, 7])
 def test_smoothgrad(samples: int, antithetic: bool, dtype: torch.dtype) -> None:
-    model, x = smooth(dtype), images(dtype)
+    model, x = smooth(dtype), images(dtype=dtype)
     e = SmoothGrad(model, sigma=0.4, num_samples=samples, antithetic=antithetic, seed=5)
     expected = sample_gradients(model, x, TARGET, 0.4, samples, 5, antithetic).mean(1)
     s = e.attribute(x, TARGET, return_solution=True)
@@ -103,7 +87,7 @@ def test_smoothgrad_without_noise_is_the_gradient() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_soft_thresholded_smoothgrad(dtype: torch.dtype) -> None:
     """S_η(SmoothGrad), η absolute, as a fraction of the largest entry, per input and per feature."""
-    model, x = smooth(dtype), images(dtype)
+    model, x = smooth(dtype), images(dtype=dtype)
     p = sample_gradients(model, x, TARGET, 0.4, 6, 5).mean(1)
     largest = p.abs().flatten(1).amax(1).view(B, 1, 1, 1)
     per_feature = torch.rand(1, *SHAPE) * 0.05
@@ -142,7 +126,7 @@ def sparsified(gradients: Tensor, keep: float, clip: float) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("keep", "clip"), [(0.1, 0.01), (0.3, 0.1), (0.5, 0.5), (1.0, 0.01), (0.01, 0.01)])
 def test_sparsified_smoothgrad(keep: float, clip: float, dtype: torch.dtype) -> None:
-    model, x = smooth(dtype), images(dtype)
+    model, x = smooth(dtype), images(dtype=dtype)
     e = SparsifiedSmoothGrad(model, sigma=0.4, num_samples=6, keep=keep, clip=clip, seed=5)
     s = e.attribute(x, TARGET, return_solution=True)
     gradients = sample_gradients(model, x, TARGET, 0.4, 6, 5)
@@ -201,7 +185,7 @@ BASELINES: dict[str, tuple[Callable[..., Any], int]] = {
 def test_a_solution_of_a_baseline_is_at_zero(name: str, dtype: torch.dtype) -> None:
     """Nothing is solved: no displacement, no residual, never converged; the envelope is f_σ(x)."""
     make, gradients = BASELINES[name]
-    model, x = smooth(dtype), images(dtype)
+    model, x = smooth(dtype), images(dtype=dtype)
     s = make(model).attribute(x, TARGET, return_solution=True)
     assert isinstance(s, Solution)
     assert torch.equal(s.displacement, torch.zeros_like(x))
@@ -218,8 +202,7 @@ def test_a_solution_of_a_baseline_is_at_zero(name: str, dtype: torch.dtype) -> N
         close(s.envelope, value)
         close(s.envelope_gradient, s.attribution)
     elif name != "integrated_gradients":
-        noise = Noise(noise_keys(5, torch.arange(B)), torch.zeros(1, dtype=torch.int64), None, 6)
-        noisy = x.double().unsqueeze(1) + 0.4 * normals(noise, FEATURES).view(B, 6, *SHAPE)
+        noisy = x.double().unsqueeze(1) + 0.4 * bank(5, torch.arange(B), 6, SHAPE)
         exact = smooth()
         exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
         scores = exact(noisy.flatten(0, 1)).gather(1, TARGET.repeat_interleave(6)[:, None]).view(B, 6)
@@ -259,7 +242,7 @@ def test_numpy_counts() -> None:
 @pytest.mark.parametrize("settings", [{}, {"n_steps": 7}, {"baselines": 0.5}], ids=str)
 def test_integrated_gradients_are_captums(settings: dict[str, Any], dtype: torch.dtype) -> None:
     captum = pytest.importorskip("captum.attr", reason="Integrated Gradients are captum's")
-    model, x = smooth(dtype), images(dtype)
+    model, x = smooth(dtype), images(dtype=dtype)
     a = make_explainer("integrated_gradients", model, **settings).attribute(x, TARGET)
     assert a.dtype == dtype
     assert not a.requires_grad

@@ -17,6 +17,8 @@ from PIL import Image
 from moreau_ext import cli, zoo
 from moreau_ext.batch import path_id, read
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 NET = ["--model", "moreau_ext.zoo:digits_cnn", "--preprocess", "gray.toml", "--samples", "2", "--steps", "3"]
 

@@ -99,6 +99,7 @@ def alone(job: tuple[Path, Config]) -> Path:
 
 # Ray's own code leaves sockets and files to the collector, and warns of what is to come in it.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

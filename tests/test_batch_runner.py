@@ -99,6 +99,7 @@ def test_workers_change_nothing(workers: int, x: torch.Tensor, tmp_path: Path) -
     equal(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradient", "smoothgrad", "moreau", "sparse", "group"])
 def test_every_method_by_name(method: str, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", zoo.digits().inputs[:6].numpy())
@@ -315,6 +316,7 @@ def test_a_job_that_came_to_nothing_leaves_the_folder_free(x: torch.Tensor, tmp_
     assert explain_dataset(sparse(), x, tmp_path, target=1, **SETTINGS).explained == len(x)
 
 
+@pytest.mark.slow
 def test_what_the_clock_chose_is_kept(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", torch.rand(12, 3, 8, 8).numpy())
     config = Config(model="moreau_ext.zoo:resnet20", method="sparse", samples=2, steps=2)
@@ -389,6 +391,7 @@ def test_a_full_disk_loses_nothing(x: torch.Tensor, tmp_path: Path, monkeypatch:
     equal(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_real_full_disk(x: torch.Tensor, tmp_path: Path) -> None:
     """RLIMIT_FSIZE makes the kernel refuse to write more, as a full disk does (EFBIG)."""
     code = (

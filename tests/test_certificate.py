@@ -269,6 +269,7 @@ def image(penalty: str, p: Tensor) -> Tensor:
     return -RHO * p
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", ["none", "l1", "groups"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_residuals_interval_covers(kind: str, penalty: str) -> None:

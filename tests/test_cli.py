@@ -20,6 +20,8 @@ from matplotlib.image import imread
 from moreau_ext import cli, zoo
 from moreau_ext.cli import common
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 METHODS = ["gradient", "smoothgrad", "moreau", "sparse", "group"]
 

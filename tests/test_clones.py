@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import CXX, ROOT
 
-ROOT = Path(__file__).parent.parent
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+pytestmark = pytest.mark.slow
 
 
 def hashes(folder: Path, *flags: str) -> str:

@@ -6,12 +6,12 @@ CPU, but for noise: the words of Philox are the same, and what is made of them a
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
+from helpers import CUDA_MISSING, DEVICE
 from test_ops import (
     CASES,
     DTYPES,
@@ -30,25 +30,13 @@ from test_ops import (
 )
 from torch import Tensor
 
-from moreau_ext import Labels, Pixels, Tiles, _core, ops
+from moreau_ext import Labels, Pixels, Tiles, ops
 from moreau_ext.ops import reference
 from moreau_ext.ops.layout import memory_layout
 from moreau_ext.ops.noise import Noise, noise_keys
 from moreau_ext.ops.partition import Partition
 
-DEVICE = torch.device("cuda", 0)
-
-
-def why_not() -> str | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a CUDA build of torch may warn where there is no driver
-        if not torch.cuda.is_available():
-            return "no CUDA device"
-    return "built without CUDA kernels" if _core.cuda_version is None else None
-
-
-REASON = why_not()
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(CUDA_MISSING is not None, reason=str(CUDA_MISSING))]
 
 
 def there(value: Any, device: torch.device = DEVICE) -> Any:

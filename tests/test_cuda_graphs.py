@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda import DEVICE, REASON
+from helpers import CUDA_MISSING, DEVICE, in_threads
 from test_graphs import SOLVERS, explainers, one_by_one, same
 from torch import Tensor, nn
 
 from moreau_ext import MoreauGrad, ProximalGradient, SparseMoreauGrad, zoo
 from moreau_ext.capture.runner import Runner
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(CUDA_MISSING is not None, reason=str(CUDA_MISSING))]
 
 
 @pytest.fixture(autouse=True)
@@ -96,11 +96,7 @@ def test_two_explainers_on_two_streams_and_one_on_two_threads() -> None:
             wrong.extend(which for a in maps if not torch.equal(a, expected[which]))
 
     torch.cuda.synchronize(DEVICE)
-    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1, 0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 0, 1, 0, 1)
     assert wrong == []
 
 

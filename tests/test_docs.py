@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A Python block, the comment that takes it out of this test where there is one, and the output that is shown below it.
 BLOCK = re.compile(
@@ -26,6 +26,7 @@ def blocks(page: Path) -> list[re.Match[str]]:
     return [block for block in BLOCK.finditer(page.read_text("utf-8")) if not block["skip"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, in an empty folder."""

@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
 EMULATOR = ROOT / "tests/cpp/emulator"
 CXX = os.environ.get("CXX") or shutil.which("g++")
 

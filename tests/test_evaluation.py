@@ -7,15 +7,12 @@ import math
 
 import pytest
 import torch
+from helpers import drawn
 from torch import Tensor
 
 from moreau_ext.evaluation import gini, metrics
 
 SIZES = [1, 2, 33, 111, 1023, 4097]
-
-
-def normals(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def mean_difference(a: Tensor) -> float:
@@ -27,7 +24,7 @@ def mean_difference(a: Tensor) -> float:
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_gini_is_half_the_relative_mean_difference(n: int, dtype: torch.dtype) -> None:
-    maps = normals(3, n).to(dtype)
+    maps = drawn(3, n).to(dtype)
     got = gini(maps)
     assert got.dtype == torch.float64
     expected = torch.tensor([mean_difference(row) for row in maps], dtype=torch.float64)
@@ -43,20 +40,20 @@ def test_gini_of_uniform_and_one_hot(n: int) -> None:
 
 
 def test_gini_ignores_scale_sign_and_order() -> None:
-    maps = normals(2, 3, 5, 7).double()
+    maps = drawn(2, 3, 5, 7).double()
     expected = gini(maps)
     for other in (1e300 * maps, 1e-300 * maps, -maps, maps.flip(-1), maps.to(memory_format=torch.channels_last)):
         torch.testing.assert_close(gini(other), expected, atol=1e-12, rtol=0)
 
 
 def test_gini_grows_when_small_entries_are_removed() -> None:
-    maps = normals(1, 100)
+    maps = drawn(1, 100)
     values = [float(gini(torch.where(maps.abs() > t, maps, 0.0))) for t in (0.0, 0.5, 1.0, 2.0)]
     assert values == sorted(values)
 
 
 def test_gini_does_not_depend_on_the_batch_or_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    maps = normals(7, 50)
+    maps = drawn(7, 50)
     expected = gini(maps)
     monkeypatch.setattr(metrics, "_CHUNK", 100)
     torch.testing.assert_close(gini(maps), expected, atol=1e-14, rtol=0)
@@ -64,7 +61,7 @@ def test_gini_does_not_depend_on_the_batch_or_the_chunk(monkeypatch: pytest.Monk
 
 
 def test_gini_leaves_the_maps_alone() -> None:
-    maps = normals(2, 9).double().requires_grad_()
+    maps = drawn(2, 9).double().requires_grad_()
     before = maps.detach().clone()
     assert not gini(maps).requires_grad
     assert torch.equal(maps, before)

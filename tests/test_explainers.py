@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import images, in_threads, smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -52,10 +52,6 @@ ALL: dict[str, Callable[..., Any]] = {
 }
 
 
-def images(batch: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(batch, 2, 5, 4, dtype=torch.float64).to(dtype)
-
-
 def cnn(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """Everything that has a state or two modes."""
     model = nn.Sequential(
@@ -65,10 +61,6 @@ def cnn(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     with torch.no_grad():
         model(images(8, torch.float32))  # statistics that are not the initial ones
     return model.to(dtype).eval()
-
-
-def smooth(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(40, 8), nn.SiLU(), nn.Linear(8, CLASSES)).to(dtype).eval()
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -886,11 +878,7 @@ def test_threads_may_share_an_explainer(method: str) -> None:
         for i in mine:
             results[i] = e.attribute(batches[i], 1)
 
-    threads = [threading.Thread(target=work, args=([i, i + 2, i + 4],)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, [0, 2, 4], [1, 3, 5])
     assert sorted(results) == list(range(6))
     for i, x in enumerate(expected):
         assert torch.equal(results[i], x)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import TOLERANCE, close
+from helpers import bank as noise_bank
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -25,8 +27,6 @@ from moreau_ext import (
     SparseMoreauGrad,
     Tiles,
 )
-from moreau_ext.ops.noise import Noise, noise_keys
-from moreau_ext.ops.reference import normals
 
 B, C, H, W = 3, 2, 5, 4
 FEATURES = C * H * W
@@ -34,8 +34,6 @@ SAMPLES = 6
 SEED = 11
 
 DTYPES = [torch.float64, torch.float32]
-# float32: 32 roundings, for sums over 40 features and a dozen steps' worth of error that contraction leaves.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 32 * torch.finfo(torch.float32).eps}
 
 
 class Kind(NamedTuple):
@@ -128,17 +126,11 @@ def fixed(max_steps: int, step_size: float, **settings: Any) -> ProximalGradient
 def bank(antithetic: bool = False, ids: Tensor | None = None, samples: int = SAMPLES) -> Tensor:
     """z [B, m, C, H, W], float64, of step 0."""
     ids = torch.arange(B) if ids is None else ids
-    noise = Noise(noise_keys(SEED, ids), torch.zeros(1, dtype=torch.int64), None, samples, antithetic)
-    return normals(noise, FEATURES).view(len(ids), samples, C, H, W)
+    return noise_bank(SEED, ids, samples, (C, H, W), antithetic)
 
 
 def draw(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    t = TOLERANCE[dtype]
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=t, atol=t)
 
 
 def squares(v: Tensor) -> Tensor:

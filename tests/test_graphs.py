@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import in_threads
 from tape import Tape
 from torch import Tensor, nn
 
@@ -95,6 +95,7 @@ def explainers(solver: Any) -> dict[str, Callable[[Any], Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", explainers(None))
 def test_replays_give_the_bits_of_steps_one_by_one(solver: str, name: str) -> None:
@@ -421,11 +422,7 @@ def test_threads_share_an_explainer() -> None:
     expected = explainer.attribute(x)
     on_tape(explainer)
     found: list[Tensor] = []
-    threads = [threading.Thread(target=lambda: found.append(explainer.attribute(x))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda given: found.append(explainer.attribute(given)), x, x, x, x)
     assert len(found) == 4
     assert all(torch.equal(maps, expected) for maps in found)
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import bank
 from torch import Tensor, nn
 
 from moreau_ext import GroupSparseMoreauGrad, Labels, MoreauGrad, Pixels, ProximalGradient, SparseMoreauGrad, Tiles
-from moreau_ext.ops.noise import Noise, noise_keys
-from moreau_ext.ops.reference import normals
 
 F64 = torch.float64
 SHAPE, FEATURES = (2, 4, 3), 24
@@ -68,6 +67,7 @@ def slope(e: Any, x: Tensor, v: Tensor, u: Tensor, h: float = 1e-5) -> Tensor:
     return ((e.attribute(x + h * u) - e.attribute(x - h * u)) * v).flatten(1).sum(1) / (2 * h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "layout"),
     [(case, "contiguous") for case in CASES] + [(case, "channels_last") for case in CASES if "follow" in case],
@@ -95,8 +95,7 @@ def test_differences_of_the_solve(case: str, layout: str) -> None:
 def test_unrolling(eta: float) -> None:
     """Against backpropagation through 400 proximal steps on the bank."""
     f, x, v, sigma, rho, samples, rate = Net(), draw(2, *SHAPE), draw(2, *SHAPE, seed=1), 0.4, 0.9, 6, 0.5
-    noise = Noise(noise_keys(3, torch.arange(2)), torch.zeros(1, dtype=torch.int64), None, samples, True)
-    z = normals(noise, FEATURES).view(2, samples, *SHAPE)
+    z = bank(3, torch.arange(2), samples, SHAPE, antithetic=True)
 
     def gradient(at: Tensor) -> Tensor:
         rows = (at.unsqueeze(1) + sigma * z).flatten(0, 1)

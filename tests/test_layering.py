@@ -6,10 +6,11 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from moreau_ext import _WHERE
 
-PACKAGE = Path(__file__).parent.parent / "moreau_ext"
+PACKAGE = ROOT / "moreau_ext"
 
 # A package may import from those before it, and from the names at the top level. `capture` knows no solver.
 ORDER = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import in_threads
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -188,11 +188,7 @@ def test_threads_share_an_explainer() -> None:
     found = list[Tensor]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        threads = [threading.Thread(target=lambda: found.append(e.attribute(x, 1))) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        in_threads(lambda given: found.append(e.attribute(given, 1)), x, x, x, x)
     assert len(found) == 4
     for a in found:
         torch.testing.assert_close(a, expected, rtol=1e-9, atol=1e-11)
@@ -306,6 +302,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 FULL = {"adaptive": 16, "fixed": 8, "gradient": 1, "smoothgrad": 12, "sparsified_smoothgrad": 12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "precision"),
     [*((name, torch.float32, "float32") for name in NETS)]
@@ -534,6 +531,7 @@ def test_a_limit_only_falls() -> None:
     assert told == [8, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS, which makes memory end, is Linux's")
 def test_a_real_limit() -> None:
     """256 MiB beyond what the process has: passes of 512 rows of 4 MiB fail, in torch's allocator, and smaller ones do

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from captum.metrics import sensitivity_max
+from helpers import drawn
 from scipy import stats
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
@@ -33,17 +34,13 @@ from moreau_ext.evaluation import (
 SIZES = [1, 2, 33, 111, 1023]
 
 
-def normals(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 # --- pairs of maps -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("k", [1, 7, 0.4, 1.0])
 def test_topk_intersection_counts_shared_features(n: int, k: float) -> None:
-    a, b = normals(3, n), normals(3, n, seed=1)
+    a, b = drawn(3, n), drawn(3, n, seed=1)
     a[:, n // 2 + 1 :] = 0
     expected = []
     for x, y in zip(a.abs().numpy(), b.abs().numpy(), strict=True):
@@ -73,7 +70,7 @@ def test_topk_refuses_other_k(k: object) -> None:
 
 @pytest.mark.parametrize("shape", [(5, 1, 8, 8), (2, 3, 32, 32), (2, 11, 9)])
 def test_ssim_is_scikit_images(shape: tuple[int, ...]) -> None:
-    a, b = normals(*shape), normals(*shape, seed=1)
+    a, b = drawn(*shape), drawn(*shape, seed=1)
     for i, got in enumerate(ssim(a, b).tolist()):
         x, y = (t[i].abs().double() for t in (a, b))
         x, y = ((t.sum(0) if t.dim() == 3 else t).numpy() for t in (x, y))
@@ -81,7 +78,7 @@ def test_ssim_is_scikit_images(shape: tuple[int, ...]) -> None:
 
 
 def test_ssim_of_the_same_of_nothing_and_of_small_pictures() -> None:
-    a = normals(2, 1, 5, 5)
+    a = drawn(2, 1, 5, 5)
     torch.testing.assert_close(ssim(a, -3 * a), torch.ones(2, dtype=torch.float64))
     assert ssim(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)).item() == 1
     assert ssim(torch.full((1, 4, 4), math.nan), a[:1, 0, :4, :4]).isnan().all()
@@ -91,7 +88,7 @@ def test_ssim_of_the_same_of_nothing_and_of_small_pictures() -> None:
 
 @pytest.mark.parametrize("n", SIZES)
 def test_distance_and_cosine_are_of_unit_vectors(n: int) -> None:
-    a, b = normals(4, n).double(), normals(4, n, seed=1).double()
+    a, b = drawn(4, n).double(), drawn(4, n, seed=1).double()
     x, y = (t / t.norm(dim=1, keepdim=True) for t in (a, b))
     torch.testing.assert_close(normalised_distance(a, b), (x - y).norm(dim=1))
     torch.testing.assert_close(cosine(a, b), nn.functional.cosine_similarity(a, b))
@@ -160,7 +157,7 @@ def test_maps_that_know_beat_chance_on_a_trained_net() -> None:
     x = data.inputs[:100]
     target = model(x).argmax(1)
     gradient = Gradient(model).attribute(x, target) * x
-    chance = normals(*x.shape)
+    chance = drawn(*x.shape)
     for kind, sign in (("deletion", -1), ("insertion", 1)):
         informed, blind = (area(perturbation_curve(model, x, m, target, kind)).mean() for m in (gradient, chance))
         assert sign * (informed - blind) > 0.1

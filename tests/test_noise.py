@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import CXX, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -83,13 +82,10 @@ def test_kernel_equals_the_specification(dtype: torch.dtype) -> None:
     torch.testing.assert_close(z.double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=3e-7)
 
 
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-
-
 @pytest.mark.skipif(CXX is None, reason="needs the C++ compiler that built the package")
 def test_the_normals_of_a_gpu_keep_their_bound(tmp_path: Path) -> None:
     """philox.h's formulas for a GPU on this machine; what the GPU's own log2 and root may add is set aside."""
-    source, program = Path(__file__).parent / "cpp/normals.cpp", tmp_path / "normals"
+    source, program = ROOT / "tests/cpp/normals.cpp", tmp_path / "normals"
     subprocess.run([str(CXX), "-std=c++17", "-O2", "-ffp-contract=off", str(source), "-o", str(program)], check=True)
     fast, exact, bound, intrinsics = map(float, subprocess.check_output([program], text=True).split())
     assert fast <= bound - intrinsics

@@ -485,6 +485,7 @@ def test_wrong_arguments_are_named() -> None:
         ops.perturb(torch.zeros(2, 3, dtype=torch.int64), None, make_noise(2, torch.float32))
 
 
+@pytest.mark.slow
 def test_64_bit_indexing() -> None:
     """More than 2^31 elements of noisy copies; float16 keeps it at 4.6 GB, and the tail is checked."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -14,8 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_wheel_is_complete_and_portable(built: Path, tmp_path: Path) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -53,6 +53,7 @@ def test_the_wheel_is_complete_and_portable(built: Path, tmp_path: Path) -> None
         assert not any(".libs/" in name for name in archive.namelist())
 
 
+@pytest.mark.slow
 def test_the_source_distribution_holds_what_a_build_needs(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as content:
@@ -87,6 +88,7 @@ def test_constraints_cover_what_the_extras_name() -> None:
     assert named <= pinned
 
 
+@pytest.mark.slow
 def test_docstring_examples_run() -> None:
     """Every example in a docstring of the package."""
     import doctest

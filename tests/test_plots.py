@@ -116,6 +116,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
         gallery(INPUTS, {"map": MAPS})
 
 
+@pytest.mark.slow
 def test_no_global_state() -> None:
     code = (
         "import sys, moreau_ext.plots as p; assert 'matplotlib' not in sys.modules\n"

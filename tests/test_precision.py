@@ -201,6 +201,7 @@ def test_a_callers_autocast_counts_with_float32() -> None:
     assert set(model.products) == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["digits_cnn", "digits_cnn_gelu"])
 def test_bfloat16_moves_maps_by_little(net: str) -> None:
     """Median 0.2 % and at most 1.1 % of the map's length on eight digits; 5 % would be another map."""

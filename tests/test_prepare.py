@@ -132,6 +132,7 @@ IMAGES = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 # --- equal results -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_resnet_is_folded_and_equal(dtype: torch.dtype, layout: torch.memory_format) -> None:

@@ -37,6 +37,8 @@ from moreau_ext.evaluation import (
 from moreau_ext.evaluation.statistics import claims
 from moreau_ext.evaluation.tables import write_tables
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 SMALL = Plan(
     methods=("gradient", "sparse", "group_superpixels", "random"),
@@ -416,6 +418,7 @@ def test_a_pickle_as_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 # --- studies -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("name", list(studies.STUDIES))
 def test_studies_say_what_they_found(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -17,6 +17,8 @@ from moreau_ext import zoo
 from moreau_ext.evaluation import Plan, Results, methods, run
 from moreau_ext.evaluation.report import write_report
 
+pytestmark = pytest.mark.slow
+
 INPUTS, METHODS = 5, ("gradient", "smoothgrad", "moreau", "sparse", "group")
 
 

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def test_the_vector_kernels_in_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

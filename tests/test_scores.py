@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import in_threads
 from torch import Tensor, nn
 
 from moreau_ext.model import modes
@@ -460,17 +461,13 @@ def test_evaluating_between_many_threads() -> None:
     before = flags(model)
     wrong = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for _ in range(200):
             with evaluating(model):
                 if any(flags(model)):
                     wrong.append(1)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, *range(4))
     assert not wrong
     assert flags(model) == before
 

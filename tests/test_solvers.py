@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
+from helpers import Quadratic, bank
 from torch import Tensor, nn
 
 from moreau_ext import GroupSparseMoreauGrad, MoreauGrad, ProximalGradient, SparseMoreauGrad, Tiles
-from moreau_ext.ops.noise import Noise, noise_keys
-from moreau_ext.ops.reference import normals
 
 
 def small_net(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -55,9 +54,7 @@ def test_paper_reproduces_the_published_loop(penalty: str, eta: float) -> None:
     model, steps, samples = small_net(), 300, 32
     x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     ids = torch.tensor([17])
-    noise = torch.cat(
-        [normals(Noise(noise_keys(5, ids), torch.tensor([t]), None, samples), x[0].numel()) for t in range(steps)]
-    ).view(steps, samples, *x.shape[1:])
+    noise = torch.cat([bank(5, ids, samples, x.shape[1:], step=t) for t in range(steps)])
     expected = published_loop(model, x, 2, noise, eta, 4 if penalty == "tiles" else None)
     solver = ProximalGradient.paper()
     assert (solver.max_steps, solver.num_samples, solver.step_size, solver.tol) == (300, 32, 0.1, 0.0)
@@ -74,29 +71,10 @@ def test_paper_reproduces_the_published_loop(penalty: str, eta: float) -> None:
     assert int(solution.gradient_evaluations) == 9600
 
 
-class Quadratic(nn.Module):
-    """f(x) = ½ xᵀQx + b·x with the eigenvalues of Q given."""
-
-    def __init__(self, eigenvalues: list[float]) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        n = len(eigenvalues)
-        basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
-        self.register_buffer("q", basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T)
-        self.register_buffer("b", torch.randn(n, generator=generator, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * ((x @ self.q) * x).sum(1) + x @ self.b
-
-
-def quadratic(eigenvalues: list[float]) -> Quadratic:
-    return Quadratic(eigenvalues).eval()
-
-
 def test_contraction_factor() -> None:
     """Errors shrink by max(|1 − γμ|, |1 − γL|) a step, μ = 1/ρ − λ, L = 1/ρ + β; the best γ = 2/(μ + L)."""
     rho, lam, beta = 0.5, 1.0, 2.0
-    f = quadratic([-lam, 0.3, beta])
+    f = Quadratic([-lam, 0.3, beta])
     x = torch.randn(1, 3, dtype=torch.float64)
     exact = torch.linalg.solve(torch.eye(3, dtype=torch.float64) + rho * f.q, f.q @ x[0] + f.b)
     mu, smooth = 1 / rho - lam, 1 / rho + beta
@@ -111,7 +89,7 @@ def test_contraction_factor() -> None:
 
 
 def test_an_input_that_is_done_leaves_and_the_others_go_on() -> None:
-    f = quadratic([0.0, 1.0, 2.0, 0.5])
+    f = Quadratic([0.0, 1.0, 2.0, 0.5])
     x = torch.randn(5, 4, dtype=torch.float64)
     rho = torch.tensor([0.05, 1.0, 0.2, 1.0, 0.05], dtype=torch.float64)
     solver = ProximalGradient(2, 400, 0.05, tol=1e-6, noise="fixed", average_last=1)
@@ -128,7 +106,7 @@ def test_an_input_that_is_done_leaves_and_the_others_go_on() -> None:
 
 
 def test_what_did_not_converge_says_so() -> None:
-    f = quadratic([0.0, 1.0])
+    f = Quadratic([0.0, 1.0])
     x = torch.randn(1, 2, dtype=torch.float64)
     solver = ProximalGradient(2, 3, 0.05, tol=1e-3)
     s = MoreauGrad(f, sigma=0.0, solver=solver).attribute(x, return_solution=True)
@@ -138,7 +116,7 @@ def test_what_did_not_converge_says_so() -> None:
 
 def test_the_residual_is_that_of_the_last_displacement() -> None:
     """r = ‖δ − y‖ with δ the iterate that came in, computed here by hand."""
-    f = quadratic([0.2, 1.0, 1.5])
+    f = Quadratic([0.2, 1.0, 1.5])
     x = torch.randn(1, 3, dtype=torch.float64)
     rho, gamma, eta, steps = 0.7, 0.2, 0.3, 5
     delta = torch.zeros_like(x)
@@ -204,7 +182,7 @@ def test_settings_are_checked(settings: dict[str, object], match: str) -> None:
 
 def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     solver = ProximalGradient(2, 12, progress=True)
-    MoreauGrad(quadratic([1.0, 2.0]), solver=solver).attribute(torch.randn(3, 2, dtype=torch.float64))
+    MoreauGrad(Quadratic([1.0, 2.0]), solver=solver).attribute(torch.randn(3, 2, dtype=torch.float64))
     shown = capsys.readouterr().err
     assert "/3 [" in shown, "inputs"
     assert "24 gradients each" in shown

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_adaptive import smooth_net
-from test_solvers import Quadratic
+from helpers import Quadratic, smooth_net
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -143,7 +142,7 @@ def test_rivals_have_the_same_support() -> None:
 
 
 def test_radius_finds_the_rho_of_a_quadratic() -> None:
-    f = Quadratic([0.2, 1.0, 3.0, 8.0]).eval()
+    f = Quadratic([0.2, 1.0, 3.0, 8.0])
     x = torch.randn(4, 4, dtype=torch.float64)
     solver = AdaptiveProximalGradient(tol=1e-3, max_gradients=1 << 14)
     for rho in (0.02, 0.1, 0.5):
@@ -181,13 +180,13 @@ def test_a_flat_score_has_no_radius() -> None:
 
 
 def test_auto_rho_is_half_of_what_keeps_a_quadratic_convex() -> None:
-    f = Quadratic([-2.0, 0.5, 1.0]).eval()
+    f = Quadratic([-2.0, 0.5, 1.0])
     x = torch.randn(3, 3, dtype=torch.float64)
     s = MoreauGrad(f, rho="auto", sigma=0.0).attribute(x, return_solution=True)
     torch.testing.assert_close(s.rho, torch.full_like(s.rho, 0.25), rtol=1e-6, atol=0)
     noisy = MoreauGrad(f, rho="auto", sigma=1.0).attribute(x, return_solution=True)
     assert ((noisy.rho > 0.1) & (noisy.rho <= 0.25)).all()  # the upper end of λ
-    convex = MoreauGrad(Quadratic([1.0, 4.0]).eval(), rho="auto", sigma=0.0)
+    convex = MoreauGrad(Quadratic([1.0, 4.0]), rho="auto", sigma=0.0)
     assert float(convex.attribute(x[:, :2], return_solution=True).rho[0]) == pytest.approx(0.5 / 0.4)
     flat = MoreauGrad(linear(torch.ones(3, dtype=torch.float64)), rho="auto", sigma=0.1)
     assert flat.attribute(x, return_solution=True).rho.tolist() == [1.0] * 3

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,6 +20,10 @@ from .nets import digits_cnn, resnet20, tabular_mlp, tiny_vit
 
 # A part of the cached files' names: raise it when a change to this file changes the trained weights.
 _RECIPE_VERSION = 1
+
+# Arguments of the last `train` of each model. The cache records these and not the recipe's own numbers, so that weights
+# from another training are recognised.
+_TRAINED: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -102,6 +107,7 @@ def train(
                 optimizer.step()
                 schedule.step()
         optimizer.zero_grad()
+    _TRAINED[model] = {"epochs": epochs, "seed": seed, "learning_rate": learning_rate}
     return model.eval()
 
 
@@ -158,29 +164,49 @@ def cache_folder() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "moreau_ext"
 
 
-def _cache_file(name: str, seed: int) -> Path:
+def _settings(name: str, seed: int) -> dict[str, str | float]:
+    """The settings that determine the weights. The cached file holds them, and its name is their hash."""
     recipe = _RECIPES[name]
-    recipe_text = repr((_RECIPE_VERSION, name, recipe.epochs, recipe.learning_rate, seed, torch.__version__))
-    return cache_folder() / f"{name}-{hashlib.sha256(recipe_text.encode()).hexdigest()[:16]}.pt"
+    made = {"epochs": recipe.epochs, "seed": seed, "learning_rate": recipe.learning_rate}
+    return {"version": _RECIPE_VERSION, "torch": str(torch.__version__), "name": name, **made}
 
 
-def _load(model: nn.Module, path: Path) -> bool:
-    """Whether the file held weights that fit; a damaged one means training again."""
+def _cache_file(name: str, seed: int) -> Path:
+    digest = hashlib.sha256(repr(_settings(name, seed)).encode()).hexdigest()[:16]
+    return cache_folder() / f"{name}-{digest}.pt"
+
+
+def _load(model: nn.Module, path: Path, name: str, seed: int) -> bool:
+    """Whether the file held this net: its settings, weights that fit, and the accuracy that it had when it was trained.
+
+    Most changes to the code of a net alter the accuracy of weights that were trained before.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(kept["weights"])
+        right = kept["settings"] == _settings(name, seed) and all(bool(p.isfinite().all()) for p in model.parameters())
+        expected = kept["accuracy"]
     except Exception:  # the unpickler raises nearly anything on a damaged file
         return False
-    return all(bool(p.isfinite().all()) for p in model.parameters())
+    try:
+        test = _RECIPES[name].data("test")
+    except ImportError:  # without scikit-learn there is no data to check with
+        return right
+    return right and accuracy(model, test) == expected
 
 
-def _save(model: nn.Module, path: Path) -> None:
+def _save(model: nn.Module, path: Path, name: str, seed: int) -> None:
     """Whole or not at all: another process may read, or write the same, at any moment."""
+    content = {
+        "settings": {**_settings(name, seed), **_TRAINED[model]},
+        "accuracy": accuracy(model, _RECIPES[name].data("test")),
+        "weights": model.state_dict(),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(model.state_dict(), file)
+            torch.save(content, file)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -197,7 +223,8 @@ def trained(name: str, seed: int = 0, cache: bool = True) -> nn.Module:
             "tabular_mlp_gelu".
         seed: of the weights and of the order of training.
         cache: read and write a file in :func:`cache_folder`. Its name depends on the recipe, the seed and torch's
-            version. A missing or damaged file means training again; where none can be written, one warning says so.
+            version, and it also holds the accuracy on the test split. If the file is missing or damaged, or if its
+            recipe or accuracy differs, the net is trained again. If none can be written, one warning says so.
 
     Returns:
         The model on the CPU, in eval mode. On test rows it is right for :func:`accuracy` of the cases: 98-99 % for the
@@ -223,13 +250,13 @@ def trained(name: str, seed: int = 0, cache: bool = True) -> nn.Module:
             warnings.warn(f"{name} is trained anew each time: no cache folder ({error})", stacklevel=2)
     model = recipe.make(seed)
     if path is not None and path.is_file():
-        if _load(model, path):
+        if _load(model, path, name, seed):
             return model
         model = recipe.make(seed)
     train(model, recipe.data("train"), recipe.epochs, seed, learning_rate=recipe.learning_rate)
     if path is not None:
         try:
-            _save(model, path)
+            _save(model, path, name, seed)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             warnings.warn(f"{name} is trained anew each time: cannot write {path} ({error})", stacklevel=2)
     return model
