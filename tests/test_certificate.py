@@ -15,7 +15,7 @@ from moreau_ext.analysis.certificate import BOUND, FAILED, MEASURED
 from moreau_ext.analysis.curvature import student_quantile
 from moreau_ext.analysis.hessian import Bank, SmoothedHessian, find_methods
 from moreau_ext.analysis.krylov import extreme_eigenvalues, lanczos, minimal_residual, tridiagonal
-from moreau_ext.model.score import bind_score
+from moreau_ext.model.bind import bind_score
 from moreau_ext.solvers.problem import Problem
 
 D, SIGMA, RHO, ETA = 12, 0.5, 0.8, 0.3
@@ -73,7 +73,7 @@ class Quadratic(nn.Module):
 
 def problem_of(f: Any, x: Tensor, sigma: float = SIGMA, **settings: Any) -> Problem:
     e = MoreauGrad(f, sigma=sigma, rho=RHO, **settings)
-    return e._problem((x,), None, None, torch.arange(len(x)))
+    return e.problem(x)
 
 
 def points(count: int = 8, dtype: torch.dtype = F64) -> Tensor:

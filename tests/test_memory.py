@@ -29,8 +29,8 @@ from moreau_ext import (
     zoo,
 )
 from moreau_ext.model import memory
+from moreau_ext.model.bind import bind_score
 from moreau_ext.model.memory import BytesAlive, Footprint, Limit, attempt, budget, footprint, out_of_memory
-from moreau_ext.model.score import bind_score
 from moreau_ext.preparation.prepare import prepare
 
 CPU = torch.device("cpu")

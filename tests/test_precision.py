@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moreau_ext import Gradient, MoreauGrad, ProximalGradient, SmoothGrad, SparseMoreauGrad, make_explainer, zoo
+from moreau_ext.model.bind import bind_score
 from moreau_ext.model.precision import PRECISIONS, _Flags, flags, resolution
-from moreau_ext.model.score import bind_score
 from moreau_ext.preparation.prepare import prepare
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

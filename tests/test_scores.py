@@ -14,8 +14,9 @@ from helpers import in_threads
 from torch import Tensor, nn
 
 from moreau_ext.model import modes
+from moreau_ext.model.bind import bind_score
 from moreau_ext.model.modes import evaluating
-from moreau_ext.model.score import Score, bind_score, check_score_settings
+from moreau_ext.model.score import Score, check_score_settings
 from moreau_ext.ops.layout import row_chunks
 
 B, D, CLASSES = 4, 6, 5

@@ -137,7 +137,6 @@ def _residual(
     displacement: Tensors,
     num_samples: int,
     confidence: float,
-    max_batch: int | None,
 ) -> dict[str, Tensor]:
     """r² = ‖δ + ρS_η(p)‖² without the noise of p, and its interval.
 
@@ -146,7 +145,7 @@ def _residual(
     the whole mean, is sent through S_η, so a feature near the threshold counts by as much as it moves. The interval
     holds the r that this r̂ does not reject.
     """
-    bank = Bank(problem, displacement, num_samples, max_batch=max_batch)
+    bank = Bank(problem, displacement, num_samples)
     batch, features = bank.batch, bank.features
     sums = torch.zeros(batch, _BLOCKS, features, dtype=torch.float64, device=problem.keys.device)
     size = num_samples // _BLOCKS
@@ -210,9 +209,9 @@ def _interval(clean: Tensor, along: Tensor, crossed: Tensor, t: float) -> tuple[
     return low.sqrt(), root(clean.clamp_min(0), 1.0).sqrt()
 
 
-def _scale_at_zero(problem: Problem, max_batch: int | None) -> Tensor:
+def _scale_at_zero(problem: Problem) -> Tensor:
     """10⁻³·ρ·‖p(0)‖, from a few samples: a floor needs no more."""
-    bank = Bank(problem, None, 64, max_batch=max_batch)
+    bank = Bank(problem, None, 64)
     p = torch.stack([bank.gradients(*c).double().sum(1) for c in bank.chunks(0, 64)]).sum(0) / 64
     return problem.residual_floor(p.square().sum(1))
 
@@ -228,7 +227,6 @@ def certify(
     confidence: float = 0.95,
     lipschitz: Tensor | None = None,
     moduli: tuple[Tensor, Tensor] | None = None,
-    max_batch: int | None = None,
 ) -> Certificate:
     """The certificate of a displacement; :meth:`moreau_ext.MoreauGrad.certificate` is the way to it.
 
@@ -242,15 +240,14 @@ def certify(
         confidence: of the intervals.
         lipschitz: L of f, [B], where known: then λ, β ≤ L·√(2/π)/σ everywhere.
         moduli: (λ, β) of f_σ, [B] each, where known to hold everywhere.
-        max_batch: most rows in one pass of the model.
     """
     num_samples, num_hvp_samples = (-(-n // 64) * 64 for n in (num_samples, num_hvp_samples))
-    size = problem.keys.shape[0] if max_batch is None else max(1, max_batch // num_samples)
+    size = problem.batch if problem.passes.max_rows is None else max(1, problem.passes.max_rows // num_samples)
     parts = []
     for rows in row_chunks(problem.keys.shape[0], size, problem.keys.device):
         some, where = take(problem, rows), take(displacement, rows)
-        part = _residual(some, where, num_samples, confidence, max_batch)
-        part["size"] = torch.maximum(part["size"], _scale_at_zero(some, max_batch))
+        part = _residual(some, where, num_samples, confidence)
+        part["size"] = torch.maximum(part["size"], _scale_at_zero(some))
         parts.append(part)
     found: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     extent = found.pop("size")
@@ -266,7 +263,6 @@ def certify(
         steps=steps,
         method=method,
         confidence=confidence,
-        max_batch=max_batch,
     )
     measured: dict[str, Any] = {k: v for k, v in vars(curvature).items() if k != "method"}
     rho = torch.stack([r.double() for r in problem.rho]).amax(0)

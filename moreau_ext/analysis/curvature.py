@@ -65,7 +65,6 @@ def measure_curvature(
     steps: int = 20,
     method: Method = "auto",
     confidence: float = 0.95,
-    max_batch: int | None = None,
 ) -> Curvature:
     """λ and β of f_σ at x + δ by Lanczos; see :class:`Curvature`.
 
@@ -79,7 +78,6 @@ def measure_curvature(
         steps: of Lanczos.
         method: "autograd", "stein", or "auto" (see :func:`find_methods`).
         confidence: of the standard errors.
-        max_batch: most rows in one pass of the model.
 
     Raises:
         ValueError: "stein" without noise.
@@ -88,10 +86,10 @@ def measure_curvature(
     batch = problem.keys.shape[0]
     out = {f.name: problem.value.new_full((batch,), math.nan, dtype=torch.float64) for f in fields(Curvature)[:-1]}
     names = ["none"] * batch
-    for name, rows in by_method(problem, displacement, method, max_batch=max_batch, group=samples.__getitem__):
+    for name, rows in by_method(problem, displacement, method, group=samples.__getitem__):
         if name != "none":
             part, where = take(problem, rows), take(displacement, rows)
-            hessian = SmoothedHessian(Bank(part, where, samples[name], max_batch=max_batch), name)
+            hessian = SmoothedHessian(Bank(part, where, samples[name]), name)
             for key, value in _ends(hessian, steps, confidence).items():
                 out[key][rows] = value
         for row in rows.tolist():
@@ -129,7 +127,7 @@ def _ends(hessian: SmoothedHessian, steps: int, confidence: float) -> dict[str, 
 RHO_SAMPLES, _RHO_STEPS = 512, 10
 
 
-def convex_rho(problem: Problem, *, max_batch: int | None = None) -> Tensor:
+def convex_rho(problem: Problem) -> Tensor:
     """ρ = ½ / max(λ, β/10), float64 [B]: half of the largest ρ for which the problem is strongly convex at x.
 
     λ and β are the upper ends of what :func:`measure_curvature` finds at δ = 0 on a bank of its own, by Stein's
@@ -155,7 +153,6 @@ def convex_rho(problem: Problem, *, max_batch: int | None = None) -> Tensor:
             num_hvp_samples=64,
             steps=_RHO_STEPS,
             method=method,
-            max_batch=max_batch,
         )
         limit = torch.maximum(found.weak_convexity_high, found.smoothness_high / 10)
         unknown = limit.isnan()

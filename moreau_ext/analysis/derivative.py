@@ -151,7 +151,6 @@ def map_vjp(
     levels: Tensors | None = None,
     tol: float,
     max_steps: int,
-    max_batch: int | None = None,
 ) -> Tensors:
     """vᵀ·DA(x) of every input; :meth:`moreau_ext.MoreauGrad.vjp` is the way to it.
 
@@ -166,7 +165,6 @@ def map_vjp(
         ratio: η/η_max per tensor, [B], where η follows x.
         levels: σ over the range of the input, per tensor, [B], where σ follows x.
         tol, max_steps: of the solve.
-        max_batch: most rows in one pass of the model.
 
     Returns:
         float64, shaped as the inputs.
@@ -176,7 +174,7 @@ def map_vjp(
     if own_bank is not None:
         counts["autograd"] = own_bank[0]
     blind, worst = 0, 0.0
-    for name, rows in by_method(problem, displacement, method, max_batch=max_batch, group=counts.__getitem__):
+    for name, rows in by_method(problem, displacement, method, group=counts.__getitem__):
         if name == "none":
             blind += len(rows)
             continue
@@ -189,7 +187,6 @@ def map_vjp(
             counts[name],
             part.keys if own else None,
             own_bank is None or not own or own_bank[1],
-            max_batch,
         )
         v = columns(tuple(t[rows] for t in vectors), torch.float64)
         some = None if levels is None else tuple(level[rows] for level in levels)
@@ -223,10 +220,9 @@ class _Adjoint:
         num_samples: int,
         keys: Tensor | None,
         antithetic: bool,
-        max_batch: int | None,
     ) -> None:
         def hessian(displacement: Tensors | None) -> SmoothedHessian:
-            bank = Bank(problem, displacement, num_samples, keys=keys, antithetic=antithetic, max_batch=max_batch)
+            bank = Bank(problem, displacement, num_samples, keys=keys, antithetic=antithetic)
             return SmoothedHessian(bank, method)
 
         self._hessian, self.problem = hessian, problem

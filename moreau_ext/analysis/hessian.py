@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..model.memory import out_of_memory
 from ..model.precision import resolution
+from ..model.score import Score
 from ..ops.layout import Tensors, flat_rows, like_layout, row_chunks, take
 from ..ops.noise import Noise, noise_keys
 from ..solvers.problem import Problem
@@ -80,7 +81,6 @@ class Bank:
         num_samples: m; even where antithetic.
         keys: int64 [B]; :func:`independent_keys` of the problem's by default.
         antithetic: sample 2k + 1 is minus sample 2k, and chunks never part them.
-        max_batch: most rows in one pass of the model.
     """
 
     def __init__(
@@ -91,9 +91,8 @@ class Bank:
         *,
         keys: Tensor | None = None,
         antithetic: bool = True,
-        max_batch: int | None = None,
     ) -> None:
-        self.problem, self.num_samples, self.antithetic, self.max_batch = problem, num_samples, antithetic, max_batch
+        self.problem, self.num_samples, self.antithetic = problem, num_samples, antithetic
         self.dtype = common_state(problem.inputs)
         self.keys = independent_keys(problem.keys) if keys is None else keys
         self.batch = problem.keys.shape[0]
@@ -114,7 +113,8 @@ class Bank:
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """(first sample, count) of pieces that one pass can take, or two samples where it takes but one."""
-        size = stop - start if self.max_batch is None else max(2, self.max_batch // self.batch // 2 * 2)
+        most = self.problem.passes.max_rows
+        size = stop - start if most is None else max(2, most // self.batch // 2 * 2)
         return ((first, min(size, stop - first)) for first in range(start, stop, size))
 
     def _draw(self, first: int, count: int, x: Tensors, displacement: Tensors | None, sigma: Tensors) -> Tensors:
@@ -136,37 +136,27 @@ class Bank:
         z = self._draw(first, count, zeros, None, tuple(torch.ones_like(s) for s in self.problem.sigma))
         return columns(z, self.dtype).view(self.batch, count, self.features)
 
-    def _passes(self, count: int) -> Iterator[tuple[Tensor, slice]]:
-        """The input of each row, and rows, in passes of at most max_batch."""
-        total = self.batch * count
+    def _score(self, count: int) -> Score:
+        """The score of so many copies of every input."""
         index = torch.arange(self.batch, device=self.problem.keys.device).repeat_interleave(count)
-        for start in range(0, total, self.max_batch or total):
-            piece = slice(start, min(start + (self.max_batch or total), total))
-            yield index[piece], piece
+        return self.problem.score.take(index)
 
     def gradients(self, first: int, count: int) -> Tensor:
         """∇f at some of the noisy copies, [B, count, D]."""
-        rows = self.rows(first, count)
-        found = [
-            columns(self.problem.score.take(index).gradient(tuple(r[piece] for r in rows))[1], self.dtype)
-            for index, piece in self._passes(count)
-        ]
-        return torch.cat(found).view(self.batch, count, self.features)
+        found = self.problem.passes(Score.gradient, self._score(count), self.rows(first, count))
+        return columns(found[1:], self.dtype).view(self.batch, count, self.features)
 
     def hvps(self, first: int, count: int, vectors: Tensor, scale: float = 1.0) -> Tensor:
         """∇²f·v at some of the noisy copies, [B, count, D], for vectors [B, D] or [B, count, D]."""
         rows = self.rows(first, count, scale)
         each = vectors if vectors.dim() == 3 else vectors.unsqueeze(1).expand(-1, count, -1)
         flat = each.reshape(self.batch * count, self.features).to(self.dtype)
-        found = []
-        for index, piece in self._passes(count):
-            some = tuple(r[piece] for r in rows)
-            v = tuple(t.to(r.dtype) for t, r in zip(tensors_of(flat[piece], some), some, strict=True))
-            found.append(columns(self.problem.score.take(index).hvp(some, v), self.dtype))
-        return torch.cat(found).view(self.batch, count, self.features)
+        v = tuple(t.to(r.dtype) for t, r in zip(tensors_of(flat, rows), rows, strict=True))
+        found = self.problem.passes(Score.hvp, self._score(count), rows, v)
+        return columns(found, self.dtype).view(self.batch, count, self.features)
 
 
-def find_methods(problem: Problem, displacement: Tensors, *, max_batch: int | None = None) -> list[str]:
+def find_methods(problem: Problem, displacement: Tensors) -> list[str]:
     """Which estimate of H is right for every input: "autograd", "stein", or "none" where neither is.
 
     Along an antithetic pair a smooth score obeys ∇f(x̃ + σz) − ∇f(x̃ − σz) = ∫₋₁¹ ∇²f(x̃ + tσz) σz dt. Where 24 points of
@@ -174,7 +164,7 @@ def find_methods(problem: Problem, displacement: Tensors, *, max_batch: int | No
     derivative is zero or missing, the gradient jumps, or turns too sharply to tell: "stein". That needs noise; without
     it, "none". Costs 32 gradients and at most 384 second derivatives per input.
     """
-    bank = Bank(problem, displacement, 2 * _PAIRS, keys=noise_keys(_KINKS, problem.keys), max_batch=max_batch)
+    bank = Bank(problem, displacement, 2 * _PAIRS, keys=noise_keys(_KINKS, problem.keys))
     noisy = (bank.sigma > 0).any(1)
     everywhere = (bank.sigma > 0).all(1)
     # A gradient carries a few roundings; a difference of two cannot be judged below them.
@@ -315,21 +305,20 @@ def by_method(
     displacement: Tensors,
     method: Method,
     *,
-    max_batch: int | None,
     group: Callable[[str], int],
 ) -> Iterator[tuple[str, Tensor]]:
     """(method, rows) in pieces whose samples one pass can take, ``group(method)`` samples per input."""
-    batch = problem.keys.shape[0]
+    batch, most = problem.batch, problem.passes.max_rows
     names: list[str] = [method] * batch
     if method == "auto":
-        size = batch if max_batch is None else max(1, max_batch // (2 * _PAIRS))
+        size = batch if most is None else max(1, most // (2 * _PAIRS))
         names = []
         for rows in row_chunks(batch, size, problem.keys.device):
-            names += find_methods(take(problem, rows), take(displacement, rows), max_batch=max_batch)
+            names += find_methods(take(problem, rows), take(displacement, rows))
     for name in ("autograd", "stein", "none"):
         rows = torch.tensor(
             [i for i, n in enumerate(names) if n == name], dtype=torch.int64, device=problem.keys.device
         )
         if len(rows):
-            size = len(rows) if max_batch is None else max(1, max_batch // group(name))
+            size = len(rows) if most is None else max(1, most // group(name))
             yield from ((name, piece) for piece in torch.split(rows, size))

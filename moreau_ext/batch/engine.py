@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..explainers.base import Explainer
+from ..model.bind import bind_score
 from ..model.modes import evaluating
-from ..model.score import bind_score
 from ..preparation.report import Prepared
 from ..solvers.solution import Solution
 from .sink import COLUMNS, Rows

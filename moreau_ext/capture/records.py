@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.memory import PassRunner
+from ..model.passes import PassRunner
 
 
 class Parts:
@@ -47,8 +47,6 @@ class Parts:
             return (type(value), *(self._visit(v) for v in value))
         if type(value) is dict:
             return (dict, *((key, self._visit(v)) for key, v in value.items()))
-        if type(value).__name__ == "Limit":
-            return ("Limit", value.rows)
         if isinstance(value, PassRunner):
             return (PassRunner, value.max_rows)
         if _is_record(value):

@@ -84,13 +84,13 @@ def gradient_vjp(
     """
     exact = hessian == "autograd"
     adjoint = MoreauGrad(explainer.model, sigma=0.0 if exact else sigma, **_limit(explainer))
-    still = _still(inputs)
+    still = _still(inputs, ids)
     count = 4 if exact else num_samples
     result: Tensor = adjoint.vjp(inputs, still, vectors, target, ids=ids, num_samples=count, hessian=hessian)
     return result
 
 
-def _still(inputs: Tensor) -> Solution:
+def _still(inputs: Tensor, ids: Tensor) -> Solution:
     """The solution δ = 0, for the derivative of a plain or smoothed gradient."""
     batch, zero = inputs.shape[0], inputs.new_zeros(inputs.shape)
     number, count = inputs.new_zeros(batch, dtype=torch.float64), inputs.new_zeros(batch, dtype=torch.int64)
@@ -112,6 +112,8 @@ def _still(inputs: Tensor) -> Solution:
         eta=one,
         rho=one,
         sigma=one,
+        target=None,
+        ids=ids,
     )
 
 

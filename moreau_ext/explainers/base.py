@@ -1,32 +1,36 @@
-"""What all explainers share: checking inputs and settings, posing the problem, leaving the model as it was found."""
+"""The base of all explainers: check, pose the problem, solve, give the maps in the form of the inputs."""
 
 from __future__ import annotations
 
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from ..model.memory import BLIND_ROWS, Footprint, Limit, PassRunner, budget
+from .._errors import EmptyMapWarning
+from ..model.bind import resolved, unresolved
+from ..model.memory import BLIND_ROWS, Footprint, budget
 from ..model.modes import evaluating
-from ..model.precision import Precision, check_dtypes, check_precision
-from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings, resolved, unresolved
+from ..model.passes import PassRunner
+from ..model.precision import Precision, check_precision
+from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings
 from ..model.target import Target
-from ..ops.layout import Tensors, flat_rows, memory_layout
+from ..ops.layout import Tensors, flat_rows
 from ..ops.noise import noise_keys
 from ..preparation.report import Prepared
-from ..solvers.penalties import L1, NoPenalty, Penalty
+from ..solvers.penalties import L1, Penalty
 from ..solvers.problem import Problem, Tuning
 from ..solvers.solution import Solution
+from .inputs import check_ids, check_inputs, empty_solution, in_form
 from .settings import Scalar, check_scalar, per_feature, per_input_setting
 
 _lowering = threading.Lock()
@@ -40,7 +44,7 @@ _PER_ROW, _PER_INPUT = 10, 7
 
 
 def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
-    """What two calls have in common whose passes take the same."""
+    """Equal for calls whose passes take equal memory."""
     tensors = [(x.shape[1:], x.dtype, x.device) for x in inputs]
     args = [a.shape[per:] for a, per in zip(score.args, score.per_row, strict=True) if isinstance(a, Tensor)]
     return (*tensors, *args)
@@ -104,7 +108,7 @@ class Explainer(ABC):
             True
         """
         with torch.inference_mode(False), torch.no_grad():
-            tensors = self._check_inputs(inputs)
+            tensors = self._checked(inputs)
             if tensors[0].shape[0] == 0:
                 raise ValueError("inputs: expected at least one to measure passes with, got none")
             with evaluating(self._module):
@@ -115,10 +119,9 @@ class Explainer(ABC):
         if self.max_batch != "auto":
             return self.max_batch
         with torch.inference_mode(False), torch.no_grad():
-            tensors = self._check_inputs(inputs)
+            tensors = self._checked(inputs)
             with evaluating(self._module):
-                score = self._unresolved(tensors, None, additional_forward_args)
-                return self._fit(score, tensors)
+                return self._fit(self._unresolved(tensors, None, additional_forward_args), tensors)
 
     def _footprint(self, score: Score, inputs: Tensors) -> Footprint | None:
         found = score.footprint(inputs)
@@ -138,39 +141,98 @@ class Explainer(ABC):
             self._fits.setdefault(kind, min(_MAX_BATCH, fitting))
         return self._fits[kind]
 
-    def _lower(self, kind: Any, rows: int) -> None:
-        """What was found not to fit: another thread may know of less."""
-        with _lowering:
-            self._fits[kind] = min(rows, self._fits.get(kind, rows))
+    def _passes(self, score: Score, inputs: Tensors) -> PassRunner:
+        """The passes of one call; a size that an earlier call found not to fit is not tried again."""
+        rows = self._fit(score, inputs) if self.max_batch == "auto" else self.max_batch
+        known = self._fits.get(_kind(score, inputs))
+        return PassRunner(rows if known is None else min(known, rows or known))
 
-    def _max_rows(self, problem: Problem) -> int | None:
-        """Most noisy inputs in one pass."""
-        return self._fit(problem.score, problem.inputs) if self.max_batch == "auto" else self.max_batch
+    def _remember(self, problem: Problem) -> None:
+        """Keeps the size of passes that worked, where some did not fit; another thread may have found less."""
+        rows, kind = problem.passes.max_rows, _kind(problem.score, problem.inputs)
+        if problem.passes.lowered and rows is not None:
+            with _lowering:
+                self._fits[kind] = min(rows, self._fits.get(kind, rows))
+
+    def _checked(self, inputs: Any) -> Tensors:
+        layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
+        return check_inputs(inputs, self._module, self.precision, layout)
+
+    def _unresolved(self, tensors: Tensors, target: Target, additional_forward_args: Any) -> Score:
+        settings = (self.score, additional_forward_args, self.unused_inputs, self.precision)
+        return unresolved(self._module, tensors, target, *settings)
+
+    def pose(self, inputs: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
+        """The problem of checked inputs; an explainer replaces the fields that its settings decide.
+
+        Runs the model once, which must be in eval mode.
+
+        Args:
+            inputs: at least one, owned by the call.
+            target, additional_forward_args: see :meth:`attribute`.
+            ids: int64 [B].
+        """
+        score = self._unresolved(inputs, target, additional_forward_args)
+        passes = self._passes(score, inputs)
+        score, value = resolved(score, inputs, passes)
+        return Problem(
+            inputs=inputs,
+            score=score,
+            value=value,
+            ids=ids,
+            keys=ids,
+            sigma=tuple([per_input_setting("sigma", 0.0, x) for x in inputs]),
+            rho=tuple([per_input_setting("rho", 1.0, x) for x in inputs]),
+            passes=passes,
+        )
 
     @abstractmethod
     def _solve(self, problem: Problem) -> Solution:
         """The solution of a batch that has at least one input."""
 
-    def _rho(self) -> Scalar:
-        return 1.0
+    @contextmanager
+    def _posed(
+        self, inputs: Any, target: Target, additional_forward_args: Any, ids: Tensor | None
+    ) -> Iterator[tuple[Tensors, Problem | None]]:
+        """The checked inputs of a call and their problem, with the model in eval mode; no problem for no inputs."""
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = self._checked(inputs)
+            names = check_ids(ids, tensors[0].shape[0], tensors[0].device)
+            if tensors[0].shape[0] == 0:
+                yield tensors, None
+                return
+            with evaluating(self._module, depth=4):
+                problem = self.pose(tensors, target, additional_forward_args, names)
+                try:
+                    yield tensors, problem
+                finally:
+                    self._remember(problem)
 
-    def _keys(self, ids: Tensor) -> Tensor:
-        return ids
+    def problem(
+        self, inputs: Any, target: Target = None, additional_forward_args: Any = None, *, ids: Tensor | None = None
+    ) -> Problem:
+        """The problem that :meth:`attribute` solves, with settings that are measured or follow the solution still open.
 
-    def _sigmas(self, inputs: Tensors) -> Tensors:
-        """σ of every tensor, [B]."""
-        return tuple(per_input_setting("sigma", 0.0, x) for x in inputs)
+        A value: inputs, score, σ, ρ, penalty, noise keys. Its passes run the model as it is then: leave it in eval
+        mode.
 
-    def _penalty(self, inputs: Tensors) -> Penalty:
-        return NoPenalty()
+        Args:
+            inputs, target, additional_forward_args, ids: see :meth:`attribute`; at least one input.
 
-    def _support(self, inputs: Tensors, penalty: Penalty) -> Tensor | None:
-        """Features or groups asked for, int64 [B]."""
-        return None
+        Raises:
+            ValueError, TypeError: see :meth:`attribute`; no inputs.
 
-    def _radius(self, inputs: Tensors) -> Tensor | None:
-        """‖δ*‖ asked for, float64 [B]."""
-        return None
+        Example:
+            >>> import torch
+            >>> from moreau_ext import MoreauGrad
+            >>> problem = MoreauGrad(torch.nn.Linear(3, 2).eval(), rho=0.5).problem(torch.rand(8, 3), target=1)
+            >>> problem.rho[0][0], problem.score.target[0]
+            (tensor(0.5000), tensor([1]))
+        """
+        with self._posed(inputs, target, additional_forward_args, ids) as (_, problem):
+            if problem is None:
+                raise ValueError("inputs: expected at least one, got none")
+            return problem
 
     @overload
     def attribute(
@@ -226,167 +288,18 @@ class Explainer(ABC):
                 fit, a score that does not depend on an input, or a gradient that is not finite.
             TypeError: inputs that are no floating-point tensors, or targets that are no integers.
         """
-        (solution,) = self._run(inputs, target, additional_forward_args, ids, lambda problem: [self._solve(problem)], 1)
+        with self._posed(inputs, target, additional_forward_args, ids) as (tensors, problem):
+            solution = empty_solution(tensors) if problem is None else self._solve(problem)
+        solution = in_form(solution, isinstance(inputs, Tensor))
         empty = int(solution.empty.sum())
         if empty:
             warnings.warn(
                 f"{empty} of {len(solution.empty)} maps are zero everywhere: the score is flat there, or eta is at or "
                 "above eta_max; Solution.empty says which",
+                EmptyMapWarning,
                 stacklevel=2,
             )
         return solution if return_solution else solution.attribution
-
-    def _run(
-        self,
-        inputs: Any,
-        target: Target,
-        additional_forward_args: Any,
-        ids: Tensor | None,
-        solve: Callable[[Problem], list[Solution]],
-        count: int,
-    ) -> list[Solution]:
-        """Checks, poses the problem, and gives back its ``count`` solutions in the form of the inputs."""
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = self._check_inputs(inputs)
-            names = self._check_ids(ids, tensors[0].shape[0], tensors[0].device)
-            if tensors[0].shape[0] == 0:
-                solutions = [_nothing(tensors)] * count
-            else:
-                with evaluating(self._module, depth=2):
-                    solutions = solve(self._problem(tensors, target, additional_forward_args, names))
-        return [_in_form(solution, isinstance(inputs, Tensor)) for solution in solutions]
-
-    def _unresolved(self, tensors: Tensors, target: Target, additional_forward_args: Any) -> Score:
-        return unresolved(
-            self._module,
-            tensors,
-            target,
-            self.score,
-            additional_forward_args,
-            self.unused_inputs,
-            self.precision,
-        )
-
-    def _problem(self, tensors: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
-        """The problem of checked inputs; runs the model once, which must be in eval mode."""
-        score = self._unresolved(tensors, target, additional_forward_args)
-        rows = self._fit(score, tensors) if self.max_batch == "auto" else self.max_batch
-        kind = _kind(score, tensors)
-        # What an earlier call found not to fit does not fail again.
-        limit = Limit(self._fits.get(kind), partial(self._lower, kind))
-        score, value = resolved(replace(score, limit=limit), tensors, rows)
-        penalty = self._penalty(tensors)
-        support, radius = self._support(tensors, penalty), self._radius(tensors)
-        return Problem(
-            inputs=tensors,
-            score=score,
-            value=value,
-            ids=ids,
-            keys=self._keys(ids),
-            sigma=self._sigmas(tensors),
-            rho=tuple(per_input_setting("rho", self._rho(), x) for x in tensors),
-            penalty=penalty,
-            passes=PassRunner(rows),
-            tuning=None if support is None and radius is None else Tuning(support, radius),
-        )
-
-    def _check_inputs(self, inputs: Any) -> Tensors:
-        """Our own dense copies."""
-        tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-        if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
-            raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {type(inputs).__name__}")
-        for i, x in enumerate(tensors):
-            name = "inputs" if isinstance(inputs, Tensor) else f"inputs[{i}]"
-            if not x.is_floating_point():
-                raise TypeError(
-                    f"{name}: expected floating point, got {x.dtype}. Token ids cannot be displaced: explain the "
-                    "embeddings, with a model that takes them as input; pixels are, as x.float() / 255 or as the model "
-                    "takes them"
-                )
-            if x.layout != torch.strided:
-                raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call .to_dense() first")
-            if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-                raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {x.dtype}")
-            if x.dim() < 1:
-                raise ValueError(f"{name}: expected a batch axis, got a tensor without axes")
-            if x.shape[0] != tensors[0].shape[0]:
-                raise ValueError(f"{name}: expected {tensors[0].shape[0]} inputs, as in inputs[0], got {x.shape[0]}")
-            if x.device != tensors[0].device:
-                raise ValueError(
-                    f"{name}: expected a tensor on {tensors[0].device}, as inputs[0], got one on {x.device}"
-                )
-            if x.shape[0] and x.numel() == 0:
-                raise ValueError(f"{name}: has no features, shape {tuple(x.shape)}")
-            finite = flat_rows(torch.isfinite(x)).all(1)
-            if not bool(finite.all()):
-                row = int((~finite).nonzero()[0])
-                raise ValueError(f"{name}: input {row} holds NaN or infinity")
-        model = self._module
-        if isinstance(model, nn.Module):
-            devices = {p.device for p in model.parameters()}
-            if len(devices) == 1 and tensors[0].device not in devices:
-                raise ValueError(f"inputs: are on {tensors[0].device}, but the model is on {devices.pop()}")
-        check_dtypes(self.precision, tensors)
-        layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
-        return tuple(_own(x, layout) for x in tensors)
-
-    def _check_ids(self, ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
-        if ids is None:
-            return torch.arange(batch, device=device)
-        try:
-            names = torch.as_tensor(ids)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"ids: expected int64, one per input, got {ids!r}") from None
-        if names.is_floating_point() or names.is_complex() or names.dtype == torch.bool:
-            raise TypeError(f"ids: expected int64, got {names.dtype}")
-        if names.shape != (batch,):
-            raise ValueError(f"ids: expected one per input, [{batch}], got shape {tuple(names.shape)}")
-        return names.to(device=device, dtype=torch.int64)
-
-
-def _own(x: Tensor, layout: torch.memory_format) -> Tensor:
-    copy = x.detach().clone(memory_format=layout if x.dim() == 4 else torch.preserve_format)
-    return copy if memory_layout(copy) is not None else copy.contiguous()
-
-
-def _in_form(solution: Solution, single: bool) -> Solution:
-    """A solver's tuples as the inputs were given: one tensor, or a tuple."""
-    if single:
-        form = ("attribution", "displacement", "envelope_gradient", "eta", "sigma")
-        return replace(solution, **{name: getattr(solution, name)[0] for name in form})
-    if all(e.dim() == 1 for e in solution.eta):
-        return replace(solution, eta=solution.eta[0])
-    return solution
-
-
-def _nothing(inputs: Tensors) -> Solution:
-    """The solution of an empty batch."""
-    device = inputs[0].device
-    states = tuple(x.to(ops.state_dtype(x.dtype)) for x in inputs)
-    scalars = tuple(s.new_empty(0) for s in states)
-    numbers, counts = (
-        torch.empty(0, dtype=torch.float64, device=device),
-        torch.empty(0, dtype=torch.int64, device=device),
-    )
-    flags = torch.empty(0, dtype=torch.bool, device=device)
-    return Solution(
-        attribution=inputs,
-        displacement=states,
-        envelope=numbers,
-        envelope_gradient=states,
-        score=inputs[0].new_empty(0),
-        residual=numbers,
-        relative_residual=numbers,
-        steps=counts,
-        gradient_evaluations=counts,
-        converged=flags,
-        nnz=counts,
-        support=counts,
-        empty=flags,
-        eta=scalars,
-        rho=scalars[0],
-        sigma=scalars,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -407,8 +320,9 @@ class Noisy(Explainer):
             if getattr(self, name) is not None:
                 check_scalar(name, getattr(self, name))
 
-    def _keys(self, ids: Tensor) -> Tensor:
-        return noise_keys(self.seed, ids)
+    def pose(self, inputs: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
+        problem = super().pose(inputs, target, additional_forward_args, ids)
+        return replace(problem, keys=noise_keys(self.seed, ids), sigma=self._sigmas(inputs))
 
     def _sigmas(self, inputs: Tensors) -> Tensors:
         if self.sigma is not None:
@@ -450,16 +364,19 @@ class Sparse(Explainer):
                     f"support: expected a count (an integer) or a fraction in (0, 1], got {self.support!r}"
                 )
 
-    def _support(self, inputs: Tensors, penalty: Penalty) -> Tensor | None:
+    def pose(self, inputs: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
+        problem = super().pose(inputs, target, additional_forward_args, ids)
+        problem = replace(problem, penalty=self._penalty(inputs))
         if self.support is None:
-            return None
+            return problem
         asked = torch.as_tensor(self.support)
-        if not asked.is_floating_point():
-            return per_input_setting("support", asked.double(), inputs[0]).long()
-        share = per_input_setting("support", asked.double(), inputs[0]).double()
-        return (share * penalty.count(inputs)).round().long().clamp_min(1)
+        support = per_input_setting("support", asked.double(), inputs[0])
+        if asked.is_floating_point():
+            support = (support.double() * problem.penalty.count(inputs)).round().clamp_min(1)
+        return replace(problem, tuning=replace(problem.tuning or Tuning(), support=support.long()))
 
-    def _l1(self, inputs: Tensors) -> L1:
+    def _penalty(self, inputs: Tensors) -> Penalty:
+        """L1 unless overridden."""
         if self.eta is not None and torch.as_tensor(self.eta).dim() > 1:
             return L1((per_feature(torch.as_tensor(self.eta, dtype=ops.state_dtype(inputs[0].dtype)), inputs),))
         return L1(*self._strength(inputs))

@@ -13,7 +13,6 @@ from .._checks import check_count
 from ..ops.layout import Tensors, flat_rows
 from ..solvers.fixed import ProximalGradient
 from ..solvers.loop import check_finite, in_groups, solve
-from ..solvers.penalties import Penalty
 from ..solvers.problem import Problem
 from ..solvers.samples import NoisyCopies
 from ..solvers.solution import Answer, Solution, assemble
@@ -133,9 +132,6 @@ class SoftThresholdedSmoothGrad(Sparse, SmoothGrad):
         >>> f.attribute(torch.ones(1, 2))
         tensor([[2., 0.]])
     """
-
-    def _penalty(self, inputs: Tensors) -> Penalty:
-        return self._l1(inputs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._checks import check_count
-from ..analysis.certificate import Certificate, absolute, certify
 from ..analysis.curvature import RHO_SAMPLES, convex_rho
-from ..analysis.derivative import map_vjp
-from ..analysis.hessian import METHODS, Method
 from ..capture.runner import Graphs, Mode, check_mode
-from ..model.modes import evaluating
-from ..model.precision import resolution
 from ..model.target import Target
 from ..ops.layout import Tensors, flat_rows
 from ..solvers.adaptive import AdaptiveProximalGradient
@@ -27,39 +21,18 @@ from ..solvers.groups import Groups, Pixels
 from ..solvers.loop import solve
 from ..solvers.path import solve_path
 from ..solvers.penalties import GroupL2, Penalty
-from ..solvers.problem import Problem
+from ..solvers.problem import Problem, Tuning
 from ..solvers.solution import Solution
-from .base import Noisy, Sparse
+from .base import Sparse
+from .certified import Certified
+from .inputs import empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
 
 Solver = ProximalGradient | AdaptiveProximalGradient
 
 
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"hessian: expected one of {', '.join(METHODS)}, got {method!r}")
-
-
-def _parts_of(solution: Solution, inputs: Any, tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """(displacement, eta) of a solution as tuples, in the state dtype and memory layout of the inputs."""
-    if not isinstance(solution, Solution):
-        raise TypeError(
-            f"solution: expected a Solution (attribute with return_solution=True), got {type(solution).__name__}"
-        )
-    of_one = isinstance(solution.displacement, Tensor)
-    found = (solution.displacement,) if of_one else solution.displacement
-    shapes = [tuple(d.shape) for d in found] if of_one == isinstance(inputs, Tensor) else None
-    expected = [tuple(x.shape) for x in tensors]
-    if shapes != expected:
-        raise ValueError(f"solution: expected displacements shaped as the inputs, {expected}, got {shapes}")
-    states = tuple(torch.empty_like(x, dtype=ops.state_dtype(x.dtype)) for x in tensors)
-    displacement = tuple(s.copy_(d) for s, d in zip(states, found, strict=True))
-    eta = solution.eta if isinstance(solution.eta, tuple) else (solution.eta,) * len(tensors)
-    return displacement, tuple(e.to(s) for e, s in zip(eta, states, strict=True))
-
-
 @dataclass(frozen=True, eq=False)
-class MoreauGrad(Noisy):
+class MoreauGrad(Certified):
     """The gradient of the Moreau envelope of a smoothed score,
 
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ),    A(x) = ∇F(x) = −δ*/ρ,    f_σ(x) = E f(x + σz), z ~ N(0, I).
@@ -89,7 +62,7 @@ class MoreauGrad(Noisy):
             not run, and other callables, whose parameters must then stay where they are. A model that cannot be
             captured runs step by step, with one warning. While a step is captured, some milliseconds, other threads
             must not draw from torch's generator of the device. False, the default until a GPU has confirmed what was
-            mended after a crash of a benchmark (README, Limits), captures nothing.
+            repaired after a crash of a benchmark (docs/limitations.md), captures nothing.
         max_batch: most noisy inputs in one forward pass; results agree to rounding. None is no limit. "auto" is what a
             prepared model was measured with; otherwise 1,024, or the largest power of two of rows that fits half of a
             GPU's free memory, or a quarter of what the CPU has for the process. That is measured at the first call for
@@ -155,6 +128,11 @@ class MoreauGrad(Noisy):
             self._check_fixed(self.solver)
 
     @property
+    def _method(self) -> Any:
+        # "auto" has become a solver when the explainer was made.
+        return self.solver
+
+    @property
     def _asked_rho(self) -> Any:
         """A number, "auto", or None with a radius. Fields stay as they were given, for dataclasses.replace."""
         return 1.0 if self.rho is None and self.radius is None and self.radius_ratio is None else self.rho
@@ -178,11 +156,16 @@ class MoreauGrad(Noisy):
                 "and rho/10 is usual"
             )
 
-    def _rho(self) -> Scalar:
+    def pose(self, inputs: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
+        problem = super().pose(inputs, target, additional_forward_args, ids)
         # What follows the solution, or is measured, begins anywhere.
-        return self._asked_rho if self._rho_is_given else 1.0
+        rho = self._asked_rho if self._rho_is_given else 1.0
+        problem = replace(problem, rho=tuple([per_input_setting("rho", rho, x) for x in inputs]))
+        radius = self._radius(inputs)
+        return problem if radius is None else replace(problem, tuning=Tuning(radius=radius))
 
     def _radius(self, inputs: Tensors) -> Tensor | None:
+        """‖δ*‖ asked for, float64 [B]."""
         if self.radius is not None:
             return per_input_setting("radius", self.radius, inputs[0]).double()
         if self.radius_ratio is None:
@@ -194,241 +177,23 @@ class MoreauGrad(Noisy):
             raise ValueError(f"radius_ratio: input {row} is constant, its range is 0; give radius, or rho")
         return per_input_setting("radius_ratio", self.radius_ratio, inputs[0]).double() * (largest - least)
 
-    @property
-    def _solver(self) -> Any:
-        """The solver; "auto" is one since the explainer was made."""
-        return self.solver
-
     def _solve(self, problem: Problem) -> Solution:
         problem = self._with_rho(problem)
         with self._graphs.runner(problem.score.model, problem.keys.device) as runner:
-            return self._with_cost(solve(problem, self._solver, runner))
+            return self._with_cost(solve(problem, self._method, runner))
 
     def _with_rho(self, problem: Problem) -> Problem:
         """The problem with its rho measured, where that was asked for."""
         if not isinstance(self.rho, str):
             return problem
-        rho = convex_rho(problem, max_batch=self._max_rows(problem))
+        rho = convex_rho(problem)
         return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho))
 
     def _with_cost(self, solution: Solution) -> Solution:
         """The solution with the gradients that measuring its rho took."""
-        measured = RHO_SAMPLES if isinstance(self.rho, str) else 0
-        return replace(solution, gradient_evaluations=solution.gradient_evaluations + measured)
-
-    def _solved(self, problem: Problem, solution: Solution, eta: Tensors) -> Problem:
-        """The problem that a solution belongs to: with its eta, which may have been found on the way or be one of a
-        path, and with its rho where that was found.
-
-        Raises:
-            ValueError: the score is another one than the solution's.
-        """
-        # Far more than rounding, in a pass of other rows too, and less than classes differ by.
-        share = max(1e-3, 16 * max(resolution(self.precision, x) for x in problem.inputs))
-        here, there = problem.value.double(), solution.score.to(problem.value.device, torch.float64)
-        other = (here - there).abs() > share * torch.maximum(here.abs(), there.abs()) + 1e-4
-        if bool(other.any()):
-            row = int(other.nonzero()[0])
-            raise ValueError(
-                f"solution: its score of input {row} is {float(there[row]):.4g}, and the score here is "
-                f"{float(here[row]):.4g}: give the inputs, target and additional_forward_args of the call that it came "
-                "from (without a target the predicted class is meant). A model that draws random numbers has no score"
-            )
-        penalty = absolute(problem.penalty, eta)
-        if self._rho_is_given:
-            return replace(problem, penalty=penalty, tuning=None)
-        rho = tuple(solution.rho.to(r) for r in problem.rho)
-        return replace(problem, rho=rho, penalty=penalty, tuning=None)
-
-    def certificate(
-        self,
-        inputs: Any,
-        solution: Solution,
-        target: Target = None,
-        additional_forward_args: Any = None,
-        *,
-        ids: Tensor | None = None,
-        num_samples: int = 4096,
-        num_hvp_samples: int = 128,
-        hessian: Method = "auto",
-        lanczos_steps: int = 20,
-        confidence: float = 0.95,
-        lipschitz: Scalar | None = None,
-        moduli: tuple[Scalar, Scalar] | None = None,
-    ) -> Certificate:
-        """How good the displacements of a solution are, on noise that no solver has seen.
-
-        The KKT residual with a confidence interval; λ and β, the curvature of the smoothed score at the displacement;
-        and what these imply for the distance to the solution and the Lipschitz constant of the map. Curvature measured
-        at one point is not a global modulus: such implications are labelled "measured locally", and "bound" only where
-        you give constants that hold everywhere. See :class:`Certificate`.
-
-        Args:
-            inputs, target, additional_forward_args, ids: as in the call of :meth:`attribute` that gave ``solution``.
-            solution: with ``return_solution=True``. Any :class:`Solution` of these inputs will do, of
-                :meth:`eta_path` too: its displacement and its eta are used, and its rho where that was found.
-            num_samples: gradients per input for the residual, and for the curvature of models with kinks; rounded up
-                to a multiple of 64.
-            num_hvp_samples: samples of the curvature of smooth models, each about 2·lanczos_steps second derivatives;
-                rounded up to a multiple of 64.
-            hessian: "autograd" (second derivatives; right for smooth models), "stein" (from gradients, for any model
-                with noise), or "auto", which finds out for each input.
-            lanczos_steps: products per eigenvalue estimate.
-            confidence: of the intervals.
-            lipschitz: L of the score in its inputs, a number or one per input, if known: then λ, β ≤ L·√(2/π)/σ.
-            moduli: (λ, β) of the smoothed score, if known to hold everywhere.
-
-        Returns:
-            A :class:`Certificate`; print it for a table.
-
-        Raises:
-            ValueError: a setting out of range, a solution of other shapes or another score, or "stein" without noise.
-
-        Example:
-            >>> import torch
-            >>> from moreau_ext import MoreauGrad, ProximalGradient
-            >>> f = MoreauGrad(lambda x: x.square().sum(1) / 2, sigma=0.1, solver=ProximalGradient(8, 100))
-            >>> x = torch.ones(1, 3)
-            >>> proof = f.certificate(x, f.attribute(x, return_solution=True))
-            >>> proof.status, round(float(proof.smoothness), 3), bool(proof.distance < 1e-2)
-            (('measured locally',), 1.0, True)
-
-        Deterministic, and independent of the batch up to the rounding of the model's passes.
-        """
-        counts = {"num_samples": num_samples, "num_hvp_samples": num_hvp_samples, "lanczos_steps": lanczos_steps}
-        for name, count in counts.items():
-            check_count(name, count)
-        _check_method(hessian)
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = self._check_inputs(inputs)
-            displacement, eta = _parts_of(solution, inputs, tensors)
-            names = self._check_ids(ids, tensors[0].shape[0], tensors[0].device)
-
-            def known(name: str, setting: Scalar) -> Tensor:
-                check_scalar(name, setting)
-                return per_input_setting(name, setting, tensors[0]).double()
-
-            everywhere = None if lipschitz is None else known("lipschitz", lipschitz)
-            both = None if moduli is None else (known("moduli[0]", moduli[0]), known("moduli[1]", moduli[1]))
-            if tensors[0].shape[0] == 0:
-                return Certificate.empty(tensors[0].device, num_samples, confidence)
-            with evaluating(self._module):
-                problem = self._problem(tensors, target, additional_forward_args, names)
-                problem = self._solved(problem, solution, eta)
-                return certify(
-                    problem,
-                    displacement,
-                    num_samples=num_samples,
-                    num_hvp_samples=num_hvp_samples,
-                    steps=lanczos_steps,
-                    method=hessian,
-                    confidence=confidence,
-                    lipschitz=everywhere,
-                    moduli=both,
-                    max_batch=self._max_rows(problem),
-                )
-
-    def vjp(
-        self,
-        inputs: Any,
-        solution: Solution,
-        vectors: Any,
-        target: Target = None,
-        additional_forward_args: Any = None,
-        *,
-        ids: Tensor | None = None,
-        num_samples: int | None = None,
-        hessian: Method = "auto",
-        hold_settings: bool = False,
-        tol: float | None = None,
-        max_steps: int = 100,
-    ) -> Any:
-        """vᵀ·DA(x), the derivative of the map A in direction of the inputs, by the implicit function theorem.
-
-        With S the support of the map, H = ∇²f_σ(x + δ*) and M the second derivative of the penalty on S (0 for L1),
-
-            (I + ρ(H_SS + M))·w = v_S,      vᵀDA = H_:,S·w,
-
-        by minimal residuals: no unrolling, and no graph of the solver. Off the support the map does not move (strict
-        complementarity), so v counts on S alone. It is what an adaptive attack on the map needs.
-
-        Args:
-            inputs, target, additional_forward_args, ids: as in the call of :meth:`attribute` that gave ``solution``.
-            solution: with ``return_solution=True``. The result is as good as its displacement is a solution.
-            vectors: v, in the form and shape of ``inputs``.
-            num_samples: noisy copies per input in H. By default those of a solver with noise="fixed", for models with
-                second derivatives: then the result is the derivative of what that solver computes; otherwise 256, or
-                4096 for "stein", from an independent bank.
-            hessian: "autograd" (second derivatives; right for smooth models), "stein" (from gradients, for any model
-                with noise; a ReLU net's second derivatives are zero and would give a zero result), or "auto", which
-                finds out for each input, at the cost of some 400 second derivatives: in a loop, name one.
-            hold_settings: ``noise_level`` and ``eta_ratio`` make σ and η functions of x, whose derivative is included;
-                True leaves it out. ρ and η that were found (``rho="auto"``, ``radius``, ``support``) are held.
-            tol: relative residual of the linear system; 1e-10 in float64, else 1e-5.
-            max_steps: products with H at most.
-
-        Returns:
-            In the form, shape and dtype of ``inputs``. Warns where it cannot be measured (kinks without noise) or the
-            system was not solved to ``tol``.
-
-        Raises:
-            ValueError: vectors or a solution of other shapes, a solution of another score, a setting out of range, or
-                "stein" without noise.
-
-        Example:
-            >>> import torch
-            >>> from moreau_ext import MoreauGrad, ProximalGradient
-            >>> f = MoreauGrad(lambda x: x.square().sum(1) / 2, sigma=0.1, solver=ProximalGradient(8, 100))
-            >>> x = torch.ones(1, 3)
-            >>> f.vjp(x, f.attribute(x, return_solution=True), torch.ones(1, 3))  # A = x/(1 + rho)
-            tensor([[0.5000, 0.5000, 0.5000]])
-        """
-        _check_method(hessian)
-        check_count("max_steps", max_steps)
-        if num_samples is not None:
-            check_count("num_samples", num_samples)
-        if tol is not None and not 0 < tol < 1:
-            raise ValueError(f"tol: expected a number between 0 and 1, got {tol!r}")
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = self._check_inputs(inputs)
-            displacement, eta = _parts_of(solution, inputs, tensors)
-            directions = (vectors,) if isinstance(vectors, Tensor) else vectors
-            expected = [tuple(x.shape) for x in tensors]
-            if not isinstance(directions, tuple) or [tuple(v.shape) for v in directions] != expected:
-                raise ValueError(f"vectors: expected the form and shape of the inputs, {expected}")
-            directions = tuple(v.to(x.device) for v, x in zip(directions, tensors, strict=True))
-            names = self._check_ids(ids, tensors[0].shape[0], tensors[0].device)
-            if tol is None:
-                tol = 1e-10 if all(x.dtype == torch.float64 for x in tensors) else 1e-5
-            counts = {"autograd": num_samples or 256, "stein": num_samples or 4096, "none": 1}
-            own = None
-            if num_samples is None and isinstance(self.solver, ProximalGradient) and self.solver.noise == "fixed":
-                own = (self.solver.num_samples, self.solver.antithetic)
-            result = tensors
-            if tensors[0].shape[0]:
-                levels = None if hold_settings or self.sigma is not None else self._levels(tensors)
-                with evaluating(self._module):
-                    problem = self._problem(tensors, target, additional_forward_args, names)
-                    penalty = problem.penalty
-                    problem = self._solved(problem, solution, eta)
-                    follows = penalty.relative and not hold_settings
-                    result = map_vjp(
-                        problem,
-                        displacement,
-                        directions,
-                        samples={name: -(-n // 4) * 4 for name, n in counts.items()},
-                        own_bank=own,
-                        method=hessian,
-                        ratio=penalty.eta if follows else None,
-                        levels=levels,
-                        tol=tol,
-                        max_steps=max_steps,
-                        max_batch=self._max_rows(problem),
-                    )
-            result = tuple(r.to(x.dtype) for r, x in zip(result, tensors, strict=True))
-        return result[0] if isinstance(inputs, Tensor) else result
+        if not isinstance(self.rho, str):
+            return solution
+        return replace(solution, gradient_evaluations=solution.gradient_evaluations + RHO_SAMPLES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -486,15 +251,16 @@ class SparseMoreau(Sparse, MoreauGrad):
         if self.radius is not None or self.radius_ratio is not None:
             raise ValueError("eta_path: radius leads to another rho at each eta; give rho")
 
-        def solve(problem: Problem) -> list[Solution]:
-            problem = replace(self._with_rho(problem), tuning=None)
-            with self._graphs.runner(problem.score.model, problem.keys.device) as runner:
-                found = solve_path(problem, steps, self._solver, runner)
-            first = steps.index(max(steps))
-            found[first] = self._with_cost(found[first])
-            return found
-
-        return tuple(self._run(inputs, target, additional_forward_args, ids, solve, len(steps)))
+        with self._posed(inputs, target, additional_forward_args, ids) as (tensors, problem):
+            if problem is None:
+                found = [empty_solution(tensors)] * len(steps)
+            else:
+                problem = replace(self._with_rho(problem), tuning=None)
+                with self._graphs.runner(problem.score.model, problem.keys.device) as runner:
+                    found = solve_path(problem, steps, self._method, runner)
+                first = steps.index(max(steps))
+                found[first] = self._with_cost(found[first])
+        return tuple([in_form(solution, isinstance(inputs, Tensor)) for solution in found])
 
 
 @dataclass(frozen=True, eq=False)
@@ -524,9 +290,6 @@ class SparseMoreauGrad(SparseMoreau):
 
     Source: arXiv 2302.05294, section 4.1.
     """
-
-    def _penalty(self, inputs: Tensors) -> Penalty:
-        return self._l1(inputs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -224,39 +223,6 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-class Limit:
-    """Rows per pass that were found to fit, shared by all scores of one explanation and by its threads.
-
-    Args:
-        rows: what is known from before.
-        lowered: told when it is less.
-    """
-
-    def __init__(self, rows: int | None = None, lowered: Callable[[int], Any] | None = None) -> None:
-        self.rows = rows
-        self._lowered = lowered
-        self._lock = threading.Lock()
-        self._said = False
-
-    def lower(self, rows: int) -> None:
-        """At most so many from now on."""
-        with self._lock:
-            self.rows = rows if self.rows is None else min(self.rows, rows)
-            if self._lowered is not None:
-                self._lowered(self.rows)
-
-    def say(self, before: str, after: str) -> None:
-        """Warns, once."""
-        with self._lock:
-            said, self._said = self._said, True
-        if not said:
-            warnings.warn(
-                f"out of memory with {before}; went on with {after}. Results agree to rounding; max_batch= (or 'auto') "
-                "with less avoids the failed pass",
-                stacklevel=2,
-            )
-
-
 def attempt(run: Callable[[], Result], device: torch.device, last: bool) -> Result | None:
     """What ``run`` returns; or None where memory did not suffice, with what can be freed freed. The ``last`` attempt
     fails as it fails."""
@@ -271,17 +237,3 @@ def attempt(run: Callable[[], Result], device: torch.device, last: bool) -> Resu
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return None
-
-
-class PassRunner:
-    def __init__(self, max_rows: int | None = None) -> None:
-        self.max_rows = max_rows
-
-    def gradient(self, score: Any, rows: Any) -> Any:
-        return score.gradient(rows)
-
-    def lower(self, rows: int) -> None:
-        self.max_rows = rows
-
-    def warn(self, before: str, after: str) -> None:
-        pass

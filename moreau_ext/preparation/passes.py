@@ -82,7 +82,7 @@ class Rows:
             return flat @ self._weights[key]
 
         score = Score(model, "logit", combine, args, self.per_row, "zero", precision or self.precision)
-        gradients = score.gradient_pass(inputs)[1:]
+        gradients = score.gradient(inputs)[1:]
         return seen[0], gradients
 
     def timed(self, model: Model, count: int) -> Callable[[], float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..model.memory import PassRunner
+from ..model.passes import PassRunner
 from ..model.score import Score
 from ..ops.layout import Tensors, copy_into, flat_rows, inner, over_features
 from .penalties import NoPenalty, Penalty

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..model.memory import PassRunner
+from ..model.passes import PassRunner
 from ..model.score import Score
 from ..ops.layout import Tensors, like_layout, rows_like
 from ..ops.noise import Noise
@@ -74,7 +74,7 @@ class NoisyCopies:
     def gradient(self, chunk: int, rows: Tensors) -> tuple[Tensor, Tensors]:
         """Scores [B, samples] and gradients at the copies of a chunk, laid out as these."""
         size = self.chunks[chunk][1]
-        scores, found = self.passes.gradient(self._scores[size], rows)
+        scores, *found = self.passes(Score.gradient, self._scores[size], rows)
         return scores.view(-1, size), tuple([like_layout(g, x) for g, x in zip(found, rows, strict=True)])
 
     def gradients(

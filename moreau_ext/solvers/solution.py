@@ -39,6 +39,9 @@ class Solution:
         eta: η that was used (absolute), 0 without a penalty; [B], or one per feature.
         rho: ρ that was used.
         sigma: σ that was used, per tensor of a tuple.
+        target: what was explained, int64 [B, k], k indices into the axes of the output behind the batch; None for a
+            callable target, and for a model with one output per input.
+        ids: int64 [B], the names of the inputs to the noise bank.
     """
 
     attribution: Any
@@ -57,6 +60,8 @@ class Solution:
     eta: Any
     rho: Tensor
     sigma: Any
+    target: Tensor | None
+    ids: Tensor
 
     @staticmethod
     def concatenate(parts: Iterable[Solution]) -> Solution:
@@ -116,4 +121,6 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, evaluatio
         eta=tuple([e.expand(problem.batch, *e.shape[1:]) if e.dim() > 1 else e for e in eta]),
         rho=answer.rho[0],
         sigma=problem.sigma,
+        target=problem.score.target if isinstance(problem.score.target, Tensor) else None,
+        ids=problem.ids,
     )

@@ -1,0 +1,52 @@
+"""Errors and warnings of the package."""
+
+from __future__ import annotations
+
+
+class SettingError(ValueError):
+    """A setting that cannot be carried out.
+
+    ``str()`` is "name: text". The command line prints the option of that name in its place.
+
+    Args:
+        name: the setting's name in Python, such as ``out`` or ``preprocess``.
+        text: what was expected and what came.
+
+    Example:
+        >>> from moreau_ext._errors import SettingError
+        >>> print(SettingError("batch", "expected a positive integer, got 0"))
+        batch: expected a positive integer, got 0
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(name, text)
+        self.name = name
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}"
+
+
+class SettingFileNotFoundError(SettingError, FileNotFoundError):
+    """A setting that names a file or folder which does not exist."""
+
+
+class MoreauWarning(UserWarning):
+    """Base class of the package's warnings."""
+
+
+class EmptyMapWarning(MoreauWarning):
+    """Some maps are zero everywhere."""
+
+
+class TrainModeWarning(MoreauWarning):
+    """The model is in train mode; it is explained in eval mode and restored afterwards."""
+
+
+class MemoryWarning(MoreauWarning):
+    """A pass ran out of memory and was retried with fewer rows."""
+
+
+def one_line(error: BaseException) -> str:
+    """The class and the text of an error as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

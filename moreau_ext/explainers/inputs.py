@@ -1,0 +1,124 @@
+"""The inputs of a call: checks, and solutions in their form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..model.precision import check_dtypes
+from ..ops.layout import Tensors, flat_rows, memory_layout
+from ..solvers.solution import Solution
+
+
+def check_inputs(inputs: Any, model: Callable[..., Any], precision: str, layout: torch.memory_format) -> Tensors:
+    """Checked copies of the inputs of a call, dense and owned by it.
+
+    Args:
+        inputs: a tensor or a tuple of them, as given.
+        model: that will run on them; its parameters must be on their device.
+        precision: of the passes.
+        layout: of image batches [B, C, H, W].
+
+    Raises:
+        TypeError, ValueError: by name.
+    """
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {type(inputs).__name__}")
+    for i, x in enumerate(tensors):
+        name = "inputs" if isinstance(inputs, Tensor) else f"inputs[{i}]"
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{name}: expected floating point, got {x.dtype}. Token ids cannot be displaced: explain the "
+                "embeddings, with a model that takes them as input; pixels are, as x.float() / 255 or as the model "
+                "takes them"
+            )
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call .to_dense() first")
+        if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {x.dtype}")
+        if x.dim() < 1:
+            raise ValueError(f"{name}: expected a batch axis, got a tensor without axes")
+        if x.shape[0] != tensors[0].shape[0]:
+            raise ValueError(f"{name}: expected {tensors[0].shape[0]} inputs, as in inputs[0], got {x.shape[0]}")
+        if x.device != tensors[0].device:
+            raise ValueError(f"{name}: expected a tensor on {tensors[0].device}, as inputs[0], got one on {x.device}")
+        if x.shape[0] and x.numel() == 0:
+            raise ValueError(f"{name}: has no features, shape {tuple(x.shape)}")
+        finite = flat_rows(torch.isfinite(x)).all(1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"{name}: input {row} holds NaN or infinity")
+    if isinstance(model, nn.Module):
+        devices = {p.device for p in model.parameters()}
+        if len(devices) == 1 and tensors[0].device not in devices:
+            raise ValueError(f"inputs: are on {tensors[0].device}, but the model is on {devices.pop()}")
+    check_dtypes(precision, tensors)
+    return tuple(_own(x, layout) for x in tensors)
+
+
+def check_ids(ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """The names of the inputs, int64 [B]; their positions by default."""
+    if ids is None:
+        return torch.arange(batch, device=device)
+    try:
+        names = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"ids: expected int64, one per input, got {ids!r}") from None
+    if names.is_floating_point() or names.is_complex() or names.dtype == torch.bool:
+        raise TypeError(f"ids: expected int64, got {names.dtype}")
+    if names.shape != (batch,):
+        raise ValueError(f"ids: expected one per input, [{batch}], got shape {tuple(names.shape)}")
+    return names.to(device=device, dtype=torch.int64)
+
+
+def _own(x: Tensor, layout: torch.memory_format) -> Tensor:
+    copy = x.detach().clone(memory_format=layout if x.dim() == 4 else torch.preserve_format)
+    return copy if memory_layout(copy) is not None else copy.contiguous()
+
+
+def in_form(solution: Solution, single: bool) -> Solution:
+    """A solver's tuples as the inputs were given: one tensor, or a tuple."""
+    if single:
+        form = ("attribution", "displacement", "envelope_gradient", "eta", "sigma")
+        return replace(solution, **{name: getattr(solution, name)[0] for name in form})
+    if all(e.dim() == 1 for e in solution.eta):
+        return replace(solution, eta=solution.eta[0])
+    return solution
+
+
+def empty_solution(inputs: Tensors) -> Solution:
+    """The solution of a batch without inputs."""
+    device = inputs[0].device
+    states = tuple(x.to(ops.state_dtype(x.dtype)) for x in inputs)
+    scalars = tuple(s.new_empty(0) for s in states)
+    numbers, counts = (
+        torch.empty(0, dtype=torch.float64, device=device),
+        torch.empty(0, dtype=torch.int64, device=device),
+    )
+    flags = torch.empty(0, dtype=torch.bool, device=device)
+    return Solution(
+        attribution=inputs,
+        displacement=states,
+        envelope=numbers,
+        envelope_gradient=states,
+        score=inputs[0].new_empty(0),
+        residual=numbers,
+        relative_residual=numbers,
+        steps=counts,
+        gradient_evaluations=counts,
+        converged=flags,
+        nnz=counts,
+        support=counts,
+        empty=flags,
+        eta=scalars,
+        rho=scalars[0],
+        sigma=scalars,
+        target=None,
+        ids=counts,
+    )
