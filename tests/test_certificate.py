@@ -16,6 +16,7 @@ from moreau_ext.analysis.curvature import student_quantile
 from moreau_ext.analysis.hessian import Bank, SmoothedHessian, find_methods
 from moreau_ext.analysis.krylov import extreme_eigenvalues, lanczos, minimal_residual, tridiagonal
 from moreau_ext.model.bind import bind_score
+from moreau_ext.model.passes import PassRunner
 from moreau_ext.solvers.problem import Problem
 
 D, SIGMA, RHO, ETA = 12, 0.5, 0.8, 0.3
@@ -116,7 +117,7 @@ def test_hvp_through_fused_attention() -> None:
     bound, _ = bind_score(attend, (x,), None)
     got = bound.hvp((x,), (v,))[0]
     h = 1e-3
-    difference = (bound.gradient((x + h * v,))[1][0] - bound.gradient((x - h * v,))[1][0]) / (2 * h)
+    difference = (bound.gradient((x + h * v,))[1] - bound.gradient((x - h * v,))[1]) / (2 * h)
     torch.testing.assert_close(got, difference, rtol=1e-2, atol=1e-2)
 
 
@@ -127,7 +128,8 @@ def test_smoothed_products(method: str, max_batch: int | None) -> None:
     f, x = Ridge("sin"), points(2)
     count = 64 if max_batch == 1 else 4096 if method == "stein" else 1024
     problem = problem_of(f, x)
-    hessian = SmoothedHessian(Bank(problem, None, count, max_batch=max_batch), method)
+    problem = replace(problem, passes=PassRunner(max_batch))
+    hessian = SmoothedHessian(Bank(problem, None, count), method)
     v = torch.randn(2, D, dtype=F64)
     whole = SmoothedHessian(Bank(problem, None, count), method).product(v)
     torch.testing.assert_close(hessian.product(v), whole, rtol=1e-10, atol=1e-12)
@@ -180,7 +182,8 @@ def test_find_methods() -> None:
     assert find_methods(problem_of(Ridge("relu"), x, 0.0), (torch.zeros_like(x),)) == ["none"] * 4
     assert find_methods(problem_of(Ridge("sin"), x, 0.0), (torch.zeros_like(x),)) == ["autograd"] * 4
     single = problem_of(Quadratic(), points(4, torch.float32))
-    assert find_methods(single, (torch.zeros(4, D),), max_batch=5) == ["autograd"] * 4
+    single = replace(single, passes=PassRunner(5))
+    assert find_methods(single, (torch.zeros(4, D),)) == ["autograd"] * 4
 
 
 def test_no_second_derivative_means_stein() -> None:
@@ -575,6 +578,34 @@ def test_a_solution_of_another_target_is_refused() -> None:
     explainer = MoreauGrad(model)
     found = explainer.attribute(x, 0, return_solution=True)
     for ask in (lambda **k: explainer.certificate(x, found, **k), lambda **k: explainer.vjp(x, found, x, **k)):
-        with pytest.raises(ValueError, match=r"its score of input 0 is .* give the inputs, target"):
+        with pytest.raises(
+            ValueError, match=r"target: the solution explains \[0, 0\], and the target given is \[2, 2\]"
+        ):
             ask(target=2)
+        with pytest.raises(ValueError, match=r"its score of input 0 is .* give the inputs, target"):
+            ask(target=lambda output: output[:, 2])
+        with pytest.raises(ValueError, match="ids: other ones than those of the solution"):
+            ask(ids=torch.tensor([0, 2]))
         ask(target=0)
+        ask(ids=torch.arange(2))
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_solution_knows_its_target(equal: bool) -> None:
+    """Also where the scores of two classes coincide, so that no score tells them apart; and per input, as predicted."""
+    model = nn.Linear(4, 3).eval()
+    if equal:
+        with torch.no_grad():
+            model.bias.zero_()
+            model.weight.copy_(torch.eye(3, 4))
+    x = torch.ones(2, 4) if equal else torch.randn(2, 4)
+    explainer = MoreauGrad(model)
+    found = explainer.attribute(x, [0, 1], return_solution=True)
+    assert found.target.tolist() == [[0], [1]]
+    assert found.ids.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="target: the solution explains"):
+        explainer.certificate(x, found, target=1)
+    assert float(explainer.certificate(x, found).relative_residual.max()) < 0.02
+    predicted = explainer.attribute(x, return_solution=True)
+    assert torch.equal(predicted.target[:, 0], model(x).argmax(1))
+    assert explainer.attribute(x, lambda output: output[:, 0], return_solution=True).target is None

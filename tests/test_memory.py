@@ -30,7 +30,8 @@ from moreau_ext import (
 )
 from moreau_ext.model import memory
 from moreau_ext.model.bind import bind_score
-from moreau_ext.model.memory import BytesAlive, Footprint, Limit, attempt, budget, footprint, out_of_memory
+from moreau_ext.model.memory import BytesAlive, Footprint, attempt, budget, footprint, out_of_memory
+from moreau_ext.model.passes import PassRunner
 from moreau_ext.preparation.prepare import prepare
 
 CPU = torch.device("cpu")
@@ -522,13 +523,14 @@ def test_attempt() -> None:
         attempt(fail, CPU, last=True)
 
 
-def test_a_limit_only_falls() -> None:
-    told = list[int]()
-    limit = Limit(lowered=told.append)
-    limit.lower(8)
-    limit.lower(16)
-    assert limit.rows == 8
-    assert told == [8, 8]
+def test_rows_per_pass_only_fall() -> None:
+    for start in (None, 32):
+        passes = PassRunner(start)
+        assert not passes.lowered
+        passes.lower(8)
+        passes.lower(16)
+        assert passes.max_rows == 8
+        assert passes.lowered
 
 
 @pytest.mark.slow

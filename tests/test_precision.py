@@ -173,13 +173,13 @@ def test_threads_with_other_flags_wait() -> None:
 def test_bfloat16_runs_the_model_and_keeps_the_rest_in_float32(score: Any) -> None:
     model = Seen().eval()
     bound, value = bind_score(model, (X,), 1, score=score, precision="bfloat16")
-    found, (gradient,) = bound.gradient((X,))
+    found, gradient = bound.gradient((X,))
     (product,) = bound.hvp((X,), (torch.ones_like(X),))
     assert set(model.inputs) == {torch.float32}
     assert set(model.products) == {torch.bfloat16}
-    assert {t.dtype for t in (value, found, bound.value((X,)), gradient, product)} == {torch.float32}
+    assert {t.dtype for t in (value, found, bound.value((X,))[0], gradient, product)} == {torch.float32}
     exact, _ = bind_score(model, (X,), 1, score=score)
-    f, (g,) = exact.gradient((X,))
+    f, g = exact.gradient((X,))
     h = exact.hvp((X,), (torch.ones_like(X),))[0]
     for ours, theirs in ((found, f), (gradient, g), (product, h)):
         difference = float((ours - theirs).norm() / theirs.norm())

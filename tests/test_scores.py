@@ -60,9 +60,9 @@ def test_scores_and_gradients_are_those_of_autograd(net: nn.Module, x: Tensor, n
     target = [0, 4, 2, 2]
     score, value = bind_score(net, (x,), target, score=name)
     torch.testing.assert_close(value, by_hand(net(x), target, name).detach(), rtol=1e-12, atol=1e-12)
-    values, (gradient,) = score.gradient((x,))
+    values, gradient = score.gradient((x,))
     torch.testing.assert_close(values, value, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(score.value((x,)), value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(score.value((x,))[0], value, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, gradient_by_hand(net, x, target, name), rtol=1e-12, atol=1e-12)
     assert not values.requires_grad
     assert not value.requires_grad
@@ -81,10 +81,10 @@ def test_higher_rank_outputs_compare_along_axis_1(x: Tensor, name: Any) -> None:
     pixels = torch.stack([model(x)[b, :, i, j] for b, (_, i, j) in enumerate(target)])
     expected = by_hand(pixels, [t[0] for t in target], name)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    _, (gradient,) = score.gradient((x,))
+    _, gradient = score.gradient((x,))
     for b, (c, i, j) in enumerate(target):
         one, _ = bind_score(lambda x, i=i, j=j: model(x)[:, :, i, j], (x[b : b + 1],), c, score=name)
-        torch.testing.assert_close(gradient[b], one.gradient((x[b : b + 1],))[1][0][0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient[b], one.gradient((x[b : b + 1],))[1][0], rtol=1e-12, atol=1e-12)
 
 
 def test_margin_of_ties() -> None:
@@ -92,7 +92,7 @@ def test_margin_of_ties() -> None:
     x = torch.tensor([[2.0, 2.0, 2.0]], requires_grad=True)
     score, value = bind_score(lambda x: x * 1, (x.detach(),), 0, score="margin")
     assert value.item() == 0
-    _, (gradient,) = score.gradient((x.detach(),))
+    _, gradient = score.gradient((x.detach(),))
     assert gradient.tolist() == [[1.0, -0.5, -0.5]]
 
 
@@ -143,7 +143,7 @@ def test_none_is_the_predicted_class(net: nn.Module, x: Tensor) -> None:
     assert torch.equal(value, net(x).amax(1))
     # Fixed at x: it does not follow the prediction to other points.
     other = torch.randn_like(x)
-    assert torch.equal(score.value((other,)), net(other).gather(1, net(x).argmax(1, keepdim=True)).squeeze(1))
+    assert torch.equal(score.value((other,))[0], net(other).gather(1, net(x).argmax(1, keepdim=True)).squeeze(1))
 
 
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
@@ -160,7 +160,7 @@ def test_a_model_with_one_output(x: Tensor, shape: tuple[int, ...], target: int 
         return
     score, value = bind_score(model, (x,), target)
     assert torch.equal(value, x.square().sum(1))
-    torch.testing.assert_close(score.gradient((x,))[1][0], 2 * x)
+    torch.testing.assert_close(score.gradient((x,))[1], 2 * x)
 
 
 def test_one_tuple_serves_all_inputs(x: Tensor) -> None:
@@ -255,8 +255,8 @@ def test_take_repeats_targets_and_arguments(x: Tensor) -> None:
     score, value = bind_score(model, (x,), [0, 1, 2, 3], additional_forward_args=args)
     index = torch.tensor([2, 2, 0, 3, 3])
     taken = score.take(index)
-    assert torch.equal(taken.value((x[index],)), value[index])
-    assert torch.equal(taken.take(torch.tensor([3, 0])).value((x[[3, 2]],)), value[[3, 2]])
+    assert torch.equal(taken.value((x[index],))[0], value[index])
+    assert torch.equal(taken.take(torch.tensor([3, 0])).value((x[[3, 2]],))[0], value[[3, 2]])
     got = seen[-2]
     assert torch.equal(got[0], per_input[index])
     assert torch.equal(got[1], shared)
@@ -323,7 +323,7 @@ def test_a_score_that_ignores_its_input(x: Tensor, model: Any) -> None:
     with pytest.raises(ValueError, match=r"model: the score does not depend on inputs\. Likely causes.*'zero'"):
         score.gradient((x,))
     score, value = bind_score(model, (x,), None, unused_inputs="zero")
-    values, (gradient,) = score.gradient((x,))
+    values, gradient = score.gradient((x,))
     assert torch.equal(gradient, torch.zeros_like(x))
     assert values.shape == value.shape == (B,)
 
@@ -333,7 +333,7 @@ def test_one_of_two_inputs_ignored(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"model: the score does not depend on inputs\[1\]"):
         score.gradient((x, x))
     score, _ = bind_score(lambda a, b: a.sum(1), (x, x), None, unused_inputs="zero")
-    _, gradients = score.gradient((x, x))
+    _, *gradients = score.gradient((x, x))
     assert torch.equal(gradients[0], torch.ones_like(x))
     assert torch.equal(gradients[1], torch.zeros_like(x))
 

@@ -201,7 +201,7 @@ class Explainer(ABC):
             if tensors[0].shape[0] == 0:
                 yield tensors, None
                 return
-            with evaluating(self._module, depth=4):
+            with evaluating(self._module, depth=3):
                 problem = self.pose(tensors, target, additional_forward_args, names)
                 try:
                     yield tensors, problem

@@ -119,6 +119,6 @@ def empty_solution(inputs: Tensors) -> Solution:
         eta=scalars,
         rho=scalars[0],
         sigma=scalars,
-        target=None,
+        target=counts[:, None],
         ids=counts,
     )
