@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..._errors import SettingError, SettingFileNotFoundError, one_line
 from ..preprocess import Preprocess
-from .base import Source, choose_column, to_tensor
-from .files import stamp_of
+from .base import Source, choose_column, stamp_of, to_tensor
 
 ARRAYS = (".npy", ".npz")
 

@@ -62,6 +62,15 @@ def path_id(name: str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
+def stamp_of(path: Path) -> str:
+    """Size and modification time of a file, to notice a change without reading it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "?"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def reason(error: BaseException) -> str:
     """The error of a row as one line; the class of :class:`Unreadable` is left out."""
     return " ".join(str(error).split()) if isinstance(error, Unreadable) else one_line(error)

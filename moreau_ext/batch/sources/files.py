@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._errors import SettingError, SettingFileNotFoundError
 from ...data.images import SUFFIXES
 from ..preprocess import Preprocess
-from .base import Source, Unreadable, image_input, path_id
+from .base import Source, Unreadable, image_input, path_id, stamp_of
 
 
 class Files(Source):
@@ -89,15 +89,6 @@ class Files(Source):
             digest.update(f"{name}\0{stamp_of(path)}\n".encode("utf-8", "surrogateescape"))
         described: dict[str, Any] = {"kind": "images", "inputs": len(self), "digest": digest.hexdigest()}
         return {**described, "classes": self.classes} if self.classes else described
-
-
-def stamp_of(path: Path) -> str:
-    """Size and modification time of a file, to notice a change without reading it."""
-    try:
-        status = path.stat()
-    except OSError:
-        return "?"
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def find_images(given: Path) -> Iterator[tuple[str, Path]]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..._errors import SettingError, SettingFileNotFoundError, one_line
 from ..preprocess import Preprocess
-from .base import Source, Unreadable, choose_column, image_input, to_tensor
-from .files import stamp_of
+from .base import Source, Unreadable, choose_column, image_input, stamp_of, to_tensor
 
 
 class Table(Source):
