@@ -1,4 +1,4 @@
-"""``python -m moreau_ext`` is the command line, where the ``moreau-ext`` script is not on the path."""
+"""The command line as ``python -m moreau_ext``, for when the ``moreau-ext`` script is not on the path."""
 
 from __future__ import annotations
 

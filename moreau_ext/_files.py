@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import IO
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """A whole file that survives a power cut, or none: temporary name, fsync, rename, fsync of the folder.
+    """Writes a file atomically: temporary file, fsync, rename, fsync of the folder.
 
-    A reader never sees half of one, and an interruption leaves the old. The temporary name is ``.NAME.*.tmp``.
+    A reader sees the old file or the new one, never a part of it. An interruption leaves the old file. After the call
+    the file survives a power cut. The temporary file is called ``.NAME.*.tmp``.
 
     Args:
-        path: in a folder that exists.
+        path: the file, in a folder that exists.
         fill: writes the contents to the open binary file.
 
     Raises:

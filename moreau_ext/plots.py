@@ -1,4 +1,4 @@
-"""Pictures of maps. Nothing here touches pyplot's global state: safe in servers, threads and notebooks alike."""
+"""Figures of maps and of metrics. They do not use pyplot's global state, so they work in servers and threads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["bands", "bars", "gallery"]
 
-_PANEL = 1.15  # inches, edge of one picture
+_PANEL = 1.15  # inches, edge of one image
 _LABEL = 0.75  # inches, for the row titles
 _HEAD = 0.45  # inches, for the column titles
 _CAPTION_LINE = 0.17  # inches per line of the caption
-_LETTER = 0.061  # inches per letter of the caption, on average with some to spare
+_LETTER = 0.061  # inches per letter of the caption, a little more than the average
 
 
 def _image(batch: Tensor, name: str, rows: int) -> Tensor:
@@ -37,17 +37,17 @@ def _image(batch: Tensor, name: str, rows: int) -> Tensor:
 def gallery(
     inputs: Tensor, maps: Mapping[str, Tensor], titles: Sequence[str] | None = None, caption: str = ""
 ) -> Figure:
-    """A grid that shows every input beside its maps: one row per input, one column per method.
+    """A grid of inputs beside their maps: one row per input, one column per method.
 
-    Inputs are gray, dark where small, each from its own minimum to its maximum. A map is coloured on its own scale
-    from -max|map| (blue: raising this feature lowers the score) over exactly 0 (the neutral near-white) to +max|map|
-    (red: it raises the score), so colours compare within a map and not between maps. Channels are summed. A map of
-    zeros only is drawn blank, with the word "empty".
+    Inputs are gray, from dark at their minimum to light at their maximum. A map has a colour scale of its own, from
+    -max|map| (blue: raising the feature lowers the score) over exactly 0 (neutral, near white) to +max|map| (red: it
+    raises the score). So colours can be compared within a map, not between maps. Channels are summed. A map of zeros is
+    drawn blank, with the word "empty".
 
     Args:
         inputs: [B, H, W] or [B, channels, H, W].
-        maps: by the name that heads their column, in the order of the columns, each shaped like ``inputs``.
-        titles: one per input, to the left of its row.
+        maps: by the title of their column, in the order of the columns, each shaped like ``inputs``.
+        titles: one per input, left of its row.
         caption: below the grid; line breaks are kept, long lines wrapped.
 
     Returns:
@@ -105,7 +105,7 @@ def gallery(
             "hspace": 0.08,
         },
     )
-    # An odd number of colours, so that 0 has one of its own, exactly in the middle.
+    # An odd number of colours, so that the middle one stands for exactly 0.
     diverging = colormaps["RdBu_r"].resampled(257)
     for row in range(rows):
         panels[row, 0].imshow(grays[row].numpy(), cmap="gray", interpolation="nearest")
@@ -146,10 +146,10 @@ def bands(
 
     Args:
         panels: by metric, then attack, then method: points (x, mean, low, high).
-        labels: what a method is called.
-        axis: below the x axis, which is logarithmic.
-        strong: methods drawn with thick full lines; the others are thin and dashed.
-        dark: for a dark page.
+        labels: names of the methods in the legend.
+        axis: label of the x axis, which is logarithmic.
+        strong: methods with thick solid lines; the others are thin and dashed.
+        dark: use light ink, for a dark page.
 
     Returns:
         A matplotlib Figure with an Agg canvas and a transparent background.
@@ -226,7 +226,7 @@ def bands(
 
 
 def bars(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]) -> Figure:
-    """Means with their intervals as points on lines: one panel per metric, one row per method, one colour per group.
+    """Means as points with intervals as lines: one panel per metric, one row per method, one colour per group.
 
     Args:
         panels: by metric, then group, then method: (mean, low, high).

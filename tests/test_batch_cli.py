@@ -58,7 +58,8 @@ def test_a_folder_in_a_data_set_out(digits: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["show", "maps"]) == 0
     for number, words in ((7, "has no such row"), (path_id("0/bad.png"), "has no map: UnidentifiedImageError")):
         assert cli.main(["show", "maps", "--id", str(number)]) == 2
-        assert words in capsys.readouterr().err
+        assert "error: --id: " in (said := capsys.readouterr().err)
+        assert words in said
 
 
 @pytest.mark.parametrize(
@@ -66,15 +67,16 @@ def test_a_folder_in_a_data_set_out(digits: Path, capsys: pytest.CaptureFixture[
     [
         (["digits", "--out", "o"], 2, "--model"),
         (["digits", *NET], 2, "--out"),
-        (["nowhere", *NET, "--out", "o"], 1, "nowhere is not there"),
-        (["digits", *NET, "--out", "o", "--method", "gradient"], 2, "steps: gradient has none"),
+        (["nowhere", *NET, "--out", "o"], 2, "source: nowhere is not there"),
+        (["digits", *NET, "--out", "o", "--method", "gradient"], 2, "--steps: gradient has none"),
         (["digits", *NET, "--out", "o", "--rho", "-1"], 2, "--rho: expected a number of at least 0"),
-        (["digits", *NET, "--out", "o", "--target", "label"], 1, "column 'class'"),
-        (["digits", *NET, "--out", "o", "--model", "a.b"], 1, "expected package.module:factory"),
-        (["digits", *NET, "--out", "o", "--weights", "gone.pt"], 1, "gone.pt: is not there"),
-        (["digits", *NET, "--out", "gray.toml"], 1, "gray.toml"),
-        (["digits", *NET, "--out", "digits"], 1, "which is none of ours"),
-        (["digits", *NET, "--out", "o", "--device", "cuda:99"], 1, "no such CUDA device"),
+        (["digits", *NET, "--out", "o", "--shard-rows", "3"], 2, "--shard-rows: expected a multiple of batch, 32"),
+        (["digits", *NET, "--out", "o", "--target", "label"], 2, "--target: image files have only the column 'class'"),
+        (["digits", *NET, "--out", "o", "--model", "a.b"], 2, "--model: expected package.module:factory"),
+        (["digits", *NET, "--out", "o", "--weights", "gone.pt"], 2, "--weights: gone.pt is not there"),
+        (["digits", *NET, "--out", "gray.toml"], 1, "--out gray.toml: File exists"),
+        (["digits", *NET, "--out", "digits"], 2, "--out: digits holds 0, which is none of ours"),
+        (["digits", *NET, "--out", "o", "--device", "cuda:99"], 2, "--device: torch finds no such CUDA device"),
         (["digits", *NET[:2], "--out", "o", "--samples", "2"], 1, "expected input"),
     ],
 )

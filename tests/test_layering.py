@@ -23,6 +23,7 @@ ORDER = (
     "explainers",
     "zoo",
     "plots",
+    "data",
     "batch",
     "evaluation",
     "cli",

@@ -197,9 +197,9 @@ def test_a_larger_run_goes_on_in_the_same_folder(results: Results, model, tmp_pa
 
 def test_another_configuration_is_refused(results: Results, model) -> None:
     other = Plan(**{**vars(SMALL), "k": 0.5})
-    with pytest.raises(ValueError, match=r"holds the results of another configuration \(plan: .*'k': 0.4"):
+    with pytest.raises(ValueError, match=r"belongs to another configuration: plan\.k was 0\.4 and is 0\.5\. "):
         run(model, zoo.digits("test"), other, results.folder)
-    with pytest.raises(ValueError, match="model_fingerprint"):
+    with pytest.raises(ValueError, match="model_fingerprint was"):
         run(zoo.trained("digits_cnn_silu"), zoo.digits("test"), SMALL, results.folder)
     (results.folder / "manifest.json").rename(results.folder / "kept")
     (results.folder / "manifest.json").write_text("{")
@@ -213,7 +213,7 @@ def test_a_full_disk_loses_nothing(model, tmp_path: Path, monkeypatch, capsys) -
 
     def full(path, fill):
         count[0] += 1
-        if count[0] > 2:
+        if count[0] > 1:
             raise OSError(28, "No space left on device", str(path))
         write(path, fill)
 
@@ -309,7 +309,7 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
         data.cifar10(tmp_path)
     (tmp_path / "test_batch.bin").unlink()
     (tmp_path / "test_batch").write_bytes(b"no pickle")
-    with pytest.raises(ValueError, match="is no batch of CIFAR-10's Python version"):
+    with pytest.raises(ValueError, match="test_batch is no batch of CIFAR-10's Python version"):
         data.cifar10(tmp_path)
     with pytest.raises(ValueError, match="data: expected digits, cifar10:PATH or imagefolder:PATH"):
         data.load("mnist")
@@ -326,9 +326,9 @@ def test_folders_of_pictures(tmp_path: Path) -> None:
     assert found.inputs.shape == (2, 3, 8, 8)
     assert found.inputs[0, :, 0, 0].tolist() == [0, 0, 1]
     (tmp_path / "a" / "2.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"2.png: cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"2.png cannot be read as an image"):
         data.imagefolder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="found no pictures"):
+    with pytest.raises(FileNotFoundError, match="found no images"):
         data.imagefolder(tmp_path / "nothing")
 
 
@@ -387,11 +387,11 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
         (["--rho", "0"], "--rho: expected positive numbers"),
         (["--methods", "magic"], "--methods: expected some of gradient"),
         (["--attack", "magic"], "--attack: expected some of gaussian"),
-        (["--data", "mnist"], "--data mnist: data: expected digits, cifar10:PATH or imagefolder:PATH"),
+        (["--data", "mnist"], "--data: expected digits, cifar10:PATH or imagefolder:PATH, got 'mnist'"),
         (["--model", "magic"], "--model: expected one of digits_cnn"),
-        (["--model", "no.such:thing"], "--model no.such:thing: No module named 'no'"),
-        (["--model", "math:pi"], "--model math:pi"),
-        (["--model", "resnet20", "--weights", "nothing.pt"], "--weights nothing.pt: no such file"),
+        (["--model", "no.such:thing"], "--model: cannot import no.such (No module named 'no')"),
+        (["--model", "math:pi"], "--model: math:pi: expected an nn.Module, got float"),
+        (["--model", "resnet20", "--weights", "nothing.pt"], "--weights: nothing.pt is not there"),
     ],
 )
 def test_bad_use(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,7 +411,7 @@ def test_a_pickle_as_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     torch.save({"0.weight": Malicious(tmp_path / "owned")}, weights)
     line = ["evaluate", "--model", "resnet20", "--weights", str(weights), "--limit", "1", "--out", str(tmp_path / "o")]
     assert cli.main(line) == 2
-    assert "does not fit resnet20" in capsys.readouterr().err
+    assert f"--weights: {weights} holds more than tensors, or is damaged, and is not loaded" in capsys.readouterr().err
     assert not (tmp_path / "owned").exists()
 
 

@@ -1,4 +1,4 @@
-"""Explaining whole data sets: sources in, Parquet out, on one machine or many.
+"""Maps of whole data sets, from image files, arrays or tables to Parquet, on one machine or a cluster.
 
     from moreau_ext.batch import explain_dataset, read
 
@@ -8,12 +8,13 @@
 :mod:`moreau_ext.batch.ray` runs the same job on a cluster.
 """
 
+from ..data.manifest import Differs
 from .config import Config
 from .job import Summary
 from .models import load_model, load_preprocess
 from .preprocess import Preprocess
 from .run import explain_config, explain_dataset
-from .sink import COLUMNS, Differs, dense, manifest, read
+from .sink import COLUMNS, dense, manifest, read
 from .sources.base import Source, path_id
 from .sources.datasets import Stream
 from .sources.open import open_source

@@ -1,8 +1,7 @@
-"""Explains loaded rows: the one mechanism that a local run, a stream and Ray's workers share."""
+"""``Engine``: explains loaded rows, for local jobs, streams and Ray's actors alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,19 @@ from ..model.modes import evaluating
 from ..preparation.report import Prepared
 from ..solvers.solution import Solution
 from .sink import COLUMNS, Rows
-from .sources.base import Loaded, Source, Unreadable, _other_shape, reason
+from .sources.base import Loaded, Source, Unreadable, reason, shape_differs
 from .sources.datasets import Stream
 
-# Rows that show what a source holds: the shape of an input, and whether the model takes it.
+# Rows that show the shape of an input, and whether the model takes it.
 EXAMPLE = 8
 
 
 class Engine:
-    """Explains loaded rows: the one mechanism that a local run, a stream and Ray's workers share.
+    """Explains loaded rows.
 
     Args:
-        explainer: any of ours.
-        target: "predicted", a class, or anything else for the targets that came with the rows.
+        explainer: any of the package.
+        target: "predicted", a class, or any other text for the targets that come with the rows.
         shape: of an input.
         map_dtype: of the maps in memory.
     """
@@ -40,81 +39,74 @@ class Engine:
             [*self._module.parameters(), *self._module.buffers()] if isinstance(self._module, torch.nn.Module) else []
         )
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        # Arrays are often of float64, models hardly ever.
+        # Arrays are often float64, models hardly ever.
         self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
         self._worked = False
 
-    def ready(self, inputs: Tensor) -> Tensor:
-        """Inputs where and as the model takes them."""
+    def to_model(self, inputs: Tensor) -> Tensor:
+        """The inputs on the device and in the dtype of the model."""
         return inputs.to(self.device, self.dtype or inputs.dtype, non_blocking=True)
 
     def rows(self, loaded: Loaded) -> Rows:
-        """The results of loaded rows, in their order. A batch that the model fails on is halved until the inputs to
-        blame stand alone; these become rows with the reason.
+        """The results of loaded rows, in their order.
+
+        If the model fails on a batch, the batch is halved until the failing inputs are alone. These become rows with
+        the error.
 
         Raises:
-            Exception: the model's, where it fails on every input of the first batch: then it is the job.
+            Exception: of the model, if it fails on every input of the first batch.
         """
         count = len(loaded)
+        seed = getattr(self.explainer, "seed", None)
         columns: dict[str, list[Any]] = {name: [None] * count for name in COLUMNS}
         columns["id"], columns["source"] = list(loaded.ids), list(loaded.names)
-        seed = getattr(self.explainer, "seed", None)
         columns["seed"] = [None if seed is None else int(seed)] * count
-        maps = np.full((count, *self.shape), np.nan, self.map_dtype)
+        rows = Rows(columns, np.full((count, *self.shape), np.nan, self.map_dtype))
         errors = dict(loaded.errors)
         if loaded.inputs is not None:
             if tuple(loaded.inputs.shape[1:]) != self.shape:
-                errors |= dict.fromkeys(loaded.good, _other_shape(loaded.inputs.shape[1:], self.shape))
+                errors |= dict.fromkeys(loaded.good, shape_differs(loaded.inputs.shape[1:], self.shape))
             else:
-                last = self._attempt(loaded, list(range(len(loaded.good))), columns, maps, errors)
+                last = self._attempt(loaded, list(range(len(loaded.good))), rows, errors)
                 if not self._worked and last is not None:
                     raise last
         for position, error in errors.items():
             columns["error"][position] = error
             columns["converged"][position] = False
-            maps[position] = np.nan
-        return Rows(columns, maps)
+            rows.maps[position] = np.nan
+        return rows
 
-    def _attempt(
-        self,
-        loaded: Loaded,
-        these: list[int],
-        columns: dict[str, list[Any]],
-        maps: np.ndarray[Any, Any],
-        errors: dict[int, str],
-    ) -> Exception | None:
-        """Explains some of the good rows; returns the last error."""
-        positions = [loaded.good[i] for i in these]
+    def _attempt(self, loaded: Loaded, good: list[int], rows: Rows, errors: dict[int, str]) -> Exception | None:
+        """Explains some of the good rows, and returns the last error of the model.
+
+        Args:
+            loaded: the rows.
+            good: positions in ``loaded.good``.
+            rows: filled in.
+            errors: by position; those of the model are added.
+        """
         try:
-            self._explain(loaded, these, positions, columns, maps, errors)
+            self._explain(loaded, good, rows, errors)
             self._worked = True
             return None
         except Exception as error:
-            # A GPU that has failed fails on everything after it.
+            # After a failure a GPU fails on everything.
             if isinstance(error, torch.AcceleratorError):
                 raise
-            if len(these) == 1:
-                errors[positions[0]] = reason(error)
+            if len(good) == 1:
+                errors[loaded.good[good[0]]] = reason(error)
                 return error
             last = error
-        middle = len(these) // 2
-        for half in (these[:middle], these[middle:]):
-            last = self._attempt(loaded, half, columns, maps, errors) or last
+        middle = len(good) // 2
+        for half in (good[:middle], good[middle:]):
+            last = self._attempt(loaded, half, rows, errors) or last
         return last
 
-    def _explain(
-        self,
-        loaded: Loaded,
-        these: list[int],
-        positions: list[int],
-        columns: dict[str, list[Any]],
-        maps: np.ndarray[Any, Any],
-        errors: dict[int, str],
-    ) -> None:
+    def _explain(self, loaded: Loaded, good: list[int], rows: Rows, errors: dict[int, str]) -> None:
         if loaded.inputs is None:
             return
-        inputs = loaded.inputs if len(these) == len(loaded.good) else loaded.inputs[these]
-        x = self.ready(inputs)
+        positions = [loaded.good[i] for i in good]
+        x = self.to_model(loaded.inputs if len(good) == len(loaded.good) else loaded.inputs[good])
         ids = torch.tensor([loaded.ids[p] for p in positions], dtype=torch.int64)
         targets: Any = self.target
         if isinstance(self.target, str):
@@ -130,8 +122,8 @@ class Engine:
                 p: "the map has values above float16's 65504" for p, bad in zip(positions, large, strict=True) if bad
             }
             values = np.where(large.reshape(-1, *[1] * (values.ndim - 1)), 0, values)
-        maps[positions] = values
-        numbers: dict[str, Any] = {
+        rows.maps[positions] = values
+        numbers: dict[str, Tensor | None] = {
             "score": found.score,
             "residual": found.residual,
             "relative_residual": found.relative_residual,
@@ -140,18 +132,18 @@ class Engine:
             "gradient_evaluations": found.gradient_evaluations,
             "nnz": found.nnz,
             "support": found.support,
-            # Null, as the residual is, for methods that solve nothing.
+            # Null, like the residual, for methods that solve no problem.
             "rho": torch.where(found.relative_residual.isnan(), torch.nan, found.rho),
             "sigma": found.sigma,
             "predicted": predicted,
-            "target": torch.as_tensor(targets).expand(len(these)) if targets is not None else None,
-            # One per feature has no single number.
+            "target": torch.as_tensor(targets).expand(len(good)) if targets is not None else None,
+            # Null if there is one per feature.
             "eta": found.eta if found.eta.dim() == 1 else None,
         }
         for name, tensor in numbers.items():
             if tensor is not None:
                 for position, value in zip(positions, tensor.tolist(), strict=True):
-                    columns[name][position] = None if value != value else value
+                    rows.columns[name][position] = None if value != value else value
 
     def _predicted(self, x: Tensor, needed: bool) -> Tensor | None:
         """The class of every input; None for one output, or for outputs of higher rank with a target of their own."""
@@ -167,20 +159,14 @@ class Engine:
 
 
 def example_of(source: Source | Stream) -> Tensor:
-    """The first readable inputs of a source, up to eight.
+    """The first readable inputs of a source, :data:`EXAMPLE` at most.
 
     Raises:
-        Unreadable: there is none; says why the first one is not.
+        Unreadable: there are none; the text has the reason of the first one.
     """
     first = None
-    batches = source.batches(EXAMPLE) if isinstance(source, Stream) else in_turn(source, EXAMPLE)
-    for _, loaded in batches:
+    for _, loaded in source.batches(EXAMPLE):
         if loaded.inputs is not None:
             return loaded.inputs
         first = first or f"{loaded.names[0]} {loaded.errors[0]}"
     raise Unreadable(f"source: none of the inputs can be read; {first or 'there are none'}")
-
-
-def in_turn(source: Source, size: int) -> Iterator[tuple[int, Loaded]]:
-    for start in range(0, len(source), size):
-        yield start, source.load(start, min(start + size, len(source)))

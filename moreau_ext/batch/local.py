@@ -1,4 +1,4 @@
-"""A job on this machine: reading, explaining and writing at the same time."""
+"""A job on this machine: processes read, this one explains, and a thread writes, all at the same time."""
 
 from __future__ import annotations
 
@@ -12,41 +12,50 @@ from typing import Any
 
 import torch
 
-from .job import Summary, Work, about_job, job_bar, pending, pieces_of
-from .sink import Differs, Rows
+from ..data.manifest import Differs
+from ..data.progress import progress_bar
+from .job import Job, Summary, about_job, batches_of
+from .sink import Rows
 from .sources.base import Loaded, Source
 from .sources.datasets import Stream
 
 
-class _Slices(torch.utils.data.Dataset[Any]):
-    """Pieces of a source as the items of a data set, so that DataLoader's workers read whole batches."""
+class _Batches(torch.utils.data.Dataset[Any]):
+    """Batches of a source as the items of a data set, so that a DataLoader's workers read whole batches."""
 
-    def __init__(self, source: Source, pieces: list[tuple[int, int]]):
-        self._source, self._pieces = source, pieces
+    def __init__(self, source: Source, batches: list[tuple[int, int]]):
+        self._source, self._batches = source, batches
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self._batches)
 
     def __getitem__(self, index: int) -> tuple[int, Loaded]:
-        start, stop = self._pieces[index]
+        start, stop = self._batches[index]
         return start, self._source.load(start, stop)
 
 
-def _quiet(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the first is to decide what it means.
+def _ignore_interrupt(_: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the main one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_batches(
-    source: Source, pieces: list[tuple[int, int]], workers: int, pin: bool
+    source: Source, batches: list[tuple[int, int]], workers: int, pin: bool
 ) -> Iterator[tuple[int, Loaded]]:
-    """The pieces in order, read ahead by other processes: two per worker, which is what holds them back."""
+    """Reads batches in order.
+
+    Args:
+        source: of the rows.
+        batches: (first row, last row + 1) of each.
+        workers: processes that read ahead, two batches each; 0 reads in this one.
+        pin: copy the inputs to pinned memory, for a GPU.
+    """
     loader: Any = torch.utils.data.DataLoader(
-        _Slices(source, pieces),
+        _Batches(source, batches),
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_quiet,
+        worker_init_fn=_ignore_interrupt,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="fork" if workers else None,
     )
@@ -54,7 +63,7 @@ def read_batches(
 
 
 class _Writer:
-    """A thread that writes shards. It takes the next one while it writes; a third waits."""
+    """A thread that writes shards. While it writes one, another may wait; ``put`` blocks on a third."""
 
     def __init__(self, write: Callable[[int, Rows], int]) -> None:
         self.bytes = 0
@@ -69,7 +78,7 @@ class _Writer:
             if self._error is None:
                 try:
                     self.bytes += self._write(*item)
-                except BaseException as error:  # handed to the caller, who waits for it
+                except BaseException as error:  # raised in the main thread
                     self._error = error
             del item
 
@@ -78,7 +87,7 @@ class _Writer:
         self._queue.put((key, rows))
 
     def close(self) -> None:
-        """Waits for what is under way."""
+        """Waits until everything is written."""
         self._queue.put(None)
         self._thread.join()
         self._raise()
@@ -89,7 +98,7 @@ class _Writer:
 
 
 class _Interruption:
-    """The first Ctrl-C asks to stop after the shard, the second stops at once."""
+    """Handles Ctrl-C: the first asks to stop after the shard, the second stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -113,59 +122,64 @@ class _Interruption:
         print("moreau-ext: finishing the shard; Ctrl-C again stops at once and loses it", file=sys.stderr, flush=True)
 
 
-def run_local(source: Source | Stream, work: Work, workers: int, progress: bool) -> Summary:
-    """Explains what is not done, in this process, with others that read.
+def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -> Summary:
+    """Explains the pending rows of a job.
+
+    Args:
+        source: of the rows.
+        job: its output folder is locked.
+        workers: processes that read ahead; 0 reads in this one.
+        progress: show a bar (needs tqdm).
 
     Raises:
-        KeyboardInterrupt: after the shard that was begun is written.
+        KeyboardInterrupt: at the first Ctrl-C, after the current shard is written.
         OSError: the output cannot be written.
     """
-    engine, about = work.engine, about_job(work.engine.device)
-    total = None if isinstance(source, Stream) else len(source)
-    todo = [] if isinstance(source, Stream) else pending(source, work)
-    skipped = 0 if total is None else total - sum(stop - start for _, start, stop in todo)
+    engine, about = job.engine, about_job(job.engine.device)
+    total, todo, skipped = None, [], 0
     if isinstance(source, Stream):
-        batches = source.batches(work.batch)
+        batches = source.batches(job.batch)
     else:
-        pieces = [piece for _, start, stop in todo for piece in pieces_of(start, stop, work.batch)]
+        total, todo = len(source), job.pending(source)
+        skipped = total - sum(stop - start for _, start, stop in todo)
+        pieces = [piece for _, start, stop in todo for piece in batches_of(start, stop, job.batch)]
         batches = read_batches(source, pieces, workers, engine.device.type == "cuda")
-    writer = _Writer(lambda key, rows: work.output.write(key, rows, work.manifest, about))
+    writer = _Writer(lambda key, rows: job.output.write(key, rows, job.manifest, about))
     began, explained, converged, inputs = time.perf_counter(), 0, 0, 0
-    held: list[Rows] = []
-    done: int | None = None
-    with _Interruption() as interruption, job_bar(total, skipped, progress) as bar:
+    shard: list[Rows] = []
+    finished: int | None = None  # rows of the stream's current shard, if an earlier run wrote it
+    with (
+        _Interruption() as interruption,
+        progress_bar(total, show=progress, extra="batch", initial=skipped, unit="image", smoothing=0.05) as advance,
+    ):
         try:
             for start, loaded in batches:
-                key, stop = start // work.rows, start + len(loaded)
+                key, stop = start // job.shard_rows, start + len(loaded)
                 inputs = stop
-                if isinstance(source, Stream) and not held and start % work.rows == 0:
-                    done = work.output.rows_in(key)
-                if done is not None and isinstance(source, Stream):
-                    if stop > key * work.rows + done:
-                        raise Differs(
-                            f"source: goes on after row {key * work.rows + done}, where it ended in the first run"
-                        )
+                if isinstance(source, Stream) and not shard and start % job.shard_rows == 0:
+                    finished = job.output.rows_in(key)
+                if finished is not None:
+                    end = key * job.shard_rows + finished
+                    if stop > end:
+                        raise Differs("source", f"goes on after row {end}, where it ended in the first run")
                     skipped += len(loaded)
                     continue
                 rows = engine.rows(loaded)
-                held.append(rows)
+                shard.append(rows)
                 explained += len(rows)
                 converged += sum(map(bool, rows.columns["converged"]))
-                if bar is not None:
-                    bar.update(len(rows))
-                    bar.set_postfix_str(f"{converged / explained:.0%} converged")
-                if stop % work.rows == 0 or stop == total:
-                    writer.put(key, Rows.concatenate(held))
-                    held = []
+                advance(len(rows), f"{converged / explained:.0%} converged")
+                if stop % job.shard_rows == 0 or stop == total:
+                    writer.put(key, Rows.concatenate(shard))
+                    shard = []
                     if interruption.asked:
                         raise KeyboardInterrupt
-            if held:  # the last of a stream
-                writer.put((inputs - 1) // work.rows, Rows.concatenate(held))
-                held = []
+            if shard:  # the last one of a stream
+                writer.put((inputs - 1) // job.shard_rows, Rows.concatenate(shard))
         finally:
-            # Also on the way out with an error: what is explained is written.
+            # After an error too, so that explained shards are written.
             writer.close()
-            errors = work.output.write_errors()
+            errors = job.output.write_errors()
     return Summary(
         inputs=inputs if total is None else total,
         explained=explained,

@@ -1,4 +1,4 @@
-"""Models by name: a factory, an exported program, a Hugging Face folder; weights without running what they say."""
+"""Models by name: a factory, an exported program or a Hugging Face folder. Weights are loaded without pickles."""
 
 from __future__ import annotations
 
@@ -15,24 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import SettingError, SettingFileNotFoundError, one_line
 from .preprocess import Preprocess
-from .sources.base import reason
 
 _CALL = re.compile(r"^(?P<module>[\w.]+):(?P<name>[\w.]+)(?P<arguments>\(.*\))?$", re.DOTALL)
+_EXPECTED = {
+    "model": "package.module:factory, a .pt2 file or hf:FOLDER",
+    "preprocess": "a TOML or JSON file, or package.module:name",
+}
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module, Preprocess | None]:
-    """A model on the CPU in eval mode, and the preprocessing that it says it was trained with, if it says so.
+    """Loads a model on the CPU in eval mode, with the preprocessing that its metadata describes, if any.
 
     Args:
         spec: "package.module:factory", called without arguments or with literal ones, as in
             'timm:create_model("resnet18", num_classes=10)' (an nn.Module of that name is taken as it is); a file
             "model.pt2" of torch.export; or "hf:FOLDER" with an image classifier saved by Hugging Face transformers.
-        weights: a .safetensors file, or one of torch.save that holds tensors alone; for the first kind only.
+        weights: a .safetensors file, or a file of torch.save with tensors only; for a factory only.
 
     Raises:
-        ValueError: no model there, or weights that do not fit or hold more than tensors.
-        ImportError: a package that is needed is missing.
+        ValueError: no model of that name, or weights that do not fit or hold more than tensors.
+        FileNotFoundError: no such file or folder.
+        ImportError: safetensors or transformers is needed and missing.
     """
     if spec.startswith("hf:"):
         model, preprocess = _hugging_face(Path(spec.removeprefix("hf:")))
@@ -43,8 +48,8 @@ def load_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module,
         preprocess = None
     if weights is not None:
         if spec.startswith("hf:") or spec.endswith(".pt2"):
-            raise ValueError(f"--weights: {spec} holds its own")
-        _fill(model, Path(weights))
+            raise SettingError("weights", f"{spec} holds its own")
+        load_weights(model, Path(weights))
     for module in model.modules():
         module.training = False  # the flag alone: an exported program refuses eval()
     settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
@@ -54,65 +59,88 @@ def load_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module,
 
 
 def load_preprocess(spec: str) -> Preprocess:
-    """From a TOML or JSON file, or from torchvision's weights: "torchvision.models:ResNet50_Weights.DEFAULT"."""
+    """Loads a preprocessing by name.
+
+    Args:
+        spec: a TOML or JSON file, or "package.module:name" of a :class:`Preprocess` or of torchvision's weights, as in
+            "torchvision.models:ResNet50_Weights.DEFAULT".
+
+    Raises:
+        ValueError: no preprocessing of that name.
+        FileNotFoundError: no such file.
+    """
     if ":" in spec and not Path(spec).exists():
-        held = _named(spec, "--preprocess")
-        transform = held.transforms() if hasattr(held, "transforms") else held
+        named = _named(spec, "preprocess")
+        transform = named.transforms() if hasattr(named, "transforms") else named
         if isinstance(transform, Preprocess):
             return transform
         try:
             return Preprocess.of_torchvision(transform)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"--preprocess {spec}: expected a Preprocess or weights of torchvision, {error}"
+            raise SettingError(
+                "preprocess", f"{spec}: expected a Preprocess or weights of torchvision ({error})"
             ) from error
     if not Path(spec).is_file():
-        raise FileNotFoundError(f"--preprocess {spec}: is not there")
+        raise SettingFileNotFoundError("preprocess", f"{spec} is not there")
     return Preprocess.read(spec)
 
 
-def _named(spec: str, option: str) -> Any:
-    """What "package.module:name" or "package.module:name(literals)" stands for, uncalled where it has no brackets."""
+def _named(spec: str, setting: str) -> Any:
+    """The object "package.module:name", or the result of the call "package.module:name(literals)".
+
+    Args:
+        spec: the text.
+        setting: the setting that errors name.
+    """
     match = _CALL.match(spec)
     if match is None:
-        raise ValueError(f"{option} {spec}: expected package.module:factory, a .pt2 file or hf:FOLDER")
+        raise SettingError(setting, f"expected {_EXPECTED[setting]}, got {spec!r}")
     try:
-        held = importlib.import_module(match["module"])
+        named = importlib.import_module(match["module"])
     except ImportError as error:
         hint = "; a module is named without .py" if match["module"].endswith(".py") else ""
-        raise ImportError(f"{option} {spec}: cannot import {match['module']} ({error}){hint}") from error
+        raise SettingError(setting, f"cannot import {match['module']} ({error}){hint}") from error
     for part in match["name"].split("."):
-        if not hasattr(held, part):
-            raise ValueError(f"{option} {spec}: {match['module']} has no {match['name']}")
-        held = getattr(held, part)
+        if not hasattr(named, part):
+            raise SettingError(setting, f"{match['module']} has no {match['name']}")
+        named = getattr(named, part)
     if match["arguments"] is None:
-        return held
-    factory: Any = held
+        return named
+    factory: Any = named
     try:
         call = ast.parse(f"f{match['arguments']}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ValueError("not one call")
         positional = [ast.literal_eval(a) for a in call.args]
-        named = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f'{option} {spec}: the arguments must be literals, like ("name", 10) ({error})') from error
-    return factory(*positional, **named)
+        raise SettingError(setting, f'{spec}: the arguments must be literals, like ("name", 10) ({error})') from error
+    return factory(*positional, **keywords)
 
 
 def _factory(spec: str) -> nn.Module:
-    made: Any = _named(spec, "--model")
+    made: Any = _named(spec, "model")
     if not isinstance(made, nn.Module) and callable(made):
         factory: Any = made
         made = factory()
     if not isinstance(made, nn.Module):
-        raise ValueError(f"--model {spec}: expected an nn.Module, got {type(made).__name__}")
+        raise SettingError("model", f"{spec}: expected an nn.Module, got {type(made).__name__}")
     return made
 
 
-def _fill(model: nn.Module, path: Path) -> None:
-    """Loads weights into a model. A pickle that holds more than tensors is refused before anything of it runs."""
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads weights into a model. A pickle with more than tensors is refused, and nothing in it runs.
+
+    Args:
+        model: with the names and shapes of the weights.
+        path: a .safetensors file, or a file of torch.save with tensors by name, also under "state_dict" or "model".
+
+    Raises:
+        SettingError: no such file, or weights that do not fit or hold more than tensors.
+        ImportError: safetensors is needed and missing.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"--weights {path}: is not there")
+        raise SettingFileNotFoundError("weights", f"{path} is not there")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -124,31 +152,35 @@ def _fill(model: nn.Module, path: Path) -> None:
         raise
     except Exception as error:
         what = "holds more than tensors, or is damaged" if path.suffix != ".safetensors" else "is damaged"
-        raise ValueError(f"--weights {path}: {what}, and is not loaded ({reason(error).split('. ')[0]})") from error
+        raise SettingError("weights", f"{path} {what}, and is not loaded ({one_line(error).split('. ')[0]})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"--weights {path}: expected tensors by name (a state_dict), got {type(state).__name__}")
+        raise SettingError("weights", f"{path}: expected tensors by name (a state_dict), got {type(state).__name__}")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"--weights {path}: do not fit the model: {' '.join(str(error).split())[:400]}") from error
+        raise SettingError(
+            "weights", f"{path}: the weights do not fit the model: {' '.join(str(error).split())[:400]}"
+        ) from error
 
 
 def _exported(path: Path) -> nn.Module:
     if not path.is_file():
-        raise FileNotFoundError(f"--model {path}: is not there")
+        raise SettingFileNotFoundError("model", f"{path} is not there")
     try:
         _check_archive(path)
-        # torch._check's own guards stay in the graph: a batch of another size than it was exported for says so.
+        # The guards of torch._check stay in the graph, so a batch size that was not exported raises an error.
         return torch.export.load(path).module()
     except Exception as error:
-        raise ValueError(f"--model {path}: is no exported program that can be loaded: {reason(error)[:400]}") from error
+        raise SettingError(
+            "model", f"{path} is no exported program that can be loaded: {one_line(error)[:400]}"
+        ) from error
 
 
 def _check_archive(path: Path) -> None:
-    """torch.export.load unpickles what an archive asks it to. Refuses archives that ask for more than tensors."""
+    """Refuses an archive that asks torch.export.load to unpickle more than tensors."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.namelist():
             # Pickled weights, constants and objects are declared in the archive's own tables.
@@ -162,14 +194,14 @@ def _check_archive(path: Path) -> None:
 
 def _hugging_face(folder: Path) -> tuple[nn.Module, Preprocess | None]:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"--model hf:{folder}: holds no config.json")
+        raise SettingFileNotFoundError("model", f"hf:{folder} holds no config.json")
     try:
         from transformers import AutoModelForImageClassification
     except ImportError as error:
         raise ImportError(
-            f"--model hf: needs transformers ({error}); install it with: pip install transformers"
+            f"models of Hugging Face need transformers ({error}); install it with: pip install transformers"
         ) from error
-    # Only safetensors: nothing of a pickle, nothing from the network, no code from the folder.
+    # No pickles, no network, no code from the folder.
     model: nn.Module = AutoModelForImageClassification.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
@@ -178,7 +210,7 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, Preprocess | None]:
 
 
 def fingerprint(model: Any) -> dict[str, str]:
-    """What tells a model from another: its class, and a digest of its weights."""
+    """The identity of a model: its class and a digest of its weights."""
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     if not isinstance(model, nn.Module):
         called = getattr(model, "__qualname__", None)

@@ -1,4 +1,4 @@
-"""From a file's pixels to a model's input: one small record, read from TOML, JSON or a model's own metadata."""
+"""Preprocessing of images for a model, read from TOML, JSON or the metadata of the model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._errors import SettingError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +29,7 @@ def _size(name: str, value: Any) -> Size:
         return (int(value[0]), int(value[1]))
     if _positive(value):
         return int(value)
-    raise ValueError(f"preprocess: {name}: expected a positive integer or [height, width], got {value!r}")
+    raise SettingError("preprocess", f"{name}: expected a positive integer or [height, width], got {value!r}")
 
 
 def _positive(value: Any) -> bool:
@@ -36,19 +38,18 @@ def _positive(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What is done to an image before the model sees it, in this order.
+    """The steps from an image to an input of the model, in this order.
 
     Args:
-        mode: "RGB" or "L", as Pillow converts: CMYK and palettes to RGB without a colour profile, transparency dropped.
-            16-bit gray becomes gray in [0, 1] exactly, in every channel.
+        mode: "RGB" or "L", converted by Pillow. CMYK and palettes become RGB without a colour profile; transparency is
+            dropped. 16-bit gray is mapped exactly to [0, 1] in every channel.
         resize: the shorter edge in pixels, or (height, width).
         interpolation: nearest, box, bilinear, hamming, bicubic or lanczos.
-        crop: of the centre, edge or (height, width); filled up with zeros where the image is smaller.
-        scale: pixel values 0 ... 255 are multiplied by it.
+        crop: the centre, as its edge or (height, width); smaller images are padded with zeros.
+        scale: factor of pixel values 0 ... 255.
         mean, std: per channel, in units after ``scale``: x = (pixel·scale − mean)/std.
 
-    Tensors that are no images (.npy, .npz, tensor columns) are scaled where they hold integers, and normalised; nothing
-    else is done to them.
+    Tensors that are not images (.npy, .npz, tensor columns) are scaled if they hold integers, and normalised.
 
     Raises:
         ValueError: a value out of range, by name.
@@ -69,32 +70,32 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
-            raise ValueError(f"preprocess: mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
+            raise SettingError("preprocess", f"mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
         if self.interpolation not in _FILTERS:
-            raise ValueError(
-                f"preprocess: interpolation: expected one of {', '.join(_FILTERS)}, got {self.interpolation!r}"
+            raise SettingError(
+                "preprocess", f"interpolation: expected one of {', '.join(_FILTERS)}, got {self.interpolation!r}"
             )
         for name in ("resize", "crop"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _size(name, getattr(self, name)))
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not 0 < self.scale < 1e9:
-            raise ValueError(f"preprocess: scale: expected a positive number, got {self.scale!r}")
+            raise SettingError("preprocess", f"scale: expected a positive number, got {self.scale!r}")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is None:
                 continue
             numbers = value if isinstance(value, (list, tuple)) else (value,)
             if not numbers or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
-                raise ValueError(f"preprocess: {name}: expected one number per channel, got {value!r}")
+                raise SettingError("preprocess", f"{name}: expected one number per channel, got {value!r}")
             if name == "std" and min(numbers) <= 0:
-                raise ValueError(f"preprocess: std: expected positive numbers, got {value!r}")
+                raise SettingError("preprocess", f"std: expected positive numbers, got {value!r}")
             object.__setattr__(self, name, tuple(float(v) for v in numbers))
 
     def image(self, image: Image.Image) -> Tensor:
-        """float32 [channels, height, width] of an opened image: its first frame.
+        """An opened image as float32 [channels, height, width].
 
         Raises:
-            ValueError: floating-point or 32-bit pixels outside 0 ... 65535, whose range nobody knows.
+            ValueError: floating-point or 32-bit pixels outside 0 ... 65535, whose range is unknown.
         """
         wide = image.mode.startswith(("I", "F"))
         if wide:
@@ -110,7 +111,7 @@ class Preprocess:
         return self._normalise(pixels).contiguous()
 
     def tensor(self, values: Tensor) -> Tensor:
-        """A tensor in floating point, integers scaled, normalised."""
+        """A tensor as a normalised input; integers are scaled to floating point."""
         return self._normalise(values if values.is_floating_point() else values.to(torch.float32) * self.scale)
 
     def _normalise(self, values: Tensor) -> Tensor:
@@ -118,7 +119,9 @@ class Preprocess:
             if numbers is None:
                 continue
             if values.dim() < 1 or len(numbers) not in (1, values.shape[0]):
-                raise ValueError(f"preprocess: {name} has {len(numbers)} channels, the input {tuple(values.shape)}")
+                raise SettingError(
+                    "preprocess", f"{name} has {len(numbers)} channels, the input has shape {tuple(values.shape)}"
+                )
             by = torch.tensor(numbers, dtype=values.dtype).view(-1, *[1] * (values.dim() - 1))
             values = values - by if name == "mean" else values / by
         return values
@@ -152,17 +155,19 @@ class Preprocess:
         return image.crop((left, top, left + width, top + height))
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The settings as JSON holds them."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples as lists
         return found
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], where: str) -> Preprocess:
-        """From a mapping of the arguments by name; ``where`` is named in errors."""
+        """From a mapping of the arguments by name; errors name ``where`` it comes from."""
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
+            raise SettingError(
+                "preprocess", f"{where}: unknown {', '.join(unknown)}; expected some of {', '.join(known)}"
+            )
         return cls(**settings)
 
     @classmethod
@@ -170,7 +175,7 @@ class Preprocess:
         """From a TOML or JSON file, or a Hugging Face ``preprocessor_config.json``.
 
         Raises:
-            ValueError: a file that is neither, or that says what is not known here.
+            ValueError: a file of another format, or with unknown settings.
             OSError: it cannot be read.
         """
         path = Path(path)
@@ -179,16 +184,16 @@ class Preprocess:
             settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             kind = "JSON" if path.suffix == ".json" else "TOML"
-            raise ValueError(f"--preprocess {path}: is not {kind} ({error})") from error
+            raise SettingError("preprocess", f"{path} is not {kind} ({error})") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"--preprocess {path}: expected names and values, got {type(settings).__name__}")
+            raise SettingError("preprocess", f"{path}: expected names and values, got {type(settings).__name__}")
         if "image_processor_type" in settings or "do_normalize" in settings:
             return cls.of_hugging_face(settings)
-        return cls.of(settings, f"--preprocess {path}")
+        return cls.of(settings, str(path))
 
     @classmethod
     def of_hugging_face(cls, settings: Mapping[str, Any]) -> Preprocess:
-        """What a ``preprocessor_config.json`` of an image classifier says."""
+        """From the ``preprocessor_config.json`` of an image classifier of Hugging Face."""
         filters = {number: name for name, number in _FILTERS.items()}
 
         def edge(size: Any) -> Any:
@@ -211,11 +216,13 @@ class Preprocess:
                 std=when("do_normalize", "image_std"),
             )
         except KeyError as error:
-            raise ValueError(f"preprocessor_config.json: cannot follow {error}; give --preprocess FILE") from error
+            raise SettingError(
+                "preprocess", f"preprocessor_config.json has a value that is unknown here, {error}; give a file"
+            ) from error
 
     @classmethod
     def of_timm(cls, settings: Mapping[str, Any]) -> Preprocess:
-        """What timm's ``pretrained_cfg`` says: the shorter edge is ⌊size/crop_pct⌋, then the centre."""
+        """From timm's ``pretrained_cfg``: the shorter edge becomes ⌊size/crop_pct⌋, then the centre is cut out."""
         channels, *size = settings["input_size"]
         fraction = settings.get("crop_pct") or 1.0
         height, width = (int(edge / fraction) for edge in size)
@@ -230,7 +237,7 @@ class Preprocess:
 
     @classmethod
     def of_torchvision(cls, transform: Any) -> Preprocess:
-        """What a torchvision weight's ``transforms()`` does (``ImageClassification``)."""
+        """From ``transforms()`` of torchvision's weights (``ImageClassification``)."""
         (resize,), (crop,) = transform.resize_size, transform.crop_size
         return cls(
             resize=resize,

@@ -1,8 +1,8 @@
-"""The same job on a Ray cluster: Ray Data hands out shards, actors explain them and write the same files.
+"""A job on a Ray cluster: Ray Data distributes shards, and actors explain them and write the same files.
 
-What is handed out is the number of a shard, not its pixels: an actor reads the shard's inputs itself, in the same
-batches as a local run, and writes the file whole. So it does not matter who does a shard, or how often: an actor that
-is killed leaves nothing, and another one does its shard again.
+A task is the number of a shard, not its pixels. An actor reads the inputs of the shard in the same batches as a local
+run, and writes the file atomically. So any actor may do a shard, and more than once: a killed actor leaves no file, and
+another one repeats its shard.
 
 The source and the output must be at the same path on every node (a shared file system).
 """
@@ -17,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .._errors import SettingError
+from ..data.progress import progress_bar
 from .config import Config
 from .engine import Engine, example_of
 from .job import (
+    Job,
     Summary,
-    Work,
     about_job,
-    agree,
+    batches_of,
     check_job,
     configuration_of,
-    job_bar,
     locked,
-    pending,
-    pieces_of,
+    open_job,
     without_warnings,
 )
 from .sink import Output, Rows
@@ -38,29 +39,29 @@ from .sources.base import Source
 from .sources.datasets import Stream
 from .sources.open import open_source
 
-# Of the CPUs that actors do not ask for: Ray's own tasks take whole ones.
+# CPUs that actors leave to Ray's own tasks.
 _RESERVE = 0.5
 
 
 class _Actor:
-    """Explains shards. Loads the model once."""
+    """Explains shards with a model that is loaded once."""
 
     def __init__(self, config: Config, source: Source, out: str, manifest: dict[str, Any], threads: int):
         torch.set_num_threads(threads)
         self._output, self._manifest, self._source = Output(out), manifest, source
         model, _ = config.load()
         with without_warnings():
-            explainer, _ = config.ready(model, example_of(source), manifest["prepared"])
-        chosen = manifest["configuration"]
-        self._batch = chosen["batch"]
-        self._engine = Engine(explainer, config.target, tuple(manifest["shape"]), chosen["map_dtype"])
+            explainer, _ = config.prepared_explainer(model, example_of(source), manifest["prepared"])
+        configuration = manifest["configuration"]
+        self._batch = configuration["batch"]
+        self._engine = Engine(explainer, config.target, tuple(manifest["shape"]), configuration["map_dtype"])
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         done: dict[str, list[Any]] = {"shard": [], "rows": [], "converged": [], "bytes": []}
         for shard, start, stop in zip(*(batch[n].tolist() for n in ("shard", "start", "stop")), strict=True):
             with without_warnings(), ThreadPoolExecutor(1) as reader:
-                pieces = pieces_of(start, stop, self._batch)
-                # One batch is read while another is explained.
+                pieces = batches_of(start, stop, self._batch)
+                # The next batch is read while one is explained.
                 ahead = reader.submit(self._source.load, *pieces[0])
                 parts = []
                 for following in [*pieces[1:], None]:
@@ -93,29 +94,28 @@ def explain(
     map_format: str = "dense",
     progress: bool = False,
 ) -> Summary:
-    """Runs a job by name on a Ray cluster. The files are those that :func:`explain_config` writes on one machine.
+    """Runs a job on a Ray cluster, or resumes it. The files are those of :func:`explain_config` on one machine.
 
     Args:
-        dataset: paths on a file system that all nodes share, or anything else that :func:`open_source` takes, has a
+        dataset: paths on a file system that all nodes share, or any other value that :func:`open_source` takes, has a
             length and can be pickled.
-        config: what to do.
+        config: the settings.
         out: a folder that all nodes share.
-        address: of a cluster that runs ("auto" for the one that this node belongs to); None starts one of this machine,
-            unless Ray was started already.
-        concurrency: actors; one per GPU with ``num_gpus``, else one per CPU.
-        num_gpus: per actor; by default 1 where the config's device is "cuda", else 0.
-        num_cpus: per actor; by default an equal share of the CPUs, less half a one per node for Ray's own tasks, and
-            1 at most.
+        address: of a running cluster ("auto" for the one of this node); None starts one on this machine, unless Ray is
+            initialised already.
+        concurrency: number of actors; by default one per GPU with ``num_gpus``, else one per CPU.
+        num_gpus: per actor; by default 1 if the config's device is "cuda", else 0.
+        num_cpus: per actor; by default an equal share of the CPUs, less half a CPU for Ray's own tasks, and 1 at most.
         column, batch, shard_rows, map_dtype, map_format, progress: as in :func:`explain_config`.
 
     Returns:
         The :class:`Summary`.
 
     Raises:
-        ValueError: actors that do not fit the cluster, which would wait for ever; and whatever the job is refused for.
-        TypeError: a stream or a Ray Dataset, whose rows have no numbers by which to hand them out.
+        ValueError: actors that do not fit the cluster and would wait forever; see also :func:`explain_config`.
+        TypeError: a stream or a Ray Dataset, whose rows have no stable numbers.
 
-    A job may begin on one machine and go on here, or the other way round.
+    A job may begin on one machine and resume on a cluster, or the other way round.
     """
     try:
         ray: Any = importlib.import_module("ray")
@@ -133,10 +133,12 @@ def explain(
             raise TypeError("dataset: a stream has one order; give paths, arrays or a map-style Dataset")
         settings = config.record(model, preprocess)
         configuration = configuration_of(settings, source, batch, map_dtype, map_format)
-        work = agree(
-            source, output, lambda x, chosen: config.ready(model, x, chosen), configuration, config.target, shard_rows
-        )
-        todo = pending(source, work)
+
+        def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+            return config.prepared_explainer(model, example, choices)
+
+        job = open_job(source, output, make, configuration, config.target, shard_rows)
+        todo = job.pending(source)
         if not todo:
             return Summary(len(source), 0, len(source), output.write_errors(), 0.0, 0.0, 0)
         started = not ray.is_initialized()
@@ -148,7 +150,7 @@ def explain(
                 ray.cluster_resources(),
                 config,
                 source,
-                work,
+                job,
                 todo,
                 concurrency,
                 num_gpus,
@@ -166,7 +168,7 @@ def _run(
     cluster: dict[str, float],
     config: Config,
     source: Source,
-    work: Work,
+    job: Job,
     todo: list[tuple[int, int, int]],
     concurrency: int | None,
     num_gpus: float | None,
@@ -178,28 +180,28 @@ def _run(
     shards = data.from_items([{"shard": k, "start": a, "stop": b} for k, a, b in todo], override_num_blocks=len(todo))
     results = shards.map_batches(
         _Actor,
-        fn_constructor_args=(config, source, str(work.output.folder.absolute()), work.manifest, threads),
+        fn_constructor_args=(config, source, str(job.output.folder.absolute()), job.manifest, threads),
         batch_size=1,
         concurrency=actors,
         num_gpus=gpus or None,
         num_cpus=None if gpus else cpus,
-        # Read when an actor imports torch: every thread pool has the size of its share, and none spins.
+        # Read when an actor imports torch: thread pools have the size of its share, and do not spin.
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}},
     )
     total = len(source)
     explained = converged = size = 0
     began = time.perf_counter()
-    with job_bar(total, total - sum(stop - start for _, start, stop in todo), progress) as bar:
+    skipped = total - sum(stop - start for _, start, stop in todo)
+    bar = progress_bar(total, show=progress, extra="batch", initial=skipped, unit="image", smoothing=0.05)
+    with bar as advance:
         for row in results.iter_rows():
             explained, converged, size = explained + row["rows"], converged + row["converged"], size + row["bytes"]
-            if bar is not None:
-                bar.update(row["rows"])
-                bar.set_postfix_str(f"{converged / explained:.0%} converged")
+            advance(row["rows"], f"{converged / explained:.0%} converged")
     return Summary(
         inputs=total,
         explained=explained,
         skipped=total - explained,
-        errors=work.output.write_errors(),
+        errors=job.output.write_errors(),
         converged=converged / explained if explained else 0.0,
         seconds=time.perf_counter() - began,
         bytes=size,
@@ -214,10 +216,16 @@ def share(
     num_gpus: float | None,
     num_cpus: float | None,
 ) -> tuple[int, float, float]:
-    """(actors, GPUs each, CPUs each) that a cluster has room for.
+    """(actors, GPUs per actor, CPUs per actor) on a cluster.
+
+    Args:
+        cluster: its resources, by Ray's names.
+        device: of the job.
+        shards: to do; there are no more actors than shards.
+        concurrency, num_gpus, num_cpus: as asked for; see :func:`explain`.
 
     Raises:
-        ValueError: they do not fit. Ray would wait for the rest for ever.
+        ValueError: they do not fit; Ray would wait forever.
 
     Example:
         >>> from moreau_ext.batch.ray import share
@@ -229,14 +237,15 @@ def share(
     if concurrency is None:
         concurrency = max(1, math.floor(has_gpus / gpus if gpus else has_cpus))
     if concurrency < 1:
-        raise ValueError(f"concurrency: expected a positive integer, got {concurrency}")
+        raise SettingError("concurrency", f"expected a positive integer, got {concurrency}")
     actors = min(concurrency, shards)
     cpus = min(1.0, (has_cpus - _RESERVE) / actors) if num_cpus is None else num_cpus
     if gpus * actors > has_gpus:
-        raise ValueError(f"num_gpus: {actors} actors of {gpus:g} GPUs do not fit the cluster's {has_gpus:g}")
+        raise SettingError("num_gpus", f"{actors} actors of {gpus:g} GPUs do not fit the cluster's {has_gpus:g}")
     if cpus <= 0 or cpus * actors > has_cpus - _RESERVE:
-        raise ValueError(
-            f"num_cpus: {actors} actors of {cpus:g} CPUs leave less than {_RESERVE} of the cluster's {has_cpus:g} for "
-            "Ray's own tasks, and the job would wait for ever; give fewer actors, or fractions"
+        raise SettingError(
+            "num_cpus",
+            f"{actors} actors of {cpus:g} CPUs leave less than {_RESERVE} of the cluster's {has_cpus:g} for Ray's own "
+            "tasks, and the job would wait for ever; give fewer actors, or fractions",
         )
     return actors, gpus, cpus

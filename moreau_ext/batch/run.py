@@ -1,7 +1,7 @@
-"""The job: read, explain, write, each while the others work. One shard after the other, whole or not at all.
+"""``explain_dataset`` and ``explain_config``: a whole data set on this machine.
 
-A shard is a fixed slice of the source's order and a batch a fixed slice of a shard, so that a run that was interrupted
-explains the same batches as one that was not, and its maps have the same bits.
+A shard is a fixed slice of the source, and a batch is a fixed slice of a shard. So an interrupted and resumed run
+explains the same batches as an uninterrupted one, and its maps have the same bits.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from ..explainers.base import Explainer
-from .config import Config, settled
+from .config import Config, fix_max_batch
 from .engine import Engine
-from .job import Summary, agree, check_job, configuration_of, describe_explainer, locked, pieces_of, without_warnings
+from .job import (
+    Summary,
+    batches_of,
+    check_job,
+    configuration_of,
+    describe_explainer,
+    locked,
+    open_job,
+    without_warnings,
+)
 from .local import read_batches, run_local
 from .preprocess import Preprocess
 from .sources.base import Source
@@ -36,18 +45,27 @@ def explain_config(
     map_format: str = "dense",
     progress: bool = False,
 ) -> Summary:
-    """Runs a job by name on this machine; see :func:`explain_dataset` for the arguments. What is done already in
-    ``out`` is not done again."""
+    """Runs a job that is described by names on this machine, or resumes it.
+
+    Args:
+        config: the settings.
+        source, out, column, batch, shard_rows, workers, map_dtype, map_format, progress: see :func:`explain_dataset`.
+
+    Raises:
+        ValueError, OSError, KeyboardInterrupt: see :func:`explain_dataset`.
+    """
     check_job(batch, shard_rows, map_dtype, map_format, workers)
     with without_warnings(), locked(out) as output:
         model, preprocess = config.load()
         opened = open_source(source, preprocess=preprocess, column=column, target=config.target_column)
         settings = config.record(model, preprocess)
         configuration = configuration_of(settings, opened, batch, map_dtype, map_format)
-        work = agree(
-            opened, output, lambda x, chosen: config.ready(model, x, chosen), configuration, config.target, shard_rows
-        )
-        return run_local(opened, work, workers, progress)
+
+        def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+            return config.prepared_explainer(model, example, choices)
+
+        job = open_job(opened, output, make, configuration, config.target, shard_rows)
+        return run_local(opened, job, workers, progress)
 
 
 def explain_dataset(
@@ -65,17 +83,17 @@ def explain_dataset(
     map_format: str = "dense",
     progress: bool = False,
 ) -> Any:
-    """Explains a whole data set, and yields the results or writes them.
+    """Explains a whole data set, and writes the results or yields them.
 
     Args:
-        explainer: any of this package's.
-        dataset: what :func:`open_source` takes: paths, a tensor, a Dataset, a DataLoader, ...
-        out: a folder. A call that was cut short, by whatever, is repeated to go on from the last whole shard; another
-            explainer, model or source is refused. None yields.
-        target: "predicted", a class, or the name of the column with the targets ("label" for pairs, "class" for image
+        explainer: any of the package.
+        dataset: see :func:`open_source`: paths, a tensor, a Dataset, a DataLoader, ...
+        out: a folder. If the call is interrupted, repeat it: it resumes after the finished shards. Another explainer,
+            model or source is refused. None yields the results.
+        target: "predicted", a class, or the name of the column of targets ("label" for pairs, "class" for image
             folders).
-        column: which column is explained, where several could be.
-        preprocess: what is done to each input.
+        column: the column to explain, if several are possible.
+        preprocess: applied to each input.
         batch: inputs per call of the explainer.
         shard_rows: rows of a file; 64 MiB of maps or 256 rows by default.
         workers: processes that read ahead; 0 reads in this one.
@@ -88,9 +106,9 @@ def explain_dataset(
         :data:`moreau_ext.batch.COLUMNS` and ``map``, an array.
 
     Raises:
-        ValueError: settings, a source or an output that do not fit; says what.
-        OSError: the output cannot be written. Nothing that was written is lost.
-        KeyboardInterrupt: after the shard that was begun, at the first Ctrl-C.
+        ValueError: a setting, a source or an output folder that does not fit.
+        OSError: the output cannot be written. Finished shards are kept.
+        KeyboardInterrupt: at the first Ctrl-C, after the current shard is written.
 
     Example:
         >>> import torch
@@ -100,12 +118,12 @@ def explain_dataset(
         >>> found[4]["id"], found[4]["map"].tolist()
         (4, [2.0, 2.0, 2.0])
 
-    An input's noise depends on the seed and its id alone, so results do not depend on batches, workers or
-    interruptions, beyond the rounding of the model's passes; where the batches are the same, they have the same bits.
+    The noise of an input depends only on the seed and its id. So results do not depend on batches, workers or
+    interruptions, up to the rounding of the model's passes; with the same batches they have the same bits.
     """
     check_job(batch, shard_rows, map_dtype, map_format, workers)
-    columns = None if isinstance(target, int) or target == "predicted" else target
-    source = open_source(dataset, preprocess=preprocess, column=column, target=columns)
+    target_column = None if isinstance(target, int) or target == "predicted" else target
+    source = open_source(dataset, preprocess=preprocess, column=column, target=target_column)
     if out is None:
         return _yield(explainer, source, target, batch, workers, map_dtype)
     with without_warnings(), locked(out) as output:
@@ -113,12 +131,12 @@ def explain_dataset(
         settings["preprocess"] = None if preprocess is None else preprocess.record()
         configuration = configuration_of(settings, source, batch, map_dtype, map_format)
 
-        def make(example: Tensor, chosen: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
-            ready = Engine(explainer, target, tuple(example.shape[1:]), map_dtype).ready(example)
-            return settled(explainer, ready, chosen)
+        def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+            inputs = Engine(explainer, target, tuple(example.shape[1:]), map_dtype).to_model(example)
+            return fix_max_batch(explainer, inputs, choices)
 
-        work = agree(source, output, make, configuration, target, shard_rows)
-        return run_local(source, work, workers, progress)
+        job = open_job(source, output, make, configuration, target, shard_rows)
+        return run_local(source, job, workers, progress)
 
 
 def _yield(
@@ -128,7 +146,7 @@ def _yield(
     if isinstance(source, Stream):
         batches = source.batches(batch)
     else:
-        batches = read_batches(source, pieces_of(0, len(source), batch), workers, False)
+        batches = read_batches(source, batches_of(0, len(source), batch), workers, False)
     for _, loaded in batches:
         if engine is None:
             shape = (0,) if loaded.inputs is None else tuple(loaded.inputs.shape[1:])

@@ -1,4 +1,4 @@
-"""Pictures of results: the image, the map, and the map over the image."""
+"""Figures of results: the image, the map, and the map over the image."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._errors import SettingError
 from .preprocess import Preprocess
 from .sink import dense, manifest, read
-from .sources.base import decode
+from .sources.base import image_input
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = 2.6  # inches of one picture
-# Of |map| summed over channels: the largest values of a map are few, and would leave the others invisible.
+# Quantile of |map| that has full colour: the few largest values would leave the others invisible.
 _BRIGHTEST = 0.995
 
 
 def pick(out: Path, ids: list[int] | None, limit: int) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
     """The rows to draw, and the shape of a map.
 
+    Args:
+        out: the folder of results.
+        ids: of the rows; None for the first ones with a map.
+        limit: number of rows without ``ids``.
+
     Raises:
-        FileNotFoundError: no results there.
-        ValueError: an id that is not among them, or that has no map.
+        FileNotFoundError: no results.
+        ValueError: an id that is missing or has no map.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -37,12 +43,12 @@ def pick(out: Path, ids: list[int] | None, limit: int) -> tuple[list[dict[str, A
         at = pc.index_in(pa.array(ids, pa.int64()), value_set=table["id"].combine_chunks())
         for name, position in zip(ids, at.to_pylist(), strict=True):
             if position is None:
-                raise ValueError(f"--id {name}: {out} has no such row")
+                raise SettingError("ids", f"{out} has no such row, {name}")
             if (error := table["error"][position].as_py()) is not None:
-                raise ValueError(f"--id {name}: {table['source'][position]} has no map: {error}")
+                raise SettingError("ids", f"{table['source'][position]} has no map: {error}")
         table = table.take(at)
     if table.num_rows == 0:
-        raise ValueError(f"{out}: holds no map")
+        raise SettingError("out", f"{out} holds no map")
     return table.to_pylist(), shape
 
 
@@ -54,18 +60,18 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
     Args:
         rows: of :func:`pick`.
         shape: of a map, [H, W] or [channels, H, W].
-        source: the folder of the image files; None, or a file that is not there, draws maps alone.
-        out: the results, whose preprocessing brings an image to the size of its map.
+        source: the folder of the image files, or one file; None draws gray in place of the images.
+        out: the results; their preprocessing brings an image to the size of its map.
 
     Raises:
-        ValueError: maps that are no pictures.
+        ValueError: maps that are not images, or an image that is missing or has another size than its map.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if len(shape) not in (2, 3):
-        raise ValueError(f"{out}: its maps have shape {shape}, which is no picture")
+        raise SettingError("out", f"the maps of {out} have shape {shape}, which is no image")
     settings = manifest(out)["configuration"].get("preprocess") or {}
     plain = Preprocess.of({k: v for k, v in settings.items() if k not in ("mean", "std", "scale")}, "manifest")
     height, width = _WIDTH * shape[-2] / shape[-1], _WIDTH
@@ -80,7 +86,7 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
         signed = np.clip(values / largest, -1, 1)
         image = _image(row["source"], source, plain, shape)
         gray = np.full(shape[-2:], 0.9) if image is None else image.mean(-1)
-        strength = np.sqrt(np.abs(signed))[..., None]  # so that the middle of the scale is seen over a picture
+        strength = np.sqrt(np.abs(signed))[..., None]  # makes the middle of the scale visible over an image
         over = (1 - strength) * (0.35 + 0.65 * gray[..., None]) + strength * colours((signed + 1) / 2)[..., :3]
         axes[0].imshow(np.broadcast_to(gray[..., None], over.shape) if image is None else image)
         axes[1].imshow(signed, cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
@@ -103,8 +109,8 @@ def _image(name: str, source: Path | None, preprocess: Preprocess, shape: tuple[
         return None
     path = source if source.is_file() else source / name
     if not path.is_file():
-        raise ValueError(f"--source {source}: holds no {name}")
-    pixels = decode(path, preprocess).numpy().transpose(1, 2, 0)
+        raise SettingError("source", f"{source} holds no {name}")
+    pixels = image_input(path, preprocess).numpy().transpose(1, 2, 0)
     if pixels.shape[:2] != tuple(shape[-2:]):
-        raise ValueError(f"--source {source}: {name} has {pixels.shape[:2]} pixels, its map {tuple(shape[-2:])}")
+        raise SettingError("source", f"{name} has {pixels.shape[:2]} pixels, its map {tuple(shape[-2:])}")
     return np.clip(np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels, 0, 1)

@@ -1,7 +1,7 @@
-"""What is written: Parquet shards, one row per input, and a manifest that says what they are the results of.
+"""The output folder: Parquet shards with one row per input, a manifest, and the functions that read them.
 
-A shard is there wholly or not at all: written to a temporary name, flushed to the disk, renamed. So the names of the
-shards are the only record of what is done, and no moment of a crash can contradict it.
+Shards are written atomically, so the names of the shards are the record of the finished rows, and a crash at any moment
+leaves it true.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Any
 
 import numpy as np
 
+from .._errors import SettingError, SettingFileNotFoundError, one_line
 from .._files import write
-from .sources.base import reason
+from ..data import manifest as manifests
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 ERRORS = "errors.parquet"
 _PATTERN = "shard-*.parquet"
-# Seconds to wait for a lock: readers that a killed job started hold it until they see that it is gone, some 5 later.
+# Seconds to wait for a lock. Reader processes of a killed job hold it until they notice, some 5 seconds later.
 _PATIENCE = 10.0
 _ERRORS = ["id", "source", "reason"]
 
-# (name, Arrow type, what it is) of every column but the map's.
+# Arrow types of all columns but the map's.
 COLUMNS: dict[str, str] = {
     "id": "int64",
     "source": "string",
@@ -54,13 +54,9 @@ COLUMNS: dict[str, str] = {
 }
 
 
-class Differs(ValueError):
-    """The output belongs to another configuration."""
-
-
 @dataclass
 class Rows:
-    """Explained rows on their way to a file.
+    """Explained rows.
 
     Args:
         columns: by the names of :data:`COLUMNS`, lists of equal length.
@@ -75,6 +71,7 @@ class Rows:
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
+        """All rows of the parts, in their order."""
         columns = {name: [v for p in parts for v in p.columns[name]] for name in COLUMNS}
         return Rows(columns, np.concatenate([p.maps for p in parts]))
 
@@ -123,14 +120,14 @@ def table(rows: Rows, dtype: str, sparse: bool, metadata: Mapping[str, str]) -> 
 def _write_table(path: Path, made: Any) -> None:
     import pyarrow.parquet as pq
 
-    # zstd makes little of dense maps and almost nothing of the zeros of sparse ones, at 1 % of the gradients' time.
-    # Of the columns only names repeat; a dictionary of a map's values is as large as the map.
+    # zstd takes 1 % of the time of the gradients. It saves a little on dense maps and nearly all zeros of sparse ones.
+    # Only names repeat between rows; a dictionary of a map's values would be as large as the map.
     names = [name for name, kind in COLUMNS.items() if kind == "string"]
     write(path, lambda file: pq.write_table(made, file, compression="zstd", use_dictionary=names))
 
 
 def _lock(handle: int) -> None:
-    """Locks an open file, or raises BlockingIOError after a while."""
+    """Locks an open file, or raises BlockingIOError after :data:`_PATIENCE` seconds."""
     last = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -146,10 +143,10 @@ class Output:
     """A folder of results.
 
     Args:
-        folder: made where it is missing.
+        folder: created if it does not exist.
 
     Raises:
-        OSError: it cannot be made or written to.
+        OSError: it cannot be created or written to.
     """
 
     def __init__(self, folder: str | Path):
@@ -158,18 +155,19 @@ class Output:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out for as long as this one lives; the kernel opens the lock however it ends, when
-        those that it started to read have seen that too. What a killed one left half-written is removed.
+        """Locks the folder against other jobs, and removes temporary files of killed ones.
+
+        The kernel releases the lock when this process and its reader processes have ended, in whatever way.
 
         Raises:
-            ValueError: another process is writing there, or the folder holds something else.
+            SettingError: another process is writing there, or the folder holds something else.
         """
         handle = os.open(self.folder, os.O_RDONLY)
         try:
             try:
                 _lock(handle)
             except BlockingIOError:
-                raise ValueError(f"--out {self.folder}: another process is writing there") from None
+                raise SettingError("out", f"another process is writing to {self.folder}") from None
             except OSError as error:  # some network file systems have no locks
                 warnings.warn(f"{self.folder} cannot be locked ({error}); start no second job on it", stacklevel=3)
             self._check_foreign()
@@ -179,65 +177,61 @@ class Output:
             os.close(handle)
 
     def _check_foreign(self) -> None:
-        if (self.folder / MANIFEST).exists():
+        if (self.folder / manifests.NAME).exists():
             return
-        others = [p.name for p in self.folder.iterdir() if not _ours(p.name)]
+        others = sorted(p.name for p in self.folder.iterdir() if not _ours(p.name))
         shards = any(self.folder.glob(_PATTERN))
         if others or shards:
-            held = "shards without a manifest" if shards else f"{others[0]}, which is none of ours"
-            raise ValueError(f"--out {self.folder}: holds {held}; give a new or empty folder")
+            content = "shards without a manifest" if shards else f"{others[0]}, which is none of ours"
+            raise SettingError("out", f"{self.folder} holds {content}; give a new or empty folder")
 
     def sweep(self) -> None:
-        """Removes temporary files of processes that were killed."""
+        """Removes temporary files of killed processes."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
-    def held(self, configuration: dict[str, Any]) -> dict[str, Any] | None:
-        """The manifest that is there, if its configuration is this one; None where nothing was begun, or nothing came
-        of it.
+    def resume(self, configuration: dict[str, Any]) -> dict[str, Any] | None:
+        """The manifest of the job to resume; None if there is none, or if it has no finished shard and another
+        configuration.
 
         Args:
-            configuration: all that decides the results.
+            configuration: every setting that determines the results.
 
         Raises:
-            Differs: it belongs to another configuration; says what differs.
+            Differs: the folder belongs to another configuration; the text lists the differences.
         """
-        path = self.folder / MANIFEST
-        if not path.exists():
+        manifest = manifests.read_manifest(self.folder)
+        if manifest is None:
             return None
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-            before = manifest["configuration"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--out {self.folder}: {MANIFEST} is damaged ({reason(error)})") from error
         if manifest.get("format") != FORMAT:
-            raise Differs(f"--out {self.folder}: has format {manifest.get('format')}, this version writes {FORMAT}")
-        found = differences(before, json.loads(json.dumps(configuration)))
+            raise manifests.Differs(
+                "out", f"{self.folder} has format {manifest.get('format')}, this version writes {FORMAT}"
+            )
+        found = manifests.differences(manifest.get("configuration", {}), configuration)
         if found and not self.shards():
             return None
-        if found:
-            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-            raise Differs(
-                f"--out {self.folder}: belongs to another configuration: {'; '.join(found[:4])}{more}. Repeat the "
-                "first one, or give a new folder"
-            )
+        manifests.check_same(self.folder, found)
         return manifest
 
-    def begin(self, configuration: dict[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the manifest of a new job: its configuration, and what its first run chose and later ones keep."""
-        text = json.dumps({"format": FORMAT, "configuration": configuration, **chosen}, indent=2) + "\n"
-        write(self.folder / MANIFEST, lambda file: file.write(text.encode()))
-        made: dict[str, Any] = json.loads(text)
-        return made
+    def begin(self, configuration: dict[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the manifest of a new job.
+
+        Args:
+            configuration: every setting that determines the results.
+            choices: made by the first run and kept by later ones.
+        """
+        return manifests.write_manifest(self.folder, {"format": FORMAT, "configuration": configuration, **choices})
 
     def shard(self, key: int) -> Path:
+        """The path of a shard."""
         return self.folder / f"shard-{key:06d}.parquet"
 
     def shards(self) -> list[Path]:
+        """The paths of the finished shards, in order."""
         return sorted(self.folder.glob(_PATTERN))
 
     def rows_in(self, key: int) -> int | None:
-        """Rows of a shard; None where it is missing. One that was damaged afterwards is missing, with a warning."""
+        """The number of rows of a shard; None if it is missing or, with a warning, damaged."""
         import pyarrow.parquet as pq
 
         path = self.shard(key)
@@ -246,22 +240,29 @@ class Output:
         try:
             return int(pq.read_metadata(path).num_rows)
         except Exception as error:
-            warnings.warn(f"{path} is damaged and is made again ({reason(error)})", stacklevel=2)
+            warnings.warn(f"{path} is damaged and is made again ({one_line(error)})", stacklevel=2)
             return None
 
     def write(self, key: int, rows: Rows, manifest: Mapping[str, Any], about: Mapping[str, Any]) -> int:
-        """Writes a shard and returns its bytes."""
-        chosen = manifest["configuration"]
+        """Writes a shard and returns its size in bytes.
+
+        Args:
+            key: its number.
+            rows: its rows.
+            manifest: of the job; a part of the metadata.
+            about: the writer, see :func:`moreau_ext.batch.job.about_job`; a part of the metadata.
+        """
+        configuration = manifest["configuration"]
         metadata = {"moreau_ext": json.dumps({**manifest, "run": dict(about), "map_shape": rows.maps.shape[1:]})}
-        made = table(rows, chosen["map_dtype"], chosen["map_format"] == "sparse", metadata)
+        made = table(rows, configuration["map_dtype"], configuration["map_format"] == "sparse", metadata)
         _write_table(self.shard(key), made)
         return self.shard(key).stat().st_size
 
     def write_errors(self, more: Sequence[tuple[int, str, str]] = ()) -> int:
-        """Collects the rows with an error into errors.parquet; returns how many they are.
+        """Collects the rows with an error in errors.parquet, and returns their number.
 
         Args:
-            more: (id, source, reason) of inputs that stand in no shard.
+            more: (id, source, reason) of inputs that are in no shard.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -279,37 +280,20 @@ class Output:
 
 
 def _ours(name: str) -> bool:
-    return name in (MANIFEST, ERRORS) or (name.startswith(".") and name.endswith(".tmp"))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:57] + "..."
-
-
-def differences(held: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two configurations, one phrase each."""
-    found = []
-    for name in [*held, *(n for n in given if n not in held)]:
-        before, now = held.get(name), given.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now, f"{prefix}{name}.")
-        elif before != now:
-            found.append(f"{prefix}{name} was {_short(before)} and is {_short(now)}")
-    return found
+    return name in (manifests.NAME, ERRORS) or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def read(out: str | Path, columns: list[str] | None = None) -> Any:
-    """The results of a folder as one Arrow table, sorted as they were explained; rows with an error included.
+    """Reads the results of a folder as one Arrow table, in the order of the source, with the rows that have an error.
 
     The map is a fixed-shape tensor: ``read(out)["map"].combine_chunks().to_numpy_ndarray()`` is [N, *features].
 
     Args:
         out: the folder.
-        columns: which columns; all of them by default.
+        columns: names of the columns; all by default.
 
     Raises:
-        FileNotFoundError: no finished shard there.
+        FileNotFoundError: no finished shard.
 
     Example:
         >>> import tempfile, torch
@@ -326,26 +310,30 @@ def read(out: str | Path, columns: list[str] | None = None) -> Any:
     folder = Path(out)
     paths = Output(folder).shards() if folder.is_dir() else []
     if not paths:
-        raise FileNotFoundError(f"{out}: holds no finished shard")
+        raise SettingFileNotFoundError("out", f"{out} holds no finished shard")
     parts = [pq.read_table(path, columns=columns) for path in paths]
     return pa.concat_tables([p.replace_schema_metadata(parts[0].schema.metadata) for p in parts])
 
 
 def manifest(out: str | Path) -> dict[str, Any]:
-    """The manifest of a folder of results.
+    """Reads the manifest of a folder of results.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    path = Path(out) / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{out}: holds no {MANIFEST}, so no results of moreau-ext explain")
-    held: dict[str, Any] = json.loads(path.read_text())
-    return held
+    found = manifests.read_manifest(Path(out))
+    if found is None:
+        raise SettingFileNotFoundError("out", f"{out} holds no {manifests.NAME}, so no results of a batch job")
+    return found
 
 
 def dense(row: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The map of a row (a dict, as ``table.to_pylist()`` gives them) as an array, from either format."""
+    """The map of a row as an array, from either format.
+
+    Args:
+        row: by column, as ``table.to_pylist()`` returns it.
+        shape: of the map.
+    """
     if "map_indices" in row:
         flat = np.zeros(math.prod(shape), np.float32)
         flat[np.asarray(row["map_indices"], int)] = row["map_values"]
@@ -353,15 +341,12 @@ def dense(row: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any
     return np.asarray(row["map"], np.float32).reshape(shape)
 
 
-def concerns(error: OSError, folder: Path) -> bool:
-    """Whether it is the output that an error is about."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-        return True
-    return error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
-
-
-def explain_os_error(error: OSError, folder: Path) -> str:
-    """What went wrong with the output, in words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"--out {folder}: the disk is full; finished shards are kept, and the same command goes on from there"
-    return f"--out {folder}: {error.strerror or error}"
+def output_error(error: OSError, folder: Path) -> OSError | None:
+    """The error with the output folder as its file name and a text in words; None if it is about something else."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and error.errno not in (errno.EROFS, errno.EFBIG):
+        path = error.filename
+        if path is None or not Path(os.fsdecode(path)).is_relative_to(folder):
+            return None
+    text = "the disk is full; finished shards are kept, and the same call resumes after them"
+    return OSError(error.errno, text if full else error.strerror or str(error), str(folder))

@@ -1,9 +1,9 @@
-"""The command line, ``moreau-ext``: one module per command, each of which parses, calls, prints.
+"""The command line, ``moreau-ext``: one module per command.
 
-Exit status: 0 done; 2 refused before any work, because the arguments cannot be carried out; 1 failed on the way;
-130 interrupted. Every error is one line on stderr.
+Exit status: 0 done; 2 refused, because the arguments cannot be carried out; 1 failed later; 130 interrupted. Every
+error is one line on stderr.
 
-Nothing here imports torch before :func:`main` has chosen OpenMP's wait policy, which is read when torch is loaded.
+No module here imports torch before :func:`main` has chosen OpenMP's wait policy, which is read when torch is loaded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .. import __version__
+from .._errors import SettingError
 from . import demo, evaluate, explain, info, show, study
 from .common import Refused
 
@@ -29,14 +30,17 @@ def main(argv: list[str] | None = None) -> int:
     if "torch" not in sys.modules:
         # Spinning threads make a small model's passes 70 times slower where the cores are shared (136 ms for 2).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    commands = _Commands()
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = commands.parser.parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             run: Callable[[argparse.Namespace], None] = arguments.run
             run(arguments)
     except Refused as error:
         return _complain(str(error), 2)
+    except SettingError as error:
+        return _complain(f"{commands.option(arguments.command, error.name)}: {error.text}", 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130, "")
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -63,16 +67,27 @@ def _show_warning(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors are refusals like all others: one line, without the usage before it."""
+    """A parser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         raise Refused(f"{message} (moreau-ext --help shows how to call it)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="moreau-ext", description="Sparse saliency maps from the gradient of the Moreau envelope.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, explain, show, evaluate, study, info):
-        command.add_parser(commands)
-    return parser
+class _Commands:
+    """The parser, with a parser of its own for every command."""
+
+    def __init__(self) -> None:
+        self.parser = _Parser(
+            prog="moreau-ext", description="Sparse saliency maps from the gradient of the Moreau envelope."
+        )
+        self.parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+        self._commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        for command in (demo, explain, show, evaluate, study, info):
+            command.add_parser(self._commands)
+
+    def option(self, command: str, name: str) -> str:
+        """The option of a command that gives a setting of the library; the name itself if there is none."""
+        for action in self._commands.choices[command]._actions:  # argparse has no public list
+            if action.dest == name and action.option_strings:
+                return str(action.option_strings[-1])
+        return name

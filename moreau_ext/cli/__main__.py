@@ -1,4 +1,4 @@
-"""``python -m moreau_ext.cli`` is the command line too."""
+"""The command line as ``python -m moreau_ext.cli``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: refusals, arguments, files that are whole or not there, versions."""
+"""Shared by the commands: refusals, types of arguments, checks of packages and folders, versions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from .._files import write as write
 
 
 class Refused(Exception):
-    """Arguments that cannot be carried out."""
+    """Arguments that cannot be carried out; exit status 2."""
 
 
 def positive(text: str) -> int:
+    """A positive integer, for argparse."""
     try:
         value = int(text)
     except ValueError:
@@ -26,7 +27,7 @@ def positive(text: str) -> int:
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
-    """The option that every command which explains has."""
+    """Adds ``--prepare``."""
     parser.add_argument(
         "--prepare",
         choices=("auto", "none"),
@@ -37,14 +38,14 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def need(command: str, extra: str, *modules: str) -> None:
-    """Refuses a command whose packages are not all installed, and names the extra that brings them."""
+    """Refuses a command whose packages are not all installed; the error names the extra that installs them."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise Refused(f'{command} needs {" and ".join(missing)}: pip install "moreau_ext[{extra}]"')
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder, and refuses one that no file can be written to, before any work is done for it."""
+    """Creates a folder, and refuses one to which no file can be written, before any work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -54,6 +55,7 @@ def check_writable(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
+    """The versions of this package and of those it runs on."""
     import numpy
     import torch
 

@@ -19,15 +19,14 @@ if TYPE_CHECKING:
     from ..explainers.moreau import Solver
     from ..zoo.data import Dataset
 
-# The demo's problem. At rho = 0.1 a digit moves by 0.2 to 0.4 of its norm, so the maps tell of its neighbourhood; at
-# rho = 1 it would move by four times its norm. The step is the published fraction of rho, 0.1.
+# The demo's problem. At rho = 0.1 the displacement is 0.2 to 0.4 of a digit's norm, so the maps describe its
+# neighbourhood; at rho = 1 it would be four times the norm. The step size is the published fraction of rho, 0.1.
 _NET, _SEED = "digits_cnn", 0
 _RHO, _STEP_SIZE, _NOISE_LEVEL = 0.1, 0.01, 0.1
 _SPARSE_RATIO, _GROUP_RATIO, _TILE = 0.3, 0.5, 2
-# Relative residual. 1 % would look the same and cost three times as many gradients.
+# Relative residual. 1 % looks the same and costs three times as many gradients.
 _TOL = 0.02
-# Inputs per batch: as many as an explainer puts through the model at once with 8 samples each; more would only slow the
-# bar.
+# Inputs per batch: as many as fit in one pass with 8 samples each. More would only make the bar coarser.
 _BATCH = 128
 # The source's first ten are the digits 0 to 9 in order.
 _SHOWN = 10
@@ -125,12 +124,12 @@ def _solver(paper: bool) -> Solver:
 
 
 def _smoothgrad_samples(paper: bool) -> int:
-    """About as many gradients as the others take."""
+    """About as many gradients as the other methods take."""
     return 9600 if paper else 480
 
 
 def _explainers(model: Any, solver: Solver, smoothgrad_samples: int) -> Iterator[tuple[str, Any]]:
-    """The methods of the demo by their names."""
+    """(name, explainer) of the demo's methods."""
     from .. import Tiles, make_explainer
 
     shared = {"noise_level": _NOISE_LEVEL, "seed": _SEED}
@@ -145,30 +144,29 @@ def _explainers(model: Any, solver: Solver, smoothgrad_samples: int) -> Iterator
 def _explain(
     model: Any, data: Dataset, solver: Solver, smoothgrad_samples: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """What each method found and took, by its name; the maps under "maps"."""
+    """The numbers of each method, by its name; the maps are under "maps"."""
     import torch
-    from tqdm import tqdm
 
     from .. import Solution
+    from ..data.progress import progress_bar
 
     results = {}
-    # On a terminal only: a log file would fill with bars.
-    with tqdm(total=len(data.inputs) * len(_TITLES), unit="image", disable=None) as bar:
+    total = len(data.inputs) * len(_TITLES)
+    with progress_bar(total, show=True, extra="demo", unit="image", disable=None) as advance:
         for method, explainer in _explainers(model, solver, smoothgrad_samples):
-            bar.set_description(method)
             parts, began = [], time.perf_counter()
             for rows in torch.split(torch.arange(len(data.inputs)), _BATCH):
                 found = explainer.attribute(data.inputs[rows].to(device), ids=rows, return_solution=True)
                 parts.append(found)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                bar.update(len(rows))
+                advance(len(rows), method)
             results[method] = _numbers(Solution.concatenate(parts), data.inputs, time.perf_counter() - began)
     return results
 
 
 def _numbers(solution: Any, inputs: Tensor, seconds: float) -> dict[str, Any]:
-    """One method's line of the summary; None where a number has no meaning for it."""
+    """The summary of one method; None for numbers that it does not have."""
     from ..evaluation import gini
 
     features, residual = inputs[0].numel(), solution.relative_residual

@@ -1,9 +1,8 @@
-"""``moreau-ext evaluate``: methods compared on data, under attacks, with intervals; tables, curves and a report."""
+"""``moreau-ext evaluate``: a comparison of methods, with and without attacks, as tables, curves and a report."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -48,8 +47,8 @@ def add_parser(commands: Any) -> None:
         help="compare methods under attacks; write a table, curves and report.html",
         description="Explains inputs with every method at the same budget of gradients, attacks the maps, and writes "
         "results.parquet and results.csv (one row per input, method and test), summary.json, claims.csv and claims.md "
-        "(paired differences to every rival), robustness.png and report.html. What is done is kept: the same command "
-        "goes on where it was interrupted.",
+        "(paired differences to every rival), robustness.png and report.html. Finished parts are kept: the same "
+        "command resumes an interrupted run.",
     )
     parser.add_argument(
         "--data",
@@ -71,7 +70,9 @@ def add_parser(commands: Any) -> None:
         "--size", type=positive, default=224, help="edge of an imagefolder's pictures. default: %(default)s"
     )
     parser.add_argument("--methods", type=_words, metavar="A,B", help="default: all of the equal budget")
-    parser.add_argument("--attack", type=_words, metavar="A,B", help="default: gaussian,frozen,adaptive")
+    parser.add_argument(
+        "--attack", type=_words, dest="attacks", metavar="A,B", help="default: gaussian,frozen,adaptive"
+    )
     parser.add_argument(
         "--magnitudes", type=_numbers, metavar="R,R", help="radii. default: 0.1,0.3,1 for digits, else 0.3,1,3,10"
     )
@@ -121,16 +122,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise Refused("--device cuda: torch finds no CUDA device here (moreau-ext info shows what it has)")
     out: Path = arguments.out
     check_writable(out)
-    try:
-        data = sources.load(arguments.data, "test", arguments.size)
-    except (ValueError, FileNotFoundError) as error:
-        raise Refused(f"--data {arguments.data}: {error}") from error
+    data = sources.load(arguments.data, "test", arguments.size)
     model = _model(arguments, data, out).to(arguments.device).eval()
     began = time.perf_counter()
     count = min(len(data.inputs), plan.limit or len(data.inputs))
     print(
         f"{count} inputs, {len(plan.methods)} methods, {len(plan.attacks)} attacks, {len(plan.magnitudes)} magnitudes; "
-        f"results are kept in {out}, and the same command goes on from there",
+        f"results are kept in {out}, and the same command resumes from there",
         flush=True,
     )
     results = run(
@@ -156,7 +154,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     from ..evaluation.plan import Plan
 
     digits = arguments.data == "digits"
-    attacks = arguments.attack or (tuple(ATTACKS) if arguments.full else ("gaussian", "frozen", "adaptive"))
+    attacks = arguments.attacks or (tuple(ATTACKS) if arguments.full else ("gaussian", "frozen", "adaptive"))
     settings = Settings(
         budget=arguments.budget,
         rho=arguments.rho,
@@ -168,73 +166,61 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         seed=arguments.seed,
     )
     more = {} if arguments.attack_samples is None else {"attack_samples": arguments.attack_samples}
-    try:
-        return Plan(
-            methods=arguments.methods or (DEFAULT + PUBLISHED if arguments.full else DEFAULT),
-            attacks=attacks,
-            magnitudes=arguments.magnitudes or (_DIGITS if digits else _PUBLISHED),
-            norm=arguments.norm,
-            limit=arguments.limit or (100 if digits else None),
-            settings=settings,
-            block=arguments.block,
-            checks=not arguments.no_checks,
-            **more,
-        )
-    except ValueError as error:
-        raise Refused(f"--{error}".replace("--attacks", "--attack")) from error
+    return Plan(
+        methods=arguments.methods or (DEFAULT + PUBLISHED if arguments.full else DEFAULT),
+        attacks=attacks,
+        magnitudes=arguments.magnitudes or (_DIGITS if digits else _PUBLISHED),
+        norm=arguments.norm,
+        limit=arguments.limit or (100 if digits else None),
+        settings=settings,
+        block=arguments.block,
+        checks=not arguments.no_checks,
+        **more,
+    )
 
 
 def _model(arguments: argparse.Namespace, data: Dataset, out: Path) -> nn.Module:
     import torch
 
     from .. import zoo
+    from ..batch.models import load_model, load_weights
     from ..evaluation import data as sources
 
     name = arguments.model or ("digits_cnn" if arguments.data == "digits" else None)
     if name is None:
         raise Refused(f"--data {arguments.data} needs --model")
-    model: Any
     if name in zoo.NAMES:
         return zoo.trained(name, arguments.seed)
     if name in ("resnet20", "tiny_vit"):
-        model = getattr(zoo, name)(num_classes=len(data.names))
+        model: nn.Module = getattr(zoo, name)(num_classes=len(data.names))
     elif ":" in name:
-        module, _, factory = name.partition(":")
+        # As with python -m: a model in the working folder is found.
+        sys.path.insert(0, str(Path.cwd()))
         try:
-            # As `python -m` does, so that a file beside the caller is found.
-            sys.path.insert(0, str(Path.cwd()))
-            model = getattr(importlib.import_module(module), factory)()
-        except (ImportError, AttributeError, TypeError) as error:
-            raise Refused(f"--model {name}: {error}") from error
+            model, _ = load_model(name)
         finally:
             sys.path.remove(str(Path.cwd()))
-        if not isinstance(model, torch.nn.Module):
-            raise Refused(f"--model {name}: expected an nn.Module, got {type(model).__name__}")
     else:
         raise Refused(
             f"--model: expected one of {', '.join(zoo.NAMES)}, resnet20, tiny_vit or module:factory, got {name!r}"
         )
-    weights = arguments.weights or (out / "weights.pt" if arguments.train else None)
-    if weights is not None and weights.is_file():
-        try:
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except Exception as error:  # the unpickler raises nearly anything on a file of another kind
-            raise Refused(f"--weights {weights}: does not fit {name}: {error}") from error
-    elif arguments.weights:
-        raise Refused(f"--weights {weights}: no such file")
-    elif arguments.train and weights is not None:
+    kept = out / "weights.pt"
+    if arguments.weights:
+        load_weights(model, arguments.weights)
+    elif arguments.train and kept.is_file():
+        load_weights(model, kept)
+    elif arguments.train:
         model = zoo.train(
             model.to(arguments.device), sources.load(arguments.data, "train", arguments.size), arguments.train
         )
-        write(weights, lambda file: torch.save(model.state_dict(), file))
+        write(kept, lambda file: torch.save(model.state_dict(), file))
     elif ":" not in name:
         raise Refused(f"--model {name} has no weights: give --weights FILE or --train EPOCHS")
-    net: torch.nn.Module = model
-    return net
+    return model
 
 
 def _summary(results: Results) -> str:
-    """Means, one line per method: the maps, then the top-k intersection at the middle magnitude."""
+    """A table of means, one line per method: of the maps, and of the top-k intersection at the middle magnitude."""
     from ..evaluation import bootstrap
     from ..evaluation.methods import methods
 

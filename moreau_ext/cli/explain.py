@@ -1,4 +1,4 @@
-"""``moreau-ext explain``: a folder in, a data set of maps out."""
+"""``moreau-ext explain``: maps of a whole data set."""
 
 from __future__ import annotations
 
@@ -8,9 +8,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import Refused, add_prepare, need, positive
+from .common import add_prepare, need, positive
 
-_SETTINGS = ("rho", "radius", "eta", "eta_ratio", "support", "sigma", "noise_level", "tol")
+# Options that are settings of Config under the same name.
+_SETTINGS = (
+    "model",
+    "weights",
+    "preprocess",
+    "method",
+    "rho",
+    "radius",
+    "eta",
+    "eta_ratio",
+    "support",
+    "sigma",
+    "noise_level",
+    "score",
+    "seed",
+    "steps",
+    "samples",
+    "tol",
+    "max_gradients",
+    "tile",
+    "precision",
+    "device",
+    "prepare",
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -18,8 +41,8 @@ def add_parser(commands: Any) -> None:
         "explain",
         help="explain images, arrays or Parquet files; write Parquet",
         description="Explains every input of SOURCE and writes Parquet shards, one row per input, to --out. The same "
-        "command goes on where it was cut short. What cannot be read or explained is listed in errors.parquet. Ctrl-C "
-        "finishes the shard that was begun.",
+        "command resumes an interrupted run. Inputs that cannot be read or explained are listed in errors.parquet. "
+        "Ctrl-C finishes the current shard.",
     )
     parser.add_argument(
         "source",
@@ -120,36 +143,13 @@ def _explain(arguments: argparse.Namespace) -> None:
     need("explain", "batch", "PIL", "pyarrow", "safetensors", "tqdm")
     if arguments.ray is not None:
         need("explain --ray", "ray", "ray")
-    # As with python -m: a model beside the command is found.
+    # As with python -m: a model in the working folder is found.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    from ..batch import Config, Differs, explain_config
+    from ..batch import Config, explain_config
 
-    for name in _SETTINGS:
-        value = getattr(arguments, name)
-        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
-            raise Refused(f"--{name.replace('_', '-')}: expected a number of at least 0, got {value}")
-    try:
-        config = Config(
-            **{name: getattr(arguments, name) for name in _SETTINGS},
-            model=arguments.model,
-            weights=arguments.weights,
-            preprocess=arguments.preprocess,
-            method=arguments.method,
-            score=arguments.score,
-            seed=arguments.seed,
-            steps=arguments.steps,
-            samples=arguments.samples,
-            max_gradients=arguments.max_gradients,
-            tile=arguments.tile,
-            target=_target(arguments.target),
-            precision=arguments.precision,
-            device=arguments.device,
-            prepare=arguments.prepare,
-        )
-    except ValueError as error:
-        name, _, rest = str(error).partition(":")
-        raise Refused(f"--{name.replace('_', '-')}:{rest}") from error
+    settings = {name: getattr(arguments, name) for name in _SETTINGS}
+    config = Config(**settings, target=_target(arguments.target))
     job: dict[str, Any] = {
         "column": arguments.column,
         "batch": arguments.batch,
@@ -167,8 +167,10 @@ def _explain(arguments: argparse.Namespace) -> None:
 
             address, actors = arguments.ray or None, arguments.workers
             done = explain(arguments.source, config, arguments.out, address=address, concurrency=actors, **job)
-    except Differs as error:
-        raise Refused(str(error)) from error
+    except OSError as error:
+        if error.filename != str(arguments.out):
+            raise
+        raise OSError(f"--out {error.filename}: {error.strerror}") from error
     print(
         f"{done.inputs} inputs: {done.explained} explained now, {done.skipped} before, {done.errors} with an error"
         + (f" (see {arguments.out / 'errors.parquet'})" if done.errors else "")

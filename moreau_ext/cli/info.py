@@ -1,4 +1,4 @@
-"""``moreau-ext info``: versions, what was built, and which kernels will run here."""
+"""``moreau-ext info``: versions, the build, and the kernels that run on this machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
-        help="versions, what was built, and what will run here",
-        description="Prints versions, what was built, and which kernels will run here.",
+        help="versions, the build, and the kernels of this machine",
+        description="Prints versions, the build, and the kernels that run on this machine.",
     )
     parser.set_defaults(run=_info)
 

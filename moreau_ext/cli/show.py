@@ -1,4 +1,4 @@
-"""``moreau-ext show``: maps over the pictures that they explain."""
+"""``moreau-ext show``: maps drawn over their images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import Refused, need, positive, write
+from .common import need, positive, write
 
 
 def add_parser(commands: Any) -> None:
@@ -15,9 +15,9 @@ def add_parser(commands: Any) -> None:
         help="draw maps of moreau-ext explain over their images",
         description="Draws rows of --out's results: the image, the map, and the map over the image.",
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="what moreau-ext explain wrote")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the output of moreau-ext explain")
     parser.add_argument(
-        "--id", type=int, action="append", metavar="ID", help="a row; may be repeated. default: the first"
+        "--id", type=int, action="append", dest="ids", metavar="ID", help="a row; may be repeated. default: the first"
     )
     parser.add_argument(
         "--limit", type=positive, default=4, metavar="N", help="rows without --id. default: %(default)s"
@@ -31,10 +31,7 @@ def _show(arguments: argparse.Namespace) -> None:
     need("show", "batch", "pyarrow", "PIL", "matplotlib")
     from ..batch.show import overlays, pick
 
-    try:
-        rows, shape = pick(arguments.out, arguments.id, arguments.limit)
-    except (FileNotFoundError, ValueError) as error:
-        raise Refused(str(error)) from error
+    rows, shape = pick(arguments.out, arguments.ids, arguments.limit)
     figure = overlays(rows, shape, arguments.source, arguments.out)
     write(arguments.to, lambda file: figure.savefig(file, format="png", dpi=90))
     print(f"wrote {arguments.to}: {', '.join(row['source'] for row in rows)}")

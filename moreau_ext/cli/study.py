@@ -1,4 +1,4 @@
-"""``moreau-ext study``: one of the open questions, with its numbers, its plot, and what they say."""
+"""``moreau-ext study``: a small study of an open question, with its numbers, plot and findings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from .common import check_writable, need, positive
 
-# Their names stand here too, since the parser is made before torch is imported.
+# The names of STUDIES, repeated because the parser is made before torch is imported.
 _NAMES = ("consistency", "regularised", "perturbation", "tabular")
 
 

@@ -1,4 +1,4 @@
-"""Judging maps: metrics, attacks, what they say of their model, and the protocols that put them together."""
+"""Evaluation of maps: metrics, attacks, faithfulness to the model, and plans that combine them."""
 
 from .attacks import ATTACKS, Attack, Attacked
 from .derivatives import find_hessian, gradient_vjp, map_vjp

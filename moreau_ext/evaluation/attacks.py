@@ -1,15 +1,15 @@
-"""Attacks on maps: nearby inputs of the same prediction whose map is another.
+"""Attacks on maps: nearby inputs with the same prediction and another map.
 
-All but the random one minimise the share of the clean map's largest features,
+Except for the Gaussian attack, they minimise the share of the clean map's largest features,
 
     J(x') = Σ_{i ∈ T} |A_i(x')| / Σ_i |A_i(x')|,      T = the k largest |A(x)|,      ‖x' − x‖ ≤ ε,   argmax f(x') kept,
 
-which is the top-k attack of Ghorbani, Abid and Zou (2019, arXiv 1710.10547) on maps of any scale. They differ in the
-map they see:
+the top-k attack of Ghorbani, Abid and Zou (2019, arXiv 1710.10547) for maps of any scale. They differ in the map whose
+share they minimise:
 
-    frozen     1{A(x) ≠ 0}·|∇f(x' + δ*)|, the displacement δ* and the support frozen at what the clean map had, and no
-               noise: what the published comparison attacks (arXiv 2302.05294). It is not the map that is scored.
-    adaptive   the map itself, with its own derivative (:mod:`.derivatives`).
+    frozen     1{A(x) ≠ 0}·|∇f(x' + δ*)| without noise, with the displacement δ* and the support of the clean map. This
+               is the attack of the published comparison (arXiv 2302.05294); metrics use the actual map.
+    adaptive   the map itself, with its derivative (:mod:`.derivatives`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "frozen_strong": {"kind": "frozen", "steps": 100, "restarts": 5, "published_step": False},
     "adaptive_strong": {"kind": "adaptive", "steps": 100, "restarts": 3},
 }
-"""Settings of :class:`Attack` by name: the default ones of 10 steps, and the strong ones of 100 with restarts."""
+"""Settings of :class:`Attack` by name: the default attacks have 10 steps, the strong ones 100 steps and restarts."""
 
 _GAUSSIAN, _START, _FRESH = 0x5EED_6A55, 0x5EED_57A2, 1 << 40
 _DRAWS = 20
@@ -48,13 +48,13 @@ _MOMENTUM = 0.75
 
 @dataclass(frozen=True)
 class Attacked:
-    """What an attack achieved; one number per input but for ``inputs``.
+    """The result of an attack, [B] except for ``inputs``.
 
     Args:
         inputs: x', [B, *features].
         distance_l2, distance_linf: ‖x' − x‖, float64.
-        kept: whether argmax f(x') is the target. An input for which no step kept it stays where it was.
-        share_before, share_after: J of the map that the attack saw, at x and at x'; NaN for the random attack.
+        kept: whether argmax f(x') is the target. An input stays at x if no step keeps the prediction.
+        share_before, share_after: J of the attacked map, at x and at x'; NaN for the Gaussian attack.
         gradients: gradient evaluations of the model that the attack spent on an input.
     """
 
@@ -83,7 +83,7 @@ def _project(u: Tensor, radius: float, norm: Norm) -> Tensor:
 
 
 def _share(maps: Tensor, top: Tensor) -> Tensor:
-    """J, float64 [B]; 1 for a map of zeros, whose top an attack has not moved elsewhere but erased: J says nothing."""
+    """J, float64 [B]; 1 for a map of zeros: the attack has erased the top features and moved nothing elsewhere."""
     size, chosen = flat_rows(maps.abs()).double(), flat_rows(top).double()
     total = size.sum(1)
     return torch.where(total > 0, (size * chosen).sum(1) / total.clamp_min(1e-300), 1.0)
@@ -106,13 +106,13 @@ class Attack:
         radius: ε > 0, in the inputs' unit.
         norm: of the budget, "l2" or "linf".
         k: of the objective: a fraction of the clean map's non-zeros, or a number of features.
-        steps: of the last two.
-        restarts: how often they begin; first at x, then at random points of the ball. The best end counts.
-        published_step: the frozen attack's own: sign steps of ε/100. Otherwise, and in the adaptive attack, steps of
-            ε/4 along the gradient with momentum (its sign under "linf"), which halve where the prediction would change.
+        steps: of "frozen" and "adaptive".
+        restarts: number of starts; the first at x, the others at random points of the ball. The best result counts.
+        published_step: "frozen" takes sign steps of ε/100, as published. Otherwise, and for "adaptive", steps of ε/4
+            along the gradient with momentum (its sign under "linf"); a step that changes the prediction is halved.
         num_samples: gradients for each derivative.
-        hessian: "autograd" or "stein": see :func:`moreau_ext.evaluation.find_hessian`.
-        noise_level: the smoothing, as a fraction of an input's range, for methods that have none of their own.
+        hessian: "autograd" or "stein"; see :func:`moreau_ext.evaluation.find_hessian`.
+        noise_level: of the smoothing, as a fraction of an input's range, for methods without one.
         seed: of the random points.
 
     Raises:
@@ -129,8 +129,8 @@ class Attack:
         >>> bool((found.distance_l2 <= 0.5 + 1e-6).all() & found.kept.all())
         True
 
-    Nothing is clipped to a range of pixel values. An input's result is a function of its own numbers, its id and the
-    seed, up to the rounding of the model's passes, which steps along a sign may magnify.
+    Inputs are not clipped to a range of pixel values. The result of an input depends only on the input, its id and the
+    seed, up to the rounding of the model's passes, which sign steps may amplify.
     """
 
     kind: Kind
@@ -169,11 +169,11 @@ class Attack:
         """Attacks the maps of a batch.
 
         Args:
-            explainer: whose maps; of this package.
-            model: what must keep its prediction: inputs -> logits [B, classes], in eval mode.
+            explainer: of the maps; one of this package.
+            model: must keep its prediction: inputs -> logits [B, classes], in eval mode.
             inputs: [B, *features].
-            target: int64 [B], the prediction, which is what the maps explain.
-            clean: the explainer's solution of the inputs, if at hand.
+            target: int64 [B], the predicted class, which the maps explain.
+            clean: the explainer's solution of the inputs, if known.
             ids: int64 [B], as the explainer takes them.
         """
         ids = torch.arange(inputs.shape[0], device=inputs.device) if ids is None else ids
@@ -184,7 +184,7 @@ class Attack:
             return search.gaussian() if self.kind == "gaussian" else search.descend()
 
     def cost(self, map_gradients: int) -> int:
-        """Gradient evaluations per input, about, for a map of so many."""
+        """The approximate number of gradient evaluations per input, given those of a map."""
         if self.kind == "gaussian":
             return 0
         seen = map_gradients if self.kind == "adaptive" else 1
@@ -211,7 +211,7 @@ class _Search:
         self.gradients = 0
         self.draws = 0
         if attack.kind == "gaussian" or clean is None:
-            return  # the map does not matter
+            return  # needs no map
         self.clean = clean
         self.top = topk_mask(clean.attribution, attack.k)
         if attack.kind == "frozen":
@@ -235,7 +235,7 @@ class _Search:
         return Attacked(x, *distances, self.kept(x), before, after, self.gradients)
 
     def gaussian(self) -> Attacked:
-        """One random direction of length ε; where it changes the prediction others, then shorter ones, are tried."""
+        """A random direction of length ε. If it changes the prediction, others are tried, then shorter ones."""
         attack, x = self.attack, self.x.clone()
         z = drawn(attack.seed ^ _GAUSSIAN, self.ids, self.x, _DRAWS)
         todo = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
@@ -252,7 +252,7 @@ class _Search:
         return self.result(x, unknown, unknown)
 
     def see(self, x: Tensor) -> tuple[Tensor, Solution | None]:
-        """(the map that the attack sees, its solution)."""
+        """(the attacked map, its solution or None)."""
         if self.attack.kind == "adaptive":
             solution = self.explainer.attribute(x, self.target, ids=self.ids, return_solution=True)
             self.gradients += int(solution.gradient_evaluations.double().mean())
@@ -261,7 +261,7 @@ class _Search:
         return self.support * self.plain.attribute(x + self.frozen, self.target), None
 
     def slope(self, x: Tensor, maps: Tensor, solution: Solution | None) -> Tensor:
-        """∂J/∂x, with noise of its own at every step."""
+        """∂J/∂x, with fresh noise at every step."""
         attack, v = self.attack, _share_slope(maps, self.top)
         self.draws += 1
         self.gradients += attack.num_samples
@@ -276,7 +276,7 @@ class _Search:
         return map_vjp(self.explainer, x, solution, v, self.target, **settings)
 
     def start(self, restart: int) -> Tensor:
-        """x itself, then random points of the ball that keep the prediction."""
+        """The start of a restart: x first, then random points of the ball that keep the prediction."""
         attack = self.attack
         if restart == 0:
             return self.x.clone()
@@ -292,7 +292,7 @@ class _Search:
         best, least, before = self.x.clone(), None, torch.empty(0)
         for restart in range(attack.restarts):
             at = self.start(restart)
-            # At x itself the adaptive attack has the clean map already.
+            # The clean map is the adaptive attack's map at x.
             known = restart == 0 and attack.kind == "adaptive"
             maps, solution = (self.clean.attribution, self.clean) if known else self.see(at)
             share = _share(maps, self.top)

@@ -1,4 +1,4 @@
-"""Data to evaluate on: the digits, CIFAR-10's own files, and folders of pictures. Nothing is downloaded."""
+"""Data of an evaluation: the digits, the files of CIFAR-10, and folders of images. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import numpy as np
 import torch
 
 from .. import zoo
+from .._errors import SettingError, SettingFileNotFoundError
+from ..data.images import SUFFIXES, read_image
 from ..zoo.data import Dataset, Split
 
 __all__ = ["cifar10", "imagefolder", "load"]
 
 _CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR_PIXELS = 3 * 32 * 32
-_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
 def load(spec: str, split: Split = "test", size: int = 224) -> Dataset:
-    """Data by their name.
+    """Loads data by name.
 
     Args:
         spec: "digits", "cifar10:PATH" or "imagefolder:PATH".
-        split: "test", "train" or "all"; folders of pictures have one part only, which serves every split.
-        size: edge of the pictures of a folder.
+        split: "test", "train" or "all"; a folder of images is the same for every split.
+        size: edge of the images of a folder.
 
     Raises:
-        ValueError: another ``spec``, or files that are not what they should be.
-        FileNotFoundError: nothing there.
+        ValueError: another ``spec``, or damaged files.
+        FileNotFoundError: no such files.
 
     Example:
         >>> from moreau_ext.evaluation.data import load
@@ -44,15 +45,15 @@ def load(spec: str, split: Split = "test", size: int = 224) -> Dataset:
         return cifar10(path, split)
     if kind == "imagefolder" and path:
         return imagefolder(path, size)
-    raise ValueError(f"data: expected digits, cifar10:PATH or imagefolder:PATH, got {spec!r}")
+    raise SettingError("data", f"expected digits, cifar10:PATH or imagefolder:PATH, got {spec!r}")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads arrays and plain containers, and refuses everything else that a pickle could name and so run."""
+    """Reads arrays and plain containers. Any other name in a pickle is refused, since it could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
-            return np.ndarray.__reduce__(np.empty(0))[0]  # the same function, without its deprecated address
+            return np.ndarray.__reduce__(np.empty(0))[0]  # the same function without its deprecated name
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):
@@ -70,8 +71,9 @@ def _binary(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Rows of one label byte and 3,072 pixel bytes, channel by channel."""
     raw = np.fromfile(path, dtype=np.uint8)
     if raw.size == 0 or raw.size % (1 + _CIFAR_PIXELS):
-        raise ValueError(
-            f"{path}: expected rows of {1 + _CIFAR_PIXELS} bytes, as in CIFAR-10's binary version, got {raw.size} bytes"
+        raise SettingError(
+            "data",
+            f"{path}: expected rows of {1 + _CIFAR_PIXELS} bytes, the binary version of CIFAR-10, got {raw.size} bytes",
         )
     rows = raw.reshape(-1, 1 + _CIFAR_PIXELS)
     return rows[:, 1:], rows[:, 0]
@@ -85,24 +87,24 @@ def _pickled(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _CIFAR_PIXELS):
             raise ValueError(f"data of {pixels.dtype} {pixels.shape} for {len(labels)} labels")
     except Exception as error:  # a hostile or damaged pickle may raise nearly anything
-        raise ValueError(f"{path}: is no batch of CIFAR-10's Python version: {error}") from error
+        raise SettingError("data", f"{path} is no batch of CIFAR-10's Python version: {error}") from error
     return pixels, labels
 
 
 def cifar10(path: str | Path, split: Split = "test") -> Dataset:
-    """CIFAR-10 from its own files, the binary version (``test_batch.bin``) or the Python one (``test_batch``).
+    """Loads CIFAR-10 from its files, the binary version (``test_batch.bin``) or the Python one (``test_batch``).
 
     Args:
-        path: the folder that holds the files, or the one above it, as the archives unpack.
-        split: "train" (``data_batch_1`` to ``data_batch_5``, those that are there), "test", or "all".
+        path: the folder of the files, or its parent, as the archives unpack.
+        split: "train" (those of ``data_batch_1`` to ``data_batch_5`` that exist), "test", or "all".
 
     Returns:
         inputs float32 [N, 3, 32, 32] in [0, 1], targets int64 [N], the ten names.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file of another form, or a pickle that names anything but arrays, which is refused unread: a
-            pickle from elsewhere is a program.
+        ValueError: a file of another format, or a pickle that names anything but arrays. Such a pickle is refused
+            before it runs.
 
     Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
     """
@@ -121,46 +123,49 @@ def cifar10(path: str | Path, split: Split = "test") -> Dataset:
             pixels = np.concatenate([p for p, _ in parts]).reshape(-1, 3, 32, 32)
             labels = np.concatenate([t for _, t in parts]).astype(np.int64)
             if labels.min() < 0 or labels.max() > 9:
-                raise ValueError(f"{folder}: expected labels 0 to 9, got {labels.min()} to {labels.max()}")
+                raise SettingError("data", f"{folder}: expected labels 0 to 9, got {labels.min()} to {labels.max()}")
             return Dataset(torch.from_numpy(pixels.astype(np.float32) / 255), torch.from_numpy(labels), _CIFAR_NAMES)
-    raise FileNotFoundError(
-        f"{base}: found none of {', '.join(names)}, with .bin or without, there or in its cifar-10-batches-bin or -py"
+    raise SettingFileNotFoundError(
+        "data",
+        f"{base}: found none of {', '.join(names)}, with .bin or without, there or in its cifar-10-batches-bin or -py",
     )
 
 
 def imagefolder(path: str | Path, size: int = 224) -> Dataset:
-    """Pictures in one folder per class: PATH/CLASS/PICTURE, classes and pictures in the order of their names.
+    """Loads images from one folder per class, PATH/CLASS/IMAGE, in the order of their names.
 
     Args:
         path: the folder of folders.
-        size: edge of the square: pictures are turned to RGB, resized to that shorter side, and cut in the middle.
+        size: edge of the square: an image is converted to RGB, resized to that shorter side, and cut in the middle.
 
     Returns:
-        inputs float32 [N, 3, size, size] in [0, 1], not normalised: a model that needs it does so itself.
+        inputs float32 [N, 3, size, size] in [0, 1], upright by EXIF and not normalised: a model that needs normalised
+        inputs does so itself.
 
     Raises:
-        FileNotFoundError: no pictures there.
-        ValueError: a file that cannot be read as a picture, by its name.
+        FileNotFoundError: no images.
+        ValueError: a file that cannot be read as an image.
         ImportError: Pillow is missing.
     """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ImportError(f'pictures are read by Pillow ({error}): pip install "moreau_ext[evaluation]"') from error
+        raise ImportError(f'images are read by Pillow ({error}): pip install "moreau_ext[evaluation]"') from error
     base = Path(path)
     classes = sorted(d for d in base.iterdir() if d.is_dir()) if base.is_dir() else []
     inputs, targets = [], []
     for number, folder in enumerate(classes):
-        for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in _PICTURES):
+        for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES):
             try:
-                with Image.open(file) as image:
-                    upright = ImageOps.exif_transpose(image).convert("RGB")
+                image = read_image(file).convert("RGB")
             except Exception as error:  # decoders of damaged files raise nearly anything
-                raise ValueError(f"{file}: cannot be read as a picture: {error}") from error
-            square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
+                raise SettingError("data", f"{file} cannot be read as an image: {error}") from error
+            square = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
             inputs.append(torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1))
             targets.append(number)
     if not inputs:
-        raise FileNotFoundError(f"{base}: found no pictures in folders named by their class, PATH/CLASS/PICTURE")
+        raise SettingFileNotFoundError(
+            "data", f"{base}: found no images in folders named by their class, PATH/CLASS/IMAGE"
+        )
     names = tuple(folder.name for folder in classes)
     return Dataset(torch.stack(inputs).contiguous(), torch.tensor(targets), names)

@@ -1,15 +1,16 @@
-"""vᵀ·DA(x) for every method: what an attack that adapts to the map A needs.
+"""vᵀ·DA(x), the vector-Jacobian product of the map A of every method, for adaptive attacks.
 
-MoreauGrad's maps have the implicit derivative, ``explainer.vjp``. The others are means of gradients over a known noise:
+The maps of MoreauGrad have the implicit derivative, ``explainer.vjp``. The others are means of gradients over a known
+noise:
 
     SmoothGrad, A = p(x) = E ∇f(x + σz)         vᵀDA = vᵀ∇²f_σ(x), MoreauGrad's in the limit ρ → 0
     soft-thresholded, A = S_η(p)                the same limit of SparseMoreauGrad, where δ = −ρ·S_η(p)
     sparsified, A = E τ(|∇f(x + σz)|)           vᵀDA = E (v·τ) z / σ, by Stein's identity
     Integrated Gradients, A = u∘∫∇f(b + tu)dt   v∘∫∇f dt + ∫ t·∇²f(b + tu)(u∘v) dt,  u = x − b
 
-Where f has kinks, ∇²f is zero wherever it exists and says nothing: it is the Hessian of the Gaussian-smoothed f then,
-from gradients alone ("stein"). The plain gradient of a ReLU net jumps and has no derivative at all; its attack follows
-that of the smoothed net, as Ghorbani et al. follow a softplus in place of ReLU.
+If f is piecewise linear, ∇²f is zero wherever it exists. Then the Hessian of the Gaussian-smoothed f is used, estimated
+from gradients ("stein"). The plain gradient of a ReLU net is discontinuous and has no derivative; its attack uses that
+of the smoothed net, as Ghorbani et al. use a softplus in place of ReLU.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ __all__ = ["find_hessian", "gradient_vjp", "map_vjp"]
 
 Hessian = Literal["autograd", "stein"]
 
-# Small enough to displace nothing, large enough for float32: a digit's map of size 10 becomes a displacement of 1e-5.
+# The limit ρ → 0. Large enough for float32: a digit's map of size 10 gives a displacement of 1e-5.
 _LIMIT = 1e-6
-_PATH = 64  # points of Integrated Gradients' path that the derivative looks at
+_PATH = 64  # points on the path of Integrated Gradients
 _SPARSIFIED = 0x5EED_5A55
 
 
 def find_hessian(model: Any, inputs: Tensor, *, noise_level: float = 0.1) -> Hessian:
-    """Which second derivative tells the truth about a model: "autograd" for smooth ones, "stein" for kinks.
+    """The valid second derivative of a model: "autograd" if it is smooth, "stein" if it has kinks.
 
-    Looks at two of the inputs, by the rule of :meth:`moreau_ext.MoreauGrad.certificate`; one kink decides.
+    The first two inputs are tested by the rule of :meth:`moreau_ext.MoreauGrad.certificate`; a kink at either decides.
     """
     few = inputs[:2]
     explainer = MoreauGrad(model, rho=_LIMIT, noise_level=noise_level)
@@ -71,10 +72,10 @@ def gradient_vjp(
     ids: Tensor,
     num_samples: int,
 ) -> Tensor:
-    """vᵀ∇²f(x), of the smoothed f where ``hessian`` is "stein".
+    """vᵀ∇²f(x); of the smoothed f if ``hessian`` is "stein".
 
     Args:
-        explainer: whose model and score are meant.
+        explainer: its model and score give f.
         inputs, vectors: [B, *features].
         target: int64 [B].
         hessian: "autograd" or "stein".
@@ -129,18 +130,18 @@ def map_vjp(
     num_samples: int,
     sigma: Tensor,
 ) -> Tensor:
-    """vᵀ·DA(x) of a method's map A, as exactly as ``num_samples`` gradients allow.
+    """vᵀ·DA(x) of a method's map A, estimated from ``num_samples`` gradients.
 
     Args:
-        explainer: one of the package's; the file's head has the formula of each.
+        explainer: one of the package; the formulas are in the docstring of the module.
         inputs: [B, *features].
         solution: the explainer's of these inputs.
         vectors: v, shaped as the inputs.
         target: int64 [B].
-        ids: int64 [B], of the noise; draw anew by other ids.
-        hessian: "autograd" for smooth models, "stein" for those with kinks; :func:`find_hessian` tells.
+        ids: int64 [B], of the noise; other ids give other noise.
+        hessian: "autograd" for smooth models, "stein" for those with kinks; see :func:`find_hessian`.
         num_samples: gradients, or second derivatives, per input.
-        sigma: [B], the smoothing where the method has none of its own and the model has kinks.
+        sigma: [B], of the smoothing, for methods without one on models with kinks.
 
     Returns:
         Shaped as the inputs.
@@ -151,7 +152,7 @@ def map_vjp(
     common: dict[str, Any] = {"ids": ids, "num_samples": num_samples, "hessian": hessian}
     result: Tensor
     if isinstance(explainer, MoreauGrad):
-        # Settings that follow x (η of η_max, σ of the range) only rescale; their share costs as much as all the rest.
+        # Settings that depend on x (η of η_max, σ of the range) are held: they only rescale, and would double the cost.
         result = explainer.vjp(inputs, solution, vectors, target, hold_settings=True, tol=1e-3, **common)
         return result
     if isinstance(explainer, SmoothGrad):
@@ -220,7 +221,7 @@ def _integrated(
     sigma: Tensor,
     common: dict[str, Any],
 ) -> Tensor:
-    """By the midpoints of a path of its own; every point is smoothed with its own few samples."""
+    """By the midpoint rule on a path of :data:`_PATH` points; every point is smoothed with its own samples."""
     base = torch.as_tensor(0.0 if explainer.baselines is None else explainer.baselines).to(inputs)
     u = inputs - base
     t = (torch.arange(_PATH, device=inputs.device).to(inputs) + 0.5) / _PATH
@@ -236,7 +237,7 @@ def _integrated(
         precision=explainer.precision,
     )
     gradient = plain.attribute(rows, classes).view(wide).mean(1)
-    # The points' own ids, so that their noise is independent.
+    # Ids per point, so that their noise is independent.
     points = torch.arange(_PATH, device=common["ids"].device)
     names = (common["ids"][:, None] * _PATH + points).flatten()
     curved = gradient_vjp(

@@ -1,4 +1,4 @@
-"""Whether a map says anything about its model: features removed in its order, parameters drawn anew, inputs nudged."""
+"""Faithfulness of maps to their model: deletion and insertion, randomised parameters, sensitivity to the input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops.noise import Noise, noise_keys
 
 __all__ = ["area", "max_sensitivity", "perturbation_curve", "randomised", "target_probability"]
 
-# Seeds of what is drawn here, mixed with the caller's, so that no explainer's noise is met again.
+# Mixed with the caller's seed, so that the draws are independent of the noise of explainers.
 _TIES, _NUDGES = 0x5EED_71E5, 0x5EED_9D6E
 _MAX_ROWS = 4096
 
@@ -36,7 +36,7 @@ def target_probability(model: Callable[..., Any], inputs: Tensor, target: Tensor
 
 
 def drawn(seed: int, ids: Tensor, like: Tensor, count: int = 1, antithetic: bool = False) -> Tensor:
-    """Standard normals [B, count, *features] of the noise bank: an input's are a function of seed and id alone.
+    """Standard normals [B, count, *features] of the noise bank; those of an input depend only on its id and the seed.
 
     Args:
         seed: mixed with the ids.
@@ -66,9 +66,9 @@ def perturbation_curve(
     """The target's probability as features leave the input, or enter the baseline, those with the largest |map| first.
 
     After step s of S, the ⌈s·n/S⌉ features with the largest |map| (a pixel's channels are summed, and move together)
-    have the value of the baseline (deletion), or alone have that of the input (insertion). Deletion of what matters
-    makes the curve fall early; insertion makes it rise early. Both meet inputs that the model was not trained on, and
-    both depend on the baseline.
+    have the value of the baseline (deletion), or alone have that of the input (insertion). Deletion of relevant
+    features makes the curve fall early; insertion makes it rise early. Both evaluate inputs outside the training
+    distribution, and both depend on the baseline.
 
     Args:
         model: [B, *features] -> [B, classes], in eval mode.
@@ -76,9 +76,9 @@ def perturbation_curve(
         maps: shaped as ``inputs``.
         target: int64 [B].
         kind: "deletion" or "insertion".
-        baseline: what a removed feature becomes: a number, or a tensor that broadcasts to the inputs.
+        baseline: value of a removed feature: a number, or a tensor that broadcasts to the inputs.
         steps: S.
-        ids: int64 [B]; features of equal |map|, such as the zeros of a sparse map, go in an order drawn for the id.
+        ids: int64 [B]; features of equal |map|, such as the zeros of a sparse map, have a random order per id.
         seed: of that order.
 
     Returns:
@@ -128,7 +128,7 @@ def perturbation_curve(
 def area(curve: Tensor) -> Tensor:
     """The area under curves over [0, 1] by the trapezoid rule: [B, S + 1] -> [B].
 
-    Of a deletion curve less is better, of an insertion curve more.
+    A smaller area is better for deletion, a larger one for insertion.
 
     Example:
         >>> import torch
@@ -149,16 +149,16 @@ def max_sensitivity(
     ids: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The largest relative change of a map over random nudges: max_u ‖A(x + u) − A(x)‖₂ / ‖A(x)‖₂, ‖u‖_∞ ≤ radius.
+    """The largest relative change of a map over random u, max_u ‖A(x + u) − A(x)‖₂ / ‖A(x)‖₂ with ‖u‖_∞ ≤ radius.
 
     Args:
         explain: inputs -> maps, of the target that ``maps`` explains.
         inputs: [B, *features].
         maps: A(x).
         radius: of the cube in which u is uniform, in the inputs' unit.
-        draws: how many u are tried.
-        ids: int64 [B]: an input's nudges are a function of ``seed`` and its id.
-        seed: of the nudges.
+        draws: number of u.
+        ids: int64 [B]; the perturbations of an input depend only on its id and the seed.
+        seed: of the perturbations.
 
     Returns:
         float64 [B]; NaN where A(x) is zero everywhere.
@@ -180,7 +180,7 @@ def max_sensitivity(
         raise ValueError(f"radius, draws: expected radius >= 0 and draws >= 1, got {radius!r} and {draws!r}")
     batch = inputs.shape[0]
     names = torch.arange(batch) if ids is None else ids
-    # The distribution function of the normal makes it uniform.
+    # The distribution function of a normal is uniform.
     nudges = radius * torch.erf(drawn(seed ^ _NUDGES, names, inputs, draws) / 2**0.5)
     clean = maps.reshape(batch, -1).double()
     worst = clean.new_zeros(batch)
@@ -192,14 +192,14 @@ def max_sensitivity(
 
 
 def randomised(model: nn.Module, layers: int | None = None, seed: int = 0) -> nn.Module:
-    """A copy of a model whose last layers have lost what they learnt: each of their tensors is shuffled.
+    """A copy of a model with shuffled parameters in its last layers.
 
-    A map that hardly changes does not depend on what the model learnt. Shuffling keeps every tensor's distribution, so
-    that logits, and with them ρ and η, keep their scale about as well as they can.
+    A map that hardly changes does not depend on the learnt parameters. Shuffling keeps the distribution of every
+    tensor, so the logits, and with them ρ and η, roughly keep their scale.
 
     Args:
-        model: with parameters of its own modules; in the order of ``modules()``, the last ones are the output's.
-        layers: how many of the modules that hold parameters, from the output down; None for all.
+        model: the last modules in the order of ``modules()`` are those of the output.
+        layers: number of modules with parameters, from the output down; None for all.
         seed: of the shuffles.
 
     Returns:
@@ -221,7 +221,7 @@ def randomised(model: nn.Module, layers: int | None = None, seed: int = 0) -> nn
     other = copy.deepcopy(model)
     holders = [m for m in other.modules() if any(True for _ in m.parameters(recurse=False))]
     if not holders:
-        raise ValueError("model: has no parameters to draw anew")
+        raise ValueError("model: has no parameters to shuffle")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in reversed(holders if layers is None else holders[-layers:]):

@@ -1,4 +1,4 @@
-"""Who is compared, each with the same budget of gradients: the methods by name, with their settings."""
+"""The compared methods, by name, with settings for an equal budget of gradients."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ __all__ = ["DEFAULT", "PUBLISHED", "Method", "Settings", "methods", "superpixels
 
 @dataclass(frozen=True)
 class Settings:
-    """What the methods share. The defaults are the digits' problem.
+    """Settings that the methods share. The defaults are those of the digits.
 
     Args:
         budget: gradients per map, for every method but the plain gradient.
-        rho, noise_level: of MoreauGrad; the noise is every method's.
-        sparse_ratio: η/η_max of the sparse map, and of its cheapest rival, the soft-thresholded SmoothGrad.
+        rho: of MoreauGrad.
+        noise_level: of every method.
+        sparse_ratio: η/η_max of SparseMoreauGrad and of soft-thresholded SmoothGrad.
         group_ratio: η/η_max of the group-sparse maps.
         tile: edge of the tiles in pixels.
-        segments: superpixels per image, about.
+        segments: approximate number of superpixels per image.
         seed: of the noise.
-        score: what is explained.
+        score: of the model's output.
         max_batch: rows per pass of the model.
     """
 
@@ -53,14 +54,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the comparison.
+    """One method of the comparison.
 
     Args:
-        label: what people call it.
+        label: its name in tables.
         how: its settings, in words.
         gradients: per map, at most.
-        build: (model, inputs) -> the explainer; of the inputs, since superpixels are theirs.
-        attacked: False where there is nothing to attack.
+        build: (model, inputs) -> explainer; the inputs determine superpixels.
+        attacked: False if the map does not depend on the input.
     """
 
     label: str
@@ -71,7 +72,7 @@ class Method:
 
 
 class _RandomMap(Explainer):
-    """Normal numbers: what a map says that says nothing. The lower limit of faithfulness."""
+    """A map of normal numbers, which contains no information: the baseline of faithfulness."""
 
     def _solve(self, problem: Problem) -> Solution:
         maps = tuple(drawn(0x5EED_4A2D, problem.ids, x)[:, 0] for x in problem.inputs)
@@ -79,11 +80,11 @@ class _RandomMap(Explainer):
 
 
 def superpixels(inputs: Tensor, segments: int) -> Labels:
-    """Groups of similar neighbouring pixels, of every input its own, by scikit-image's SLIC.
+    """Groups of similar neighbouring pixels, per input, by scikit-image's SLIC.
 
     Args:
         inputs: images [B, channels, H, W].
-        segments: how many per image, about.
+        segments: approximate number per image.
 
     Raises:
         ImportError: scikit-image is missing.
@@ -142,7 +143,7 @@ PUBLISHED = (
 
 
 def methods(s: Settings) -> dict[str, Method]:
-    """All methods by name: ``DEFAULT`` at the settings' budget, ``PUBLISHED`` as their papers have them."""
+    """All methods by name: ``DEFAULT`` with the budget of the settings, ``PUBLISHED`` as in their papers."""
     shared = {"score": s.score, "max_batch": s.max_batch}
     noisy = {**shared, "noise_level": s.noise_level, "seed": s.seed}
     moreau = {**noisy, "rho": s.rho, "solver": AdaptiveProximalGradient(1e-2, s.budget)}

@@ -1,7 +1,7 @@
-"""Numbers that judge maps: tensor in, one number per input out. Each states its formula and where it comes from.
+"""Metrics of maps, one number per input, each with its formula and source.
 
-What compares two maps, a and b, does not change with the scale of either. A map of zeros has no direction and no top:
-each function says what it gives then.
+Metrics that compare two maps do not depend on the scale of either. Every docstring defines the value for a map of
+zeros.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 
 __all__ = ["cosine", "gini", "normalised_distance", "ssim", "support_fraction", "topk_intersection", "topk_mask"]
 
-# Features sorted at a time: 128 MiB of float64, so that a data set's maps need no second copy in memory.
+# Features per sort: 128 MiB of float64, so that the maps of a whole data set are not copied at once.
 _CHUNK = 1 << 24
 
 
 def gini(maps: Tensor) -> Tensor:
-    """How unevenly |map| is spread over the features of each input: the Gini coefficient, a measure of sparsity.
+    """The Gini coefficient of |map| over the features of each input, a measure of sparsity.
 
-    G = Σ_k (2k - n - 1)·a_k / (n·Σ_k a_k), with a_1 <= ... <= a_n the sorted |map| of one input. 0 where all features
-    weigh the same, 1 - 1/n where one carries all; it does not change with the map's scale or sign.
+    G = Σ_k (2k - n - 1)·a_k / (n·Σ_k a_k), with a_1 <= ... <= a_n the sorted |map| of one input. 0 if all
+    features are equal, 1 - 1/n if one carries all; it does not depend on the map's scale or sign.
 
     Args:
         maps: [B, *features], real and of any dtype.
 
     Returns:
-        float64 [B] in [0, 1). A map of zeros only has no coefficient and is given 0, the value of a map that singles
-        nothing out; NaN or infinity in a map gives NaN.
+        float64 [B] in [0, 1). A map of zeros has no coefficient; it gets 0, like a map of equal features. NaN or
+        infinity in a map gives NaN.
 
     Raises:
         ValueError: no batch axis.
@@ -38,7 +38,7 @@ def gini(maps: Tensor) -> Tensor:
     Source: Chalasani et al. 2020, "Concise Explanations of Neural Networks using Adversarial Training", ICML.
 
     Notes:
-        Each input's number is its own: the rest of the batch changes it by rounding at most.
+        The number of an input does not depend on the rest of the batch, up to rounding.
 
     Example:
         >>> import torch
@@ -55,7 +55,7 @@ def gini(maps: Tensor) -> Tensor:
     for rows in torch.split(flat, max(1, _CHUNK // n)):
         a = rows.to(torch.float64).abs_() if rows.dtype != torch.float64 else rows.abs()
         a = a.sort(dim=1).values
-        # By the largest first, so that no sum overflows or drowns in the smallest numbers.
+        # Divided by the largest, so that no sum overflows or underflows.
         a = a / a[:, -1:].where(a[:, -1:] != 0, 1)
         parts.append((a @ weights) / (n * a.sum(1)).where(a[:, -1] != 0, 1))
     return torch.cat(parts)
@@ -73,13 +73,13 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def support_fraction(maps: Tensor) -> Tensor:
-    """The share of features that are not zero: |{i: map_i != 0}| / n.
+    """The share of non-zero features: |{i: map_i != 0}| / n.
 
     Args:
         maps: [B, *features].
 
     Returns:
-        float64 [B] in [0, 1]. Exact zeros alone count as zero; NaN counts as non-zero.
+        float64 [B] in [0, 1]. Only exact zeros count as zero; NaN counts as non-zero.
 
     Raises:
         ValueError: no batch axis.
@@ -95,7 +95,7 @@ def support_fraction(maps: Tensor) -> Tensor:
 
 
 def topk_mask(maps: Tensor, k: int | float) -> Tensor:
-    """Where the k largest |map| of each input stand.
+    """The positions of the k largest |map| of each input.
 
     Args:
         maps: [B, *features].
@@ -113,7 +113,7 @@ def topk_mask(maps: Tensor, k: int | float) -> Tensor:
     size, _ = _pair(maps, maps)
     size = size.abs()
     nonzero = (size > 0).sum(1, keepdim=True)
-    # A product such as 0.4 * 5 may round to a hair above its integer.
+    # A product such as 0.4 * 5 may round to slightly more than its integer.
     count = (nonzero * k - 1e-9).ceil() if isinstance(k, float) else nonzero.clamp_max(k)
     order = size.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(size.shape[1], device=size.device).expand_as(order))
@@ -121,14 +121,14 @@ def topk_mask(maps: Tensor, k: int | float) -> Tensor:
 
 
 def topk_intersection(a: Tensor, b: Tensor, k: int | float = 0.4) -> Tensor:
-    """How many of the k largest |a| are among the k largest |b|: |T_k(a) ∩ T_k(b)| / k.
+    """The share of the k largest |a| that are among the k largest |b|: |T_k(a) ∩ T_k(b)| / k.
 
     Args:
         a: [B, *features], the map to compare with.
         b: shaped as ``a``.
         k: an integer, or a fraction of the non-zero features **of a**, rounded up; the same number is taken of b. The
-            published protocol takes 0.4. A dense map then has the larger k, and two unrelated dense maps share 40 % of
-            it by chance, unrelated sparse ones next to nothing: compare methods by a fixed k too.
+            published protocol takes 0.4. A dense map then has a larger k than a sparse one; two unrelated dense maps
+            share 40 % by chance, two unrelated sparse maps almost nothing. So compare methods by a fixed k too.
 
     Returns:
         float64 [B] in [0, 1]. Zeros are never among the largest. Where a is zero everywhere: 1 if b is, else 0.
@@ -202,7 +202,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _unit(flat: Tensor) -> Tensor:
-    # By the largest first, so that squares neither overflow nor vanish.
+    # Divided by the largest, so that squares neither overflow nor underflow.
     largest = flat.abs().amax(1, keepdim=True)
     flat = flat / largest.where(largest != 0, 1)
     norm = flat.norm(dim=1, keepdim=True)
@@ -213,18 +213,18 @@ def _unit(flat: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """The structural similarity of two maps, by scikit-image.
 
-    What is compared is |map|, summed over channels and divided by its maximum: pictures in [0, 1], by scikit-image's
+    |map| is summed over channels and divided by its maximum. These images in [0, 1] are compared by scikit-image's
     ``structural_similarity`` with its defaults (a uniform window of 7, or the largest odd one that fits).
 
     Args:
         a, b: [B, H, W] or [B, channels, H, W], at least 3 pixels wide and high.
 
     Returns:
-        float64 [B] in [−1, 1]. A map of zeros is a black picture.
+        float64 [B] in [−1, 1]. A map of zeros is a black image.
 
     Raises:
         ImportError: scikit-image is missing.
-        ValueError: shapes that differ or are no pictures.
+        ValueError: shapes that differ or are not those of images.
 
     Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity".
 
@@ -243,7 +243,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     _pair(a, b)
     if a.dim() not in (3, 4) or min(a.shape[-2:]) < 3:
         raise ValueError(
-            f"a, b: expected pictures, [B, H, W] or [B, channels, H, W] of at least 3 x 3, got {tuple(a.shape)}"
+            f"a, b: expected images, [B, H, W] or [B, channels, H, W] of at least 3 x 3, got {tuple(a.shape)}"
         )
     window = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)
     pictures = []

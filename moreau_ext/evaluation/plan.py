@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._errors import SettingError
 from ..zoo.data import Dataset
 from .attacks import ATTACKS, Attack, Norm
 from .derivatives import Hessian
@@ -18,6 +19,7 @@ from .methods import Settings, methods
 
 Numbers = dict[str, np.ndarray[Any, Any]]
 
+# (label, sense) of every column of the table: 1 if more is better, -1 if less is, 0 if neither.
 METRICS: dict[str, tuple[str, int]] = {
     "gini": ("Gini", 1),
     "support": ("non-zero share", -1),
@@ -44,27 +46,28 @@ METRICS: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how.
+    """The settings of an evaluation.
 
-    ``methods``, ``attacks``, ``magnitudes``, ``norm`` and ``limit`` choose parts: a later run in the same folder may
-    choose others, and keeps what is there. Everything else changes numbers, and a folder holds one kind.
+    ``methods``, ``attacks``, ``magnitudes``, ``norm``, ``limit`` and ``checks`` select parts: a later run in the same
+    folder may select others, and keeps the finished parts. All other settings change numbers, and a folder holds
+    results of one value of each.
 
     Args:
         methods: names of :func:`moreau_ext.evaluation.methods.methods`.
         attacks: names of ``ATTACKS``.
         magnitudes: radii of the attacks.
         norm: of the radii.
-        limit: the first so many inputs.
+        limit: number of inputs, from the first; None for all.
         settings: of the methods.
         block: inputs per part; raise it with the device's memory.
         k: of the top-k intersection and the attacks' objective: a fraction of the non-zeros of the clean map.
-        fixed_k: of the other top-k intersection, the same number for all methods; 1/8 of the features if None.
+        fixed_k: of the second top-k intersection, the same number for all methods; 1/8 of the features if None.
         baseline: of deletion and insertion.
-        curve_steps: of both.
+        curve_steps: of deletion and insertion.
         radius: of max-sensitivity, in the inputs' unit.
         draws: of max-sensitivity.
         attack_samples: gradients per derivative in an attack.
-        checks: whether max-sensitivity and the randomised models are measured.
+        checks: measure max-sensitivity and the randomised models.
     """
 
     methods: tuple[str, ...]
@@ -87,23 +90,23 @@ class Plan:
         known = methods(self.settings)
         for name in self.methods:
             if name not in known:
-                raise ValueError(f"methods: expected some of {', '.join(known)}, got {name!r}")
+                raise SettingError("methods", f"expected some of {', '.join(known)}, got {name!r}")
         for name in self.attacks:
             if name not in ATTACKS:
-                raise ValueError(f"attacks: expected some of {', '.join(ATTACKS)}, got {name!r}")
+                raise SettingError("attacks", f"expected some of {', '.join(ATTACKS)}, got {name!r}")
         for radius in self.magnitudes:
             if not 0 < radius < math.inf:
-                raise ValueError(f"magnitudes: expected positive numbers, got {radius!r}")
+                raise SettingError("magnitudes", f"expected positive numbers, got {radius!r}")
 
     def identity(self) -> dict[str, Any]:
-        """What changes numbers."""
+        """The settings that change numbers."""
         chosen = {"methods", "attacks", "magnitudes", "norm", "limit", "checks"}
         return {name: value for name, value in asdict(self).items() if name not in chosen}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One part: a method, a test ("maps", "checks", or an attack), and a block of inputs."""
+    """One part of an evaluation: a method, a test ("maps", "checks", or an attack) and a block of inputs."""
 
     method: str
     test: str
@@ -121,13 +124,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run measured.
+    """The results of an evaluation.
 
     Args:
         table: columns of equal length, one row per input, method and test: id, target, label, method, attack ("none"
             for the maps themselves), norm, magnitude, and ``METRICS``, NaN where one does not apply.
-        plan: what was asked for.
-        folder: where the parts are.
+        plan: its settings.
+        folder: of the manifest and the parts.
         data: what was explained.
         hessian: which second derivative the attacks used.
     """
@@ -139,13 +142,13 @@ class Results:
     hessian: Hessian
 
     def rows(self, method: str, attack: str = "none", magnitude: float = 0.0) -> Numbers:
-        """The rows of one method in one test."""
+        """The rows of the table of one method in one test."""
         t = self.table
         here = (t["method"] == method) & (t["attack"] == attack) & (t["magnitude"] == magnitude)
         return {name: column[here] for name, column in t.items()}
 
     def maps(self, method: str, rows: int, attack: str = "none", magnitude: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(maps, the inputs they explain) of the first inputs."""
+        """(maps, their inputs) of the first inputs."""
         found = [
             load_data(self.folder / "parts" / unit.file)
             for unit in units_of(self.plan, len(self.data.inputs))
@@ -162,14 +165,14 @@ class Results:
 
 
 def units_of(plan: Plan, count: int) -> list[Unit]:
-    """The parts of a plan, in an order in which each finds what it needs."""
+    """The parts of a plan; each comes after those it needs."""
     table = methods(plan.settings)
     found = []
     for start in range(0, count, plan.block):
         stop = min(count, start + plan.block)
         for name in plan.methods:
             method, rows = table[name], stop - start
-            # A map costs its gradients and something for the rest; so the bar moves evenly.
+            # For the progress bar: gradients of a map, and about 20 for everything else.
             one = rows * (method.gradients + 20)
             found.append(Unit(name, "maps", 0.0, "", start, stop, one))
             if plan.checks:
@@ -184,6 +187,7 @@ def units_of(plan: Plan, count: int) -> list[Unit]:
 
 
 def attack_of(plan: Plan, name: str, radius: float, hessian: Hessian) -> Attack:
+    """The attack of a name and radius, with the settings of a plan."""
     return Attack(
         radius=radius,
         norm=plan.norm,
@@ -197,7 +201,7 @@ def attack_of(plan: Plan, name: str, radius: float, hessian: Hessian) -> Attack:
 
 
 def load_data(path: Path) -> Numbers | None:
-    """A part, or None where there is none or a damaged one."""
+    """The arrays of a part; None if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

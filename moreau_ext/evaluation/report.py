@@ -1,4 +1,4 @@
-"""``report.html``: one file that holds everything it shows, and asks nobody for anything."""
+"""``report.html``: a self-contained report that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CURVES = ("distance", "topk", "topk_fixed", "ssim")
 _MAPS = ("gini", "support", "deletion", "insertion", "max_sensitivity", "randomised_top", "randomised_all",
          "gradients", "relative_residual")  # fmt: skip
 _ROBUST = ("distance", "topk", "topk_fixed", "ssim", "distance_l2", "kept")
-# Metrics that the gallery can be sorted by, and their words there.
+# Metrics by which the gallery can be sorted, with their labels.
 _SORTED = {
     "topk": "top-k intersection under the attack",
     "ssim": "SSIM under the attack",
@@ -38,7 +38,7 @@ _SORTED = {
 
 
 def figure(results: Results, *, dark: bool = False) -> Any:
-    """Robustness against magnitude: the metrics of the published figure, one column per attack, with 95 % bands."""
+    """Curves of robustness over magnitude with 95 % bands, one row per metric and one column per attack."""
     plan = results.plan
     known = methods(plan.settings)
     shown = [m for m in plan.methods if known[m].attacked]
@@ -58,7 +58,7 @@ def figure(results: Results, *, dark: bool = False) -> Any:
 
 
 def png_of(figure: Any, background: str = "none") -> bytes:
-    """A figure's PNG; transparent, or on a colour."""
+    """A figure as PNG, on a background colour or transparent."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, facecolor=background)
     return buffer.getvalue()
@@ -69,7 +69,7 @@ def _uri(data: bytes) -> str:
 
 
 def _picture_of_input(x: Tensor) -> str:
-    """An image in its own range; three channels in colour, others summed to gray."""
+    """An input as PNG, scaled to its own range; three channels in colour, others summed to gray."""
     from PIL import Image
 
     x = x.double()
@@ -81,7 +81,7 @@ def _picture_of_input(x: Tensor) -> str:
 
 
 def _picture_of_map(a: Tensor, colours: Any) -> str:
-    """Blue, zero in the middle, red; channels summed; on a scale of its own."""
+    """A map as PNG: blue is negative, white zero, red positive; channels summed; scaled to its own maximum."""
     from PIL import Image
 
     image = a.double().reshape(-1, *a.shape[-2:]).sum(0)
@@ -107,7 +107,7 @@ def _number(value: float, metric: str = "") -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], caption: str, sortable: bool = True) -> str:
-    """Cells are text or (already made) HTML that begins with '<'."""
+    """A table in HTML. Cells are text, or HTML that begins with '<'."""
 
     def cell(text: str, tag: str) -> str:
         body = text if text.startswith("<") else html.escape(text)
@@ -248,14 +248,14 @@ Every map has a scale of its own. Press a method's name to sort the inputs by it
 def write_report(
     results: Results, path: str | Path, *, gallery: int = 24, attack: str | None = None, magnitude: float | None = None
 ) -> None:
-    """Writes the report: tables with intervals, curves, and a gallery that sorts.
+    """Writes the report: tables with intervals, curves, and a gallery that can be sorted.
 
     Args:
-        results: what :func:`moreau_ext.evaluation.run` gave.
+        results: of :func:`moreau_ext.evaluation.run`.
         path: of the HTML file.
-        gallery: inputs in the gallery; images only.
-        attack: shown there; the last of the plan by default.
-        magnitude: likewise; the middle one by default.
+        gallery: number of inputs in the gallery, which images only have.
+        attack: of the gallery; the last of the plan by default.
+        magnitude: of the gallery; the middle one by default.
 
     Raises:
         ImportError: matplotlib or Pillow is missing.

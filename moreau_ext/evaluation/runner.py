@@ -1,14 +1,13 @@
-"""The experiments: every method on every input, in parts that are kept, so that a run can be interrupted and resumed.
+"""``run``: carries out a plan in parts, so that it can be interrupted and resumed.
 
-A part is what one method gives for one block of inputs in one test: its map, its checks, or one attack of one
-magnitude. It is a file of its own, whole or not there, a function of the manifest and its name alone. The tables are
-put together from the parts, so a run that was interrupted ends with the same tables as one that was not.
+A part holds the results of one method for one block of inputs in one test: the maps, the checks, or one attack of one
+magnitude. It is a file that is written atomically, and depends only on the manifest and its name. The table is
+assembled from the parts, so a resumed run ends with the same table as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from .._errors import SettingError
 from .._files import write
+from ..data.manifest import check_same, differences, read_manifest, write_manifest
+from ..data.progress import progress_bar
 from ..model.modes import evaluating
 from ..solvers.solution import Solution
 from ..zoo.data import Dataset
@@ -32,13 +34,9 @@ from .methods import Method, methods
 from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, topk_intersection
 from .plan import METRICS, Numbers, Plan, Results, Unit, attack_of, load_data, units_of
 
-"""Columns of the table: what they are called, and whether more is better (1), worse (-1) or neither (0)."""
-
-_CHECKS = ("max_sensitivity", "randomised_top", "randomised_all")
-
 
 class _Runner:
-    """What all parts share."""
+    """Computes the parts of a plan."""
 
     def __init__(self, model: Any, data: Dataset, plan: Plan, folder: Path) -> None:
         self.model, self.plan, self.folder = model, plan, folder
@@ -59,7 +57,9 @@ class _Runner:
             return self._maps(method, x, target, ids)
         clean = load_data(self.folder / Unit(unit.method, "maps", 0.0, "", unit.start, unit.stop, 0).file)
         if clean is None:
-            raise RuntimeError(f"{self.folder}: the maps of {unit.method} are gone; were files removed meanwhile?")
+            raise RuntimeError(
+                f"{self.folder}: the maps of {unit.method} are missing. Likely cause: files were removed"
+            )
         maps = torch.from_numpy(clean["maps"]).to(x)
         if unit.test == "checks":
             return self._checks(method, x, target, ids, maps)
@@ -110,7 +110,7 @@ class _Runner:
 
     def _attacked(self, method: Method, unit: Unit, x: Tensor, target: Tensor, ids: Tensor, maps: Tensor) -> Numbers:
         attack = attack_of(self.plan, unit.test, unit.radius, self.hessian)
-        # The groups of an attacked input are its own again when its map is judged.
+        # An attacked input has groups of its own again.
         found = attack.run(method.build(self.model, x), self.model, x, target, ids=ids)
         other = self.explain(method, found.inputs, target, ids).attribution
         pictures = x.dim() in (3, 4) and min(x.shape[-2:]) >= 3
@@ -137,7 +137,7 @@ def _numpy(**columns: Tensor) -> Numbers:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Of contents, types and shapes: 16 hexadecimal digits."""
+    """A digest of contents, types and shapes: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for t in tensors:
         digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
@@ -145,54 +145,29 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_manifest(folder: Path, identity: dict[str, Any]) -> None:
-    """Writes the manifest of a new folder; refuses one that holds other numbers.
-
-    Raises:
-        ValueError: the folder is another configuration's; says what differs.
-    """
-    path = folder / "manifest.json"
-    wanted = json.loads(json.dumps(identity))
-    if path.is_file():
-        try:
-            there = json.loads(path.read_text())
-        except ValueError:
-            raise ValueError(f"{path}: is damaged; remove the folder, or choose another with --out") from None
-        if there != wanted:
-            keys = sorted({*there, *wanted})
-            wrong = [f"{key}: {there.get(key)!r} there, {wanted.get(key)!r} now" for key in keys
-                     if there.get(key) != wanted.get(key)]  # fmt: skip
-            raise ValueError(
-                f"{folder}: holds the results of another configuration ({'; '.join(wrong)}); choose another --out"
-            )
-        return
-    text = json.dumps(wanted, indent=2) + "\n"
-    write(path, lambda file: file.write(text.encode()))
-
-
 def run(
     model: nn.Module,
     data: Dataset,
     plan: Plan,
-    folder: str | Path,
+    out: str | Path,
     *,
     name: str = "",
     source: str = "",
     progress: bool = False,
 ) -> Results:
-    """Carries out a plan, as far as the folder does not hold its parts yet.
+    """Carries out a plan, or the parts of it that are missing.
 
     Args:
-        model: [B, *features] -> [B, classes]; run in eval mode. Its predictions are what the maps explain.
-        data: the inputs, in an order that stays.
-        plan: what to measure.
-        folder: for the manifest and the parts; made if it is missing.
+        model: [B, *features] -> [B, classes]; run in eval mode. The maps explain its predictions.
+        data: the inputs, in a fixed order.
+        plan: the settings.
+        out: folder of the manifest and the parts; created if it does not exist.
         name: of the model, for the manifest.
         source: of the data, for the manifest.
         progress: show a progress bar (needs tqdm).
 
     Raises:
-        ValueError: the folder holds another configuration; data without inputs.
+        ValueError: the folder belongs to another configuration; data without inputs.
         OSError: a part cannot be written.
 
     Example:
@@ -205,11 +180,11 @@ def run(
         >>> len(found.table["id"])
         8
 
-    Interrupted and run again, it gives the same numbers to rounding.
+    An interrupted and resumed run gives the same numbers, up to rounding.
     """
     if not len(data.inputs):
-        raise ValueError("data: has no inputs")
-    folder = Path(folder)
+        raise SettingError("data", "has no inputs")
+    folder = Path(out)
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     identity = {
         "manifest": 1,
@@ -221,7 +196,11 @@ def run(
         "attacks": ATTACKS,
         "versions": {"moreau_ext": __version__, "torch": torch.__version__, "machine": platform.machine()},
     }
-    check_manifest(folder, identity)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        write_manifest(folder, identity)
+    else:
+        check_same(folder, differences(manifest, identity))
     data = data._replace(inputs=data.inputs[: plan.limit], targets=data.targets[: plan.limit])
     with evaluating(model):
         runner = _Runner(model, data, plan, folder / "parts")
@@ -230,34 +209,25 @@ def run(
 
 
 def _parts(runner: _Runner, units: list[Unit], progress: bool) -> Iterator[tuple[Unit, Numbers]]:
-    bar: Any = None
-    if progress:
-        from tqdm import tqdm
-
-        # On a terminal only: a log file would fill with bars.
-        form = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
-        bar = tqdm(total=sum(unit.cost for unit in units), disable=None, bar_format=form)
-    try:
+    """Yields every part, read or computed and written."""
+    form = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
+    total = sum(unit.cost for unit in units)
+    with progress_bar(total, show=progress, extra="evaluation", disable=None, bar_format=form) as advance:
         for unit in units:
             path = runner.folder / unit.file
             part = load_data(path)
             if part is None:
-                if bar is not None:
-                    bar.set_postfix_str(unit.file.removesuffix(".npz"))
+                advance(0, unit.file.removesuffix(".npz"))
                 made: dict[str, Any] = runner.make(unit)
                 path.parent.mkdir(exist_ok=True)
                 write(path, partial(np.savez, **made))
                 part = made
-            if bar is not None:
-                bar.update(unit.cost)
+            advance(unit.cost)
             yield unit, part
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def _columns(parts: Iterable[tuple[Unit, Numbers]], data: Dataset) -> Numbers:
-    """The tidy table; the checks of a map stand in its row."""
+    """The table, one row per input, method and test. The checks of a map are in the row of the map."""
     blocks: dict[tuple[str, str, float, int], Numbers] = {}
     for unit, part in parts:
         columns = {name: column for name, column in part.items() if name not in ("maps", "inputs")}

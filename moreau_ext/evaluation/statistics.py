@@ -1,4 +1,4 @@
-"""Intervals, paired tests and claims."""
+"""Bootstrap intervals, paired comparisons and claims."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float] | np.ndarray[Any, Any], resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean of some numbers and the middle 95 % of the means of resamples, drawn with replacement.
+    """The mean, and the middle 95 % of the means of resamples drawn with replacement.
 
     Args:
         values: one per input; NaN is left out.
-        resamples: how many.
-        seed: of the drawing; the same for equally many values, so that the rows of a table are comparable.
+        resamples: their number.
+        seed: of the draws; equal counts have equal draws, so that the rows of a table are comparable.
 
     Example:
         >>> from moreau_ext.evaluation import bootstrap
@@ -49,7 +49,7 @@ def bootstrap(values: Sequence[float] | np.ndarray[Any, Any], resamples: int = 2
     if not len(numbers):
         return Interval(math.nan, math.nan, math.nan, 0)
     generator = np.random.default_rng(seed)
-    # In slices: a data set of 10,000 would need 160 MB of indices at once.
+    # In slices: 10,000 inputs would need 160 MB of indices at once.
     means = [
         numbers[generator.integers(len(numbers), size=(100, len(numbers)))].mean(1) for _ in range(-(-resamples // 100))
     ]
@@ -58,7 +58,7 @@ def bootstrap(values: Sequence[float] | np.ndarray[Any, Any], resamples: int = 2
 
 
 def tests(plan: Plan) -> list[tuple[str, float]]:
-    """(attack, magnitude) of a plan's rows; ("none", 0) for the maps themselves."""
+    """(attack, magnitude) of the tests of a plan; ("none", 0) for the maps."""
     return [("none", 0.0), *((a, m) for a in plan.attacks for m in plan.magnitudes)]
 
 
@@ -79,10 +79,11 @@ def summarise(results: Results) -> list[dict[str, Any]]:
 def compare(
     results: Results, method: str, rival: str, metric: str, attack: str = "none", magnitude: float = 0.0
 ) -> tuple[Interval, str]:
-    """The mean difference of two methods on the same inputs, and what it says of the first.
+    """The mean difference of two methods on the same inputs, and a verdict on the first.
 
     Returns:
-        (method − rival with its 95 % interval, "better", "worse" or "undecided": whether the interval excludes 0).
+        (method − rival with its 95 % interval, verdict): "undecided" if the interval contains 0, else "better" or
+        "worse".
     """
     first, second = (results.rows(name, attack, magnitude)[metric] for name in (method, rival))
     # A random map has no attacked rows.
@@ -94,7 +95,7 @@ def compare(
 
 
 def claims(results: Results) -> list[dict[str, Any]]:
-    """One record per variant of MoreauGrad, metric, test and rival: what :func:`compare` says of them.
+    """One record per variant of MoreauGrad, metric, test and rival, by :func:`compare`.
 
     Returns:
         method, rival, metric, attack, magnitude; mean, low, high, count of the paired difference; verdict.
@@ -113,6 +114,6 @@ def claims(results: Results) -> list[dict[str, Any]]:
 
 
 def claim_name(claim: dict[str, Any], known: dict[str, Method]) -> str:
-    """The row of a claim in a table whose columns are the rivals."""
+    """The label of a claim's row in a table whose columns are the rivals."""
     test = "" if claim["attack"] == "none" else f", {claim['attack']} {claim['magnitude']:g}"
     return f"{known[claim['method']].label}: {METRICS[claim['metric']][0]}{test}"

@@ -1,7 +1,7 @@
-"""Small studies of open questions on small data. Each gives numbers with intervals and says plainly what they say.
+"""Studies of open questions on small data.
 
-Every sentence of a finding is made from a paired difference on the same inputs and its 95 % bootstrap interval, so it
-also says when MoreauGrad loses, and "undecided" where the interval holds 0.
+Every finding is generated from a paired difference on the same inputs and its 95 % bootstrap interval. It reads
+"undecided" if the interval contains 0, and it also reports when MoreauGrad is worse.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Values = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """What a study found.
+    """The results of a study.
 
     Args:
-        name: of the command.
-        question: what was asked.
-        how: the setting, in a sentence or two.
+        name: for the command line.
+        question: of the study.
+        how: data, models and settings, in a sentence or two.
         rows: (group, method, metric) -> one value per input.
-        findings: sentences, each with its numbers.
+        findings: sentences with numbers.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Study:
         return bootstrap(self.rows[group, method, metric])
 
     def text(self) -> str:
-        """A page in Markdown."""
+        """The results as a page in Markdown."""
         metrics = list(dict.fromkeys(metric for _, _, metric in self.rows))
         lines = [f"# {self.question}", "", self.how, "", f"| group | method | {' | '.join(metrics)} |"]
         lines.append("|" + "---|" * (2 + len(metrics)))
@@ -68,7 +68,7 @@ class Study:
         return "\n".join([*lines, "", *(f"- {finding}" for finding in self.findings), ""])
 
     def save(self, folder: Path) -> None:
-        """``NAME.md``, ``NAME.csv`` (means and intervals) and ``NAME.png``."""
+        """Writes ``NAME.md``, ``NAME.csv`` (means and intervals) and ``NAME.png``."""
         panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
         buffer = io.StringIO()
         table = csv.writer(buffer)
@@ -84,7 +84,7 @@ class Study:
 
 
 def _said(what: str, first: Values, second: Values, *, more: str = "higher", less: str = "lower") -> str:
-    """ "what: difference [interval]: higher"."""
+    """A finding: "what: difference [interval], verdict"."""
     found = bootstrap(first - second)
     verdict = "undecided" if found.low <= 0 <= found.high else more if found.mean > 0 else less
     return f"{what}: {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {verdict}"
@@ -96,16 +96,16 @@ def _explain(name: str, model: Any, x: Tensor, target: Tensor, settings: Setting
     return found
 
 
-# Superpixels are of one image, and a random map is of no net: neither has something to compare between nets.
+# Methods whose maps can be compared between nets: superpixels depend only on the image, random maps on nothing.
 _COMPARED = tuple(name for name in DEFAULT if name not in ("group_superpixels", "random"))
 
 
 def consistency(limit: int = 100, seeds: int = 4) -> Study:
-    """Whether differently seeded nets, and nets of other architectures, are explained alike.
+    """Agreement of maps between nets of different seeds and architectures.
 
     Args:
-        limit: digits of the test split, of those that every net gets right.
-        seeds: nets of the first group.
+        limit: number of test digits, of those that all nets classify correctly.
+        seeds: number of nets in the first group.
     """
     settings = Settings()
     groups = {
@@ -191,10 +191,10 @@ class InputConvex(nn.Module):
 
 
 def regularised(limit: int = 60) -> Study:
-    """Whether nets that are regularised, or convex in the input, have other maps and are easier to solve.
+    """Maps of regularised and input-convex nets: their robustness, and the convexity of their problems.
 
     Args:
-        limit: digits of the test split.
+        limit: number of test digits.
     """
     train, data = zoo.digits("train"), zoo.digits("test")
     x = data.inputs[:limit]
@@ -221,7 +221,7 @@ def regularised(limit: int = 60) -> Study:
             label = known[name].label
             rows[group, label, "Gini"] = gini(clean.attribution).numpy()
             rows[group, label, "top-k, adaptive 0.3"] = topk_intersection(clean.attribution, other).numpy()
-        # How non-convex the score is there, and whether a far look (rho 1) has one solution.
+        # Weak convexity of the score, and whether the problem at rho 1 has a unique solution.
         far = MoreauGrad(net, rho=1.0, solver=ProximalGradient(8, 100, 0.05), max_batch=1024)
         some = x[:16]
         solved = far.attribute(some, target[:16], return_solution=True)
@@ -257,14 +257,14 @@ def regularised(limit: int = 60) -> Study:
 
 
 def occlusion(model: Any, x: Tensor, target: Tensor, where: Tensor, baseline: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The fall of the target's probability when one pixel has the baseline's value, for the pixels of a mask.
+    """The drop of the target's probability when a single pixel is set to the baseline, for the pixels of a mask.
 
     Args:
         model: [B, 1, H, W] -> [B, classes].
         x: [B, 1, H, W].
         target: int64 [B].
-        where: bool, shaped as x: the pixels that are tried; the others have 0.
-        baseline: the value.
+        where: bool, shaped as x: the pixels to test; the others get 0.
+        baseline: value of an occluded pixel.
 
     Returns:
         (maps shaped as x, forward passes per input).
@@ -282,10 +282,10 @@ def occlusion(model: Any, x: Tensor, target: Tensor, where: Tensor, baseline: fl
 
 
 def perturbation(limit: int = 200) -> Study:
-    """Whether a sparse map can tell a perturbation method where to look.
+    """Occlusion restricted to the support of a sparse map.
 
     Args:
-        limit: digits of the test split.
+        limit: number of test digits.
     """
     settings = Settings()
     model = zoo.trained("digits_cnn")
@@ -296,7 +296,7 @@ def perturbation(limit: int = 200) -> Study:
     sparse, group, rival = (
         _explain(name, model, x, target, settings).attribution for name in ("sparse", "group", "st_smoothgrad")
     )
-    # As many pixels as the sparse map has, but at random.
+    # Random pixels, as many as the support of the sparse map.
     order = drawn(0x5EED_0CC1, torch.arange(limit)[: len(x)], x)[:, 0].flatten(1).argsort(1).argsort(1).view(x.shape)
     count = (sparse != 0).flatten(1).sum(1).view(-1, 1, 1, 1)
     tried = {
@@ -335,10 +335,10 @@ def perturbation(limit: int = 200) -> Study:
 
 
 def tabular(limit: int = 114) -> Study:
-    """Whether the L1 envelope is of use beyond images: the breast-cancer table.
+    """The L1 envelope on a table, the breast-cancer data.
 
     Args:
-        limit: rows of the test split.
+        limit: number of test rows.
     """
     settings = Settings(rho=0.3)
     model = zoo.trained("tabular_mlp")

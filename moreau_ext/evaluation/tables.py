@@ -1,4 +1,4 @@
-"""Results as CSV and Markdown tables."""
+"""Results as Parquet, CSV, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def _claims_table(records: list[dict[str, Any]], known: dict[str, Method]) -> st
 
 
 def write_tables(results: Results, folder: Path) -> list[str]:
-    """``results.parquet`` and ``results.csv`` (the same rows), ``summary.json``; ``claims.csv`` and ``claims.md`` (the
-    same claims) where the plan has a variant of MoreauGrad and a rival.
+    """Writes the tables of an evaluation.
+
+    ``results.parquet`` and ``results.csv`` have the same rows; ``summary.json`` has means and intervals. ``claims.csv``
+    and ``claims.md`` have the same claims, if the plan has a variant of MoreauGrad and a rival.
 
     Returns:
         The names of the files.

@@ -1,7 +1,7 @@
-"""Small nets and data that the demo, the tests, the benchmarks and the evaluation share.
+"""Small nets and data for the demo, the tests, the benchmarks and the evaluation.
 
-The data are real tables that scikit-learn ships, so nothing is downloaded. Every net is a function of its arguments:
-weights come from a generator of their own, and the global random state is neither read nor moved.
+The data are those of scikit-learn; nothing is downloaded. A net depends only on its arguments: its weights come from a
+generator of their own, and the global random state is neither read nor changed.
 """
 
 from .data import Dataset, breast_cancer, digits, digits32

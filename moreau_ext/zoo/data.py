@@ -1,4 +1,4 @@
-"""Data sets that packages ship: digits, breast cancer."""
+"""Data sets of scikit-learn: digits and breast cancer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Dataset(NamedTuple):
     Args:
         inputs: float32 [N, *features].
         targets: int64 [N], the class of each.
-        names: what the classes are called, by number.
+        names: of the classes, by number.
     """
 
     inputs: Tensor
@@ -25,7 +25,7 @@ class Dataset(NamedTuple):
 
 
 def _rows(count: int, split: Split) -> Tensor:
-    """Row numbers of a split: the first 80 % of a permutation that depends on ``count`` alone, the rest, or all."""
+    """Row numbers of a split: the first 80 % of a permutation that depends only on ``count``, the rest, or all."""
     if split == "all":
         return torch.arange(count)
     if split not in ("train", "test"):
@@ -40,11 +40,10 @@ def _needs_sklearn(error: ImportError) -> ImportError:
 
 
 def digits(split: Split = "all") -> Dataset:
-    """Handwritten digits of 8 x 8 pixels: scikit-learn's 1,797, the test part of UCI's optdigits.
+    """Handwritten digits of 8 x 8 pixels: the 1,797 of scikit-learn, from the test part of UCI's optdigits.
 
     Args:
-        split: "all" in the order of the source, so that a row number names an image; "train" (1,437) or "test" (360),
-            a fixed permutation cut at 80 %.
+        split: "all" in the order of the source; "train" (1,437) or "test" (360), a fixed permutation cut at 80 %.
 
     Returns:
         inputs float32 [N, 1, 8, 8] in [0, 1] (ink counts 0..16 over 16), targets int64 [N], names "0".."9".
@@ -69,7 +68,7 @@ def digits(split: Split = "all") -> Dataset:
 
 
 def digits32(split: Split = "all") -> Dataset:
-    """The digits as colour images of the usual small size: enlarged to 32 x 32 (bilinear) and repeated for 3 channels.
+    """The digits as colour images of 32 x 32 pixels: enlarged (bilinear) and repeated for 3 channels.
 
     Args, returns and errors as for :func:`digits`, but inputs float32 [N, 3, 32, 32].
 
@@ -90,7 +89,7 @@ def breast_cancer(split: Split = "all") -> Dataset:
         split: "all" in the order of the source; "train" (455) or "test" (114), a fixed permutation cut at 80 %.
 
     Returns:
-        inputs float32 [N, 30], each feature minus its mean over its standard deviation, both of the train rows;
+        inputs float32 [N, 30], each feature standardised by the mean and standard deviation of the train rows;
         targets int64 [N], 0 malignant and 1 benign.
 
     Raises:

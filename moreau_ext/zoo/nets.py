@@ -1,4 +1,4 @@
-"""Small networks."""
+"""Small networks: a CNN, a ResNet, a perceptron and a vision transformer."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Activation = Literal["relu", "gelu", "softplus", "silu"]
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
-    # log(1 + exp(5v))/5: at the default sharpness of 1 the net is nearly linear and 1-2 % of the digits worse.
+    # log(1 + exp(5v))/5. With the default sharpness of 1 the net is nearly linear, and loses 1-2 % of the digits.
     "softplus": lambda: nn.Softplus(beta=5),
     "silu": nn.SiLU,
 }
 
 
 def _activation(name: str) -> nn.Module:
-    """Never in place: a net that overwrites its activations cannot be hooked or reused by other tools."""
+    """An activation, never in place: hooks and other tools need the values that it would overwrite."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
     return _ACTIVATIONS[name]()
 
 
 class _Tokens(nn.Module):
-    """An image cut into square patches, each mapped to ``dim`` numbers, plus a learned position: [B, patches, dim]."""
+    """Square patches of an image, each embedded in ``dim`` numbers, plus a learned position: [B, patches, dim]."""
 
     def __init__(self, image_size: int, patch: int, channels: int, dim: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Tokens(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention of all tokens with all."""
+    """Self-attention between all tokens."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Attention(nn.Module):
 
 
 class _TransformerBlock(nn.Module):
-    """Attention, then a two-layer perceptron per token, each on a normalised copy and added back."""
+    """Attention, then a two-layer perceptron per token, each after layer normalisation and with a shortcut."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _MeanOverTokens(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut; a 1 x 1 convolution carries the shortcut where the shape changes."""
+    """Two 3 x 3 convolutions with a shortcut, which is a 1 x 1 convolution if the shape changes."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -102,9 +102,9 @@ class _ResidualBlock(nn.Module):
 
 
 def _build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A float32 net on the CPU in eval mode, its weights drawn from ``seed`` alone.
+    """A float32 net on the CPU in eval mode, with weights that depend only on ``seed``.
 
-    The modules are made without storage, so that their own initialisation draws nothing from the global generator.
+    The modules are created without storage, so that their own initialisation draws nothing from the global generator.
     """
     with torch.inference_mode(False), torch.device("meta"):
         model = make().to(torch.float32)
@@ -115,7 +115,7 @@ def _build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=generator)
             elif isinstance(module, nn.Linear):
-                # Variance 1/(3·inputs), torch's own choice: larger weights cost the transformer 4 % of the digits.
+                # Variance 1/(3·inputs), torch's default. Larger weights cost the transformer 4 % of the digits.
                 nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
             elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
                 module.reset_parameters()
@@ -131,7 +131,7 @@ def digits_cnn(activation: Activation = "relu", seed: int = 0) -> nn.Module:
     """A convolutional net for the digits, untrained: [B, 1, 8, 8] -> [B, 10] logits.
 
     Two 3 x 3 convolutions (16 and 32 channels) with average pooling between them, and a linear layer; 9,930 weights.
-    Averages rather than maxima are pooled, so that with a smooth activation the whole net is smooth.
+    Pooling is by averages, not maxima, so that the net is smooth if its activation is.
 
     Args:
         activation: "relu" gives a piecewise linear net; "gelu", "softplus" (of sharpness 5) and "silu" smooth ones.
@@ -230,8 +230,8 @@ def tiny_vit(
 ) -> nn.Module:
     """A vision transformer, untrained: [B, channels, image_size, image_size] -> [B, num_classes] logits.
 
-    Patches are embedded and given a learned position; blocks of attention and perceptron (GELU, twice as wide) follow,
-    normalised before each; the mean over the tokens feeds a linear layer. Smooth throughout.
+    Patches are embedded and get a learned position. Blocks of attention and perceptron (GELU, twice as wide) follow,
+    with layer normalisation before each. A linear layer takes the mean over the tokens. The net is smooth.
 
     Args:
         image_size: edge of the image in pixels.

@@ -18,7 +18,7 @@ from torch import nn
 from .data import Dataset, Split, breast_cancer, digits, digits32
 from .nets import digits_cnn, resnet20, tabular_mlp, tiny_vit
 
-# A part of the cached files' names: raise it when a change to this file changes the trained weights.
+# A part of the names of cached files. Raise it when a change of this file changes the trained weights.
 _RECIPE_VERSION = 1
 
 # Arguments of the last `train` of each model. The cache records these and not the recipe's own numbers, so that weights
@@ -28,7 +28,7 @@ _TRAINED: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 @contextlib.contextmanager
 def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every module's own flag comes back, also after an exception."""
+    """Sets the mode, and restores the flag of every module afterwards, also after an exception."""
     flags = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -51,11 +51,11 @@ def train(
     learning_rate: float = 3e-3,
     weight_decay: float = 1e-2,
 ) -> nn.Module:
-    """Fits a classifier in place by AdamW on the cross-entropy, the learning rate falling to 0 along a cosine.
+    """Trains a classifier in place by AdamW on the cross-entropy; the learning rate falls to 0 along a cosine.
 
     Args:
         model: [B, *features] -> [B, classes] logits.
-        data: what to fit.
+        data: inputs and classes.
         epochs: passes over the data.
         seed: of the order of the rows, and of dropout where the model has any.
         batch_size: rows per update.
@@ -66,11 +66,11 @@ def train(
         The same model, in eval mode.
 
     Raises:
-        ValueError: no rows, or fewer than one epoch or row per batch.
+        ValueError: no rows, or ``epochs`` or ``batch_size`` below 1.
 
     Notes:
-        On the CPU the result is the same bits for the same machine, torch and number of threads. The global random
-        state is restored afterwards.
+        On the CPU the result has the same bits on the same machine with the same torch and number of threads. The
+        global random state is restored.
 
     Example:
         >>> from moreau_ext import zoo
@@ -112,7 +112,7 @@ def train(
 
 
 def accuracy(model: nn.Module, data: Dataset) -> float:
-    """Share of the rows whose class has the largest logit, in [0, 1]. The model is left in the mode it was in.
+    """Share of the rows whose class has the largest logit, in [0, 1]. The mode of the model is restored.
 
     Raises:
         ValueError: no rows.
@@ -127,7 +127,7 @@ def accuracy(model: nn.Module, data: Dataset) -> float:
 
 
 class _Recipe(NamedTuple):
-    """How one of the trained nets comes about; its printed numbers are part of the cached file's name."""
+    """The recipe of a trained net; its numbers are a part of the name of the cached file."""
 
     make: Callable[[int], nn.Module]
     data: Callable[[Split], Dataset]
@@ -149,18 +149,17 @@ _RECIPES: dict[str, _Recipe] = {
 }
 
 NAMES: tuple[str, ...] = tuple(_RECIPES)
-
-"""What :func:`trained` can give."""
+"""The nets of :func:`trained`."""
 
 
 def cache_folder() -> Path:
-    """Where trained weights are kept: ``$XDG_CACHE_HOME/moreau_ext``, or ``~/.cache/moreau_ext`` where that is unset.
+    """The folder of trained weights: ``$XDG_CACHE_HOME/moreau_ext``, or ``~/.cache/moreau_ext`` if that is unset.
 
     Raises:
         RuntimeError: the user has no home folder.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # A relative path there is invalid by the XDG specification and to be ignored.
+    # The XDG specification says that a relative path is invalid and must be ignored.
     return (base if base.is_absolute() else Path.home() / ".cache") / "moreau_ext"
 
 

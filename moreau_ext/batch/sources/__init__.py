@@ -1,7 +1,7 @@
-"""Where inputs come from: image files, arrays, Parquet columns, torch's data sets. One stable id each.
+"""Sources of inputs: image files, arrays, Parquet columns, torch's data sets.
 
-A source is a list of rows that is cut the same way in every run. An input that cannot be read becomes a row with a
-reason.
+A source is a sequence of rows in a fixed order, each with a stable id. An input that cannot be read becomes a row with
+an error.
 """
 
 from .base import Loaded, Source, Unreadable, path_id

@@ -1,4 +1,4 @@
-"""NumPy arrays."""
+"""Sources of NumPy arrays."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..._errors import SettingError, SettingFileNotFoundError, one_line
 from ..preprocess import Preprocess
-from .base import Source, choose, reason, to_tensor
-from .files import stamp_of
+from .base import Source, choose_column, stamp_of, to_tensor
 
 ARRAYS = (".npy", ".npz")
 
 
 class Arrays(Source):
-    """The rows of an array, [N, *features]; the id is the row number.
+    """The rows of an array [N, *features]. The id is the row number.
 
     Args:
-        arrays: by name; ``column`` is explained, ``target`` holds its targets.
-        column: which is explained; may be left out where only one is possible.
-        where: what it is called in the results.
+        arrays: by name.
+        column: name of the array to explain; may be left out if only one is possible.
+        target: name of the array of targets, or None.
+        where: name of the source in the results.
+        stamp: of the file, compared between runs.
     """
 
     def __init__(
@@ -34,19 +36,21 @@ class Arrays(Source):
         stamp: str | None = None,
     ):
         self.preprocess, self.target, self._where, self._stamp = preprocess, target, where, stamp
-        self._column = choose(column, [n for n in arrays if n != target and np.ndim(arrays[n]) > 1], list(arrays))
+        possible = [name for name in arrays if name != target and np.ndim(arrays[name]) > 1]
+        self._column = choose_column(column, possible, list(arrays))
         self._values = arrays[self._column]
         if len(self._values) == 0:
-            raise ValueError(f"source: {where} has no rows")
+            raise SettingError("source", f"{where} has no rows")
         self._targets = None
         if target is not None:
             if target not in arrays:
-                raise ValueError(f"target: {where} has no column {target!r}; it has {', '.join(arrays)}")
+                raise SettingError("target", f"{where} has no column {target!r}; it has {', '.join(arrays)}")
             self._targets = np.asarray(arrays[target]).reshape(-1)
             if not np.issubdtype(self._targets.dtype, np.integer) or len(self._targets) != len(self._values):
-                raise ValueError(
-                    f"target: {target!r} must hold one integer per row, {len(self._values)}, got "
-                    f"{self._targets.dtype} {self._targets.shape}"
+                raise SettingError(
+                    "target",
+                    f"{target!r} must hold one integer per row, {len(self._values)}, got {self._targets.dtype} "
+                    f"{self._targets.shape}",
                 )
 
     @classmethod
@@ -57,10 +61,11 @@ class Arrays(Source):
         preprocess: Preprocess | None = None,
         target: str | None = None,
     ) -> Arrays:
-        """A .npy (mapped, not read) or .npz file. Pickled objects are refused.
+        """Opens a .npy file, which is mapped into memory, or a .npz file. Pickled objects are refused.
 
         Raises:
-            ValueError: it is damaged, or holds what is no array of numbers.
+            FileNotFoundError: no such file.
+            ValueError: a damaged file, or one that does not hold arrays of numbers.
         """
         path = Path(path)
         try:
@@ -72,10 +77,10 @@ class Arrays(Source):
                 arrays = {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
         except (ValueError, OSError, EOFError, KeyError) as error:
             if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(f"source: {path} is not there") from error
-            raise ValueError(f"source: {path} cannot be read: {reason(error)}") from error
+                raise SettingFileNotFoundError("source", f"{path} is not there") from error
+            raise SettingError("source", f"{path} cannot be read: {one_line(error)}") from error
         except Exception as error:  # zipfile's and zlib's own errors
-            raise ValueError(f"source: {path} is damaged: {reason(error)}") from error
+            raise SettingError("source", f"{path} is damaged: {one_line(error)}") from error
         return cls(arrays, column, preprocess, target, path.name, stamp_of(path))
 
     def __len__(self) -> int:

@@ -1,37 +1,36 @@
-"""What all sources share: loaded rows, ids, decoding."""
+"""The base class of sources, loaded rows, ids, and the conversion of values to inputs."""
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..._errors import SettingError, one_line
+from ...data.images import read_image
 from ..preprocess import Preprocess
-
-# Pillow warns above this and refuses twice as many: 89 million pixels, a quarter of a gigabyte in RGB.
-MAX_PIXELS = 89_478_485
 
 
 class Unreadable(Exception):
-    """An input that cannot be had, and why."""
+    """An input that cannot be read; the text is the reason."""
 
 
 @dataclass
 class Loaded:
-    """Some rows of a source: those that could be read, stacked, and the reasons of the others.
+    """Consecutive rows of a source: the readable ones stacked, the reasons of the others.
 
     Args:
-        inputs: [n, *features] of the rows in ``good``; None where there are none.
-        good: positions in the rows asked for.
-        ids, names, targets: of all rows asked for; a target is None where the source has none.
-        errors: by position.
+        inputs: [n, *features] of the rows in ``good``; None if there are none.
+        good: positions of the readable rows among all of them.
+        ids, names, targets: of all rows; a target is None if the source has none.
+        errors: reasons by position.
     """
 
     inputs: Tensor | None
@@ -45,7 +44,7 @@ class Loaded:
         return len(self.ids)
 
     def pin_memory(self) -> Loaded:
-        """What a DataLoader calls where a GPU is to be fed."""
+        """Called by a DataLoader with ``pin_memory=True``."""
         if self.inputs is not None:
             self.inputs = self.inputs.pin_memory()
         return self
@@ -63,18 +62,26 @@ def path_id(name: str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
+def stamp_of(path: Path) -> str:
+    """Size and modification time of a file, to notice a change without reading it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "?"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def reason(error: BaseException) -> str:
-    """An error as one line."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, Unreadable) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+    """The error of a row as one line; the class of :class:`Unreadable` is left out."""
+    return " ".join(str(error).split()) if isinstance(error, Unreadable) else one_line(error)
 
 
 class Source(ABC):
-    """Rows that can be read in any order: ``len``, an id and a name each, and the reading.
+    """Rows that can be read in any order. Each has an id and a name.
 
     Args:
-        preprocess: what is done to every input.
-        target: name of the column that holds the target, or None.
+        preprocess: applied to every input.
+        target: name of the column of targets, or None.
     """
 
     preprocess: Preprocess | None = None
@@ -85,24 +92,31 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """What the row is called in the results."""
+        """The name of a row in the results."""
 
     @abstractmethod
     def read(self, row: int) -> Tensor:
-        """The row's input, preprocessed. May raise anything: the caller makes a row of it."""
+        """The preprocessed input of a row. May raise anything; the row then carries the error."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What identifies the source, as JSON holds it: another answer is another source."""
+        """The identity of the source as JSON; it is compared between runs."""
 
     def id(self, row: int) -> int:
+        """The id of a row, which keys its noise; by default its number."""
         return row
 
     def target_of(self, row: int) -> int | None:
+        """The target of a row, or None."""
         return None
 
+    def batches(self, size: int) -> Iterator[tuple[int, Loaded]]:
+        """(number of the first row, rows), ``size`` rows at a time."""
+        for start in range(0, len(self), size):
+            yield start, self.load(start, min(start + size, len(self)))
+
     def load(self, start: int, stop: int) -> Loaded:
-        """Rows start ... stop − 1. Never raises for what is in them."""
+        """Loads rows start ... stop − 1. A row that cannot be read becomes an error, never an exception."""
         rows = range(start, stop)
         found: list[Tensor] = []
         good: list[int] = []
@@ -117,7 +131,7 @@ class Source(ABC):
                         raise Unreadable(f"has no target: {self.target} is empty")
                 found.append(_checked(self.read(row), found))
                 good.append(position)
-            except Exception as error:  # decoders raise anything on what is damaged, and it is the row's own
+            except Exception as error:  # decoders of damaged files raise nearly anything
                 errors[position] = reason(error)
             targets.append(label)
         return Loaded(
@@ -138,49 +152,48 @@ def _checked(value: Tensor, before: list[Tensor]) -> Tensor:
     if not bool(value.isfinite().all()):
         raise Unreadable("holds NaN or infinity")
     if before and value.shape != before[0].shape:
-        raise Unreadable(_other_shape(value.shape, before[0].shape))
+        raise Unreadable(shape_differs(value.shape, before[0].shape))
     return value
 
 
-def _other_shape(got: Sequence[int], expected: Sequence[int]) -> str:
+def shape_differs(got: Sequence[int], expected: Sequence[int]) -> str:
+    """The reason of an input whose shape is not that of the first one."""
     return (
-        f"has shape {tuple(got)} where the first input has {tuple(expected)}; give resize and crop in --preprocess to "
-        "bring all to one size"
+        f"has shape {tuple(got)} where the first input has {tuple(expected)}; resize and crop of preprocess bring all "
+        "inputs to one size"
     )
 
 
 def to_tensor(value: Any, preprocess: Preprocess | None) -> Tensor:
-    """Any tensor, array or nested list as an input: integers are scaled as pixels are."""
+    """A tensor, array or nested list as an input; integers are scaled like pixels."""
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     return (preprocess or Preprocess()).tensor(tensor.detach().cpu())
 
 
-def decode(file: Any, preprocess: Preprocess | None) -> Tensor:
-    """An image file (a path or a binary file) as an input. The first frame of an animation.
+def image_input(file: str | Path | IO[bytes], preprocess: Preprocess | None) -> Tensor:
+    """An image file as an input; see :func:`moreau_ext.data.images.read_image`."""
+    return (preprocess or Preprocess()).image(read_image(file))
+
+
+def choose_column(column: str | None, possible: list[str], names: list[str]) -> str:
+    """The column to explain.
+
+    Args:
+        column: as asked for; None chooses the only possible one.
+        possible: the columns that hold inputs.
+        names: all columns.
 
     Raises:
-        Unreadable: more than :data:`MAX_PIXELS` pixels.
-        OSError, ValueError, ...: whatever Pillow finds wrong.
+        SettingError: no such column, or several are possible.
     """
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Unreadable(f"has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: a bomb?")
-            image.load()
-            return (preprocess or Preprocess()).image(image)
-
-
-def choose(column: str | None, possible: list[str], all_of: list[str]) -> str:
     if column is not None:
-        if column not in all_of:
-            raise ValueError(f"column: there is no {column!r}; expected one of {', '.join(all_of)}")
+        if column not in names:
+            raise SettingError("column", f"there is no {column!r}; expected one of {', '.join(names)}")
         return column
     if len(possible) != 1:
-        raise ValueError(
-            f"column: expected one that holds images or tensors, found {', '.join(possible) or 'none'} of "
-            f"{', '.join(all_of)}; name it"
+        raise SettingError(
+            "column",
+            f"expected one that holds images or tensors, found {', '.join(possible) or 'none'} of {', '.join(names)}; "
+            "name it",
         )
     return possible[0]

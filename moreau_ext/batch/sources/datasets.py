@@ -1,4 +1,4 @@
-"""Data sets and streams of Python objects."""
+"""Sources of Python objects: map-style data sets and streams."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._errors import SettingError
 from ..preprocess import Preprocess
-from .base import Loaded, Source, Unreadable, choose, to_tensor
+from .base import Loaded, Source, Unreadable, choose_column, to_tensor
 
 
 class Items(Source):
-    """A map-style ``torch.utils.data.Dataset``, or any sequence: items are inputs, (input, label) or mappings. The id
-    is the row number. What it holds is not compared between runs, only its length.
+    """A map-style ``torch.utils.data.Dataset`` or any sequence. The id is the row number.
+
+    An item is an input, a pair (input, label) or a mapping. Only the length is compared between runs.
 
     Args:
         dataset: with ``len`` and ``[]``.
-        column: the input's key where items are mappings.
+        column: the key of the input, if items are mappings.
         target: "label" for the second of a pair, or a key of a mapping.
     """
 
@@ -30,24 +32,24 @@ class Items(Source):
         self.preprocess, self.target = preprocess, target
         self._dataset, self._column = dataset, column
         if len(dataset) == 0:
-            raise ValueError("source: the data set is empty")
-        # The last item, because a row's target and its input come from one reading.
-        self._held: tuple[int, Any] | None = None
+            raise SettingError("source", "the data set is empty")
+        # (row, item) of the last read: the target and the input of a row come from one item.
+        self._last: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_last": None}
 
     def name(self, row: int) -> str:
         return f"{type(self._dataset).__name__}:{row}"
 
     def _item(self, row: int) -> Any:
-        if self._held is None or self._held[0] != row:
-            self._held = None
-            self._held = (row, self._dataset[row])
-        return self._held[1]
+        if self._last is None or self._last[0] != row:
+            self._last = None  # frees the old item before the new one is made
+            self._last = (row, self._dataset[row])
+        return self._last[1]
 
     def target_of(self, row: int) -> int | None:
         return label_of(self._item(row), self.target)
@@ -62,7 +64,7 @@ class Items(Source):
 def input_of(item: Any, column: str | None, preprocess: Preprocess | None) -> Tensor:
     """The input of an item of a data set."""
     if isinstance(item, dict):
-        value = item[choose(column, [k for k, v in item.items() if np.ndim(v) > 0 or _is_image(v)], list(item))]
+        value = item[choose_column(column, [k for k, v in item.items() if np.ndim(v) > 0 or _is_image(v)], list(item))]
     else:
         value = item[0] if isinstance(item, (tuple, list)) else item
     return (preprocess or Preprocess()).image(value) if _is_image(value) else to_tensor(value, preprocess)
@@ -89,27 +91,29 @@ def label_of(item: Any, target: str | None) -> int | None:
 
 
 class Stream:
-    """An iterable data set or a DataLoader: rows that come in one order only, numbered as they come. A rerun walks
-    through what is done without explaining it, so the order must be the same each time.
+    """An iterable data set or a DataLoader: rows in one order, numbered as they come.
 
-    A DataLoader's batches are taken apart; its own workers do the reading.
+    A repeated job reads the finished rows without explaining them, so the order must be the same each time. The batches
+    of a DataLoader are split into rows; its own workers read.
 
     Raises:
-        ValueError: a DataLoader that shuffles: row numbers would name other inputs each time.
+        ValueError: a DataLoader that shuffles; its row numbers would name other inputs each time.
     """
 
     def __init__(
         self, dataset: Any, column: str | None = None, preprocess: Preprocess | None = None, target: str | None = None
     ):
         self.preprocess, self.target = preprocess, target
-        self._dataset, self._column = dataset, column
+        self.column, self.kind = column, type(dataset).__name__
+        self._dataset = dataset
         self._batched = isinstance(dataset, torch.utils.data.DataLoader) and dataset.batch_size is not None
         sampler = getattr(dataset, "sampler", None)
         if isinstance(sampler, torch.utils.data.RandomSampler):
-            raise ValueError("source: the DataLoader shuffles, so that rows have no stable number; use shuffle=False")
+            raise SettingError("source", "the DataLoader shuffles, so rows have no stable number; use shuffle=False")
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": type(self._dataset).__name__, "inputs": None, "column": self._column}
+        """The identity of the source as JSON; it is compared between runs."""
+        return {"kind": self.kind, "inputs": None, "column": self.column}
 
     def _items(self) -> Iterator[Any]:
         for item in self._dataset:
@@ -123,36 +127,24 @@ class Stream:
                 yield from item
 
     def batches(self, size: int) -> Iterator[tuple[int, Loaded]]:
-        """(row of the first, rows) in pieces of ``size``."""
+        """(number of the first row, rows), ``size`` rows at a time."""
         items = self._items()
         for start in itertools.count(0, size):
-            held = list(itertools.islice(items, size))
-            if not held:
+            rows = list(itertools.islice(items, size))
+            if not rows:
                 return
-            yield start, _Held(held, self, start).load(0, len(held))
+            yield start, _Rows(rows, self, start).load(0, len(rows))
 
 
-class _Held(Source):
-    """A piece of a stream, as a source."""
+class _Rows(Items):
+    """Consecutive rows of a stream."""
 
     def __init__(self, items: list[Any], stream: Stream, start: int):
-        self._items, self._stream, self._start = items, stream, start
-        self.preprocess, self.target = stream.preprocess, stream.target
-
-    def __len__(self) -> int:
-        return len(self._items)
+        super().__init__(items, stream.column, stream.preprocess, stream.target)
+        self._kind, self._start = stream.kind, start
 
     def id(self, row: int) -> int:
         return self._start + row
 
     def name(self, row: int) -> str:
-        return f"{type(self._stream._dataset).__name__}:{self._start + row}"
-
-    def target_of(self, row: int) -> int | None:
-        return label_of(self._items[row], self.target)
-
-    def read(self, row: int) -> Tensor:
-        return input_of(self._items[row], self._stream._column, self.preprocess)
-
-    def describe(self) -> dict[str, Any]:
-        return self._stream.describe()
+        return f"{self._kind}:{self._start + row}"

@@ -1,4 +1,4 @@
-"""Image files."""
+"""Sources of image files."""
 
 from __future__ import annotations
 
@@ -12,59 +12,62 @@ from typing import Any
 
 from torch import Tensor
 
+from ..._errors import SettingError, SettingFileNotFoundError
+from ...data.images import SUFFIXES
 from ..preprocess import Preprocess
-from .base import Source, Unreadable, decode, path_id
-
-# What is taken from a folder; files that are named are tried whatever their name.
-IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2")
+from .base import Source, Unreadable, image_input, path_id, stamp_of
 
 
 class Files(Source):
-    """Image files. The id of one is :func:`path_id` of its name, which is relative to the folder (or to the part of the
-    glob without wildcards) that it was found by; a file given by itself is called by its name alone.
+    """Image files.
+
+    The name of a file is its path relative to the folder, or to the part of the glob without wildcards, in which it was
+    found. A file that is given by itself has its file name. The id is :func:`path_id` of the name.
 
     Args:
-        paths: files, folders (searched below, hidden ones left out) and globs.
-        target: "class" for the number of a file's uppermost folder among the sorted ones (as in ImageFolder).
+        paths: files, folders (searched recursively, without hidden files) and globs. A folder or glob yields files with
+            the suffix of an image; a file that is named is read whatever its suffix.
+        target: "class" for the number of a file's topmost folder among the sorted ones, as in ImageFolder.
 
     Raises:
-        ValueError: nothing found, one id twice, or ``target`` without folders.
-        FileNotFoundError: a path that is not there.
+        ValueError: no files, two files with one id, or ``target`` without folders.
+        FileNotFoundError: no such path.
     """
 
     def __init__(self, paths: Iterable[str | Path], preprocess: Preprocess | None = None, target: str | None = None):
         self.preprocess, self.target = preprocess, target
         found: dict[str, Path] = {}
         for given in paths:
-            for name, path in sorted(search(Path(given))):
+            for name, path in sorted(find_images(Path(given))):
                 if name in found and found[name] != path:
-                    raise ValueError(
-                        f"source: {found[name]} and {path} are both called {name}, which makes their ids equal; give "
-                        "the folder that holds both"
+                    raise SettingError(
+                        "source",
+                        f"{found[name]} and {path} are both called {name}, which makes their ids equal; give the "
+                        "folder that holds both",
                     )
                 found[name] = path
         if not found:
-            raise ValueError(f"source: no image files in {', '.join(map(str, paths))}")
-        # Sorted as a whole, so that the order of arguments does not matter.
+            raise SettingError("source", f"no image files in {', '.join(map(str, paths))}")
+        # All together, so that the order of the arguments does not matter.
         self._names = sorted(found)
         self._paths = [found[name] for name in self._names]
         ids = {path_id(name): name for name in self._names}
         if len(ids) < len(self._names):
             twice = next(name for name in self._names if ids[path_id(name)] != name)
-            raise ValueError(f"source: {twice} and {ids[path_id(twice)]} have the same id; rename one of them")
+            raise SettingError("source", f"{twice} and {ids[path_id(twice)]} have the same id; rename one of them")
         self.classes: list[str] = []
         if target is not None:
             if target != "class":
-                raise ValueError(f"target: image files have the column 'class' (their folder) alone, got {target!r}")
+                raise SettingError("target", f"image files have only the column 'class' (their folder), got {target!r}")
             self.classes = sorted({PurePosixPath(name).parts[0] for name in self._names if "/" in name})
             if not self.classes:
-                raise ValueError("target: 'class' is the folder of a file, and none lies in a folder below the source")
+                raise SettingError("target", "'class' is the folder of a file, but no file lies in a folder")
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def name(self, row: int) -> str:
-        # Names that are no Unicode are legal in a file system and not in Parquet.
+        # File systems allow names that are not valid Unicode; Parquet does not.
         return self._names[row].encode("utf-8", "backslashreplace").decode()
 
     def id(self, row: int) -> int:
@@ -76,9 +79,9 @@ class Files(Source):
 
     def read(self, row: int) -> Tensor:
         path = self._paths[row]
-        if not path.is_file():  # a pipe or a device would wait for ever
+        if not path.is_file():  # a pipe or a device would block
             raise Unreadable("is no file" if path.exists() else "is not there")
-        return decode(path, self.preprocess)
+        return image_input(path, self.preprocess)
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.blake2b(digest_size=16)
@@ -88,22 +91,13 @@ class Files(Source):
         return {**described, "classes": self.classes} if self.classes else described
 
 
-def stamp_of(path: Path) -> str:
-    """Size and time of change: what tells a file from another without reading it."""
-    try:
-        status = path.stat()
-    except OSError:
-        return "?"
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def search(given: Path) -> Iterator[tuple[str, Path]]:
-    """(name, path) of what a path, folder or glob stands for."""
+def find_images(given: Path) -> Iterator[tuple[str, Path]]:
+    """(name, path) of the images of a file, folder or glob."""
     if given.is_dir():
         for folder, below, names in os.walk(given, followlinks=True):
             below[:] = [name for name in below if not name.startswith(".")]
             for name in names:
-                if Path(name).suffix.lower() in IMAGES and not name.startswith("."):
+                if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
                     path = Path(folder, name)
                     yield path.relative_to(given).as_posix(), path
     elif given.is_file():
@@ -116,4 +110,4 @@ def search(given: Path) -> Iterator[tuple[str, Path]]:
     elif given.exists():
         yield given.name, given
     else:
-        raise FileNotFoundError(f"source: {given} is not there")
+        raise SettingFileNotFoundError("source", f"{given} is not there")

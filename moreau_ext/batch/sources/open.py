@@ -1,4 +1,4 @@
-"""A source by the kind of what is named: files, a folder, arrays, tables, a data set, a stream."""
+"""``open_source``: the source for a value, by its kind."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._errors import SettingError
 from ..preprocess import Preprocess
 from .arrays import ARRAYS, Arrays
 from .base import Source
 from .datasets import Items, Stream
-from .files import Files, search
-from .tables import Table, tables
+from .files import Files, find_images
+from .tables import Table, find_tables
 
 
 def open_source(
     source: Any, *, preprocess: Preprocess | None = None, column: str | None = None, target: str | None = None
 ) -> Source | Stream:
-    """What any of the kinds of source is read by.
+    """Opens a source.
 
     Args:
-        source: a path or a list of them (image files, folders, globs; one .npy or .npz; Parquet files or a folder of
-            them), a tensor or array [N, *features], a sequence, a ``torch.utils.data`` Dataset, IterableDataset or
-            DataLoader, or a source as it is.
-        preprocess: what is done to each input.
-        column: which column is explained (.npz, Parquet, mappings), where several could be.
+        source: a path or a list of paths (image files, folders, globs; one .npy or .npz file; Parquet files or a folder
+            of them), a tensor or array [N, *features], a sequence, a ``torch.utils.data`` Dataset, IterableDataset or
+            DataLoader, or a source, which is returned as it is.
+        preprocess: applied to each input.
+        column: the column to explain (.npz, Parquet, mappings), if several are possible.
         target: the column of targets; "class" for image folders, "label" for pairs.
 
     Raises:
-        ValueError: nothing there, mixed kinds, or a column that is not there.
-        FileNotFoundError: a path that is not there.
+        ValueError: an empty source, mixed kinds, or no such column.
+        FileNotFoundError: no such path.
+        TypeError: a value of another kind.
     """
     how: dict[str, Any] = {"preprocess": preprocess, "target": target}
     if isinstance(source, (Source, Stream)):
@@ -59,19 +61,19 @@ def _open_paths(paths: list[Path], column: str | None, how: dict[str, Any]) -> S
             return "array"
         if path.suffix == ".parquet":
             return "table"
-        if path.is_dir() and not any(search(path)) and any(tables(path)):
+        if path.is_dir() and not any(find_images(path)) and any(find_tables(path)):
             return "table"
         return "image"
 
     kinds = {kind(path) for path in paths}
     if len(kinds) > 1:
-        raise ValueError(f"source: expected one kind, got {' and '.join(sorted(kinds))} files; run each by itself")
+        raise SettingError("source", f"expected one kind, got {' and '.join(sorted(kinds))} files; run each by itself")
     if kinds == {"array"}:
         if len(paths) > 1:
-            raise ValueError(f"source: expected one .npy or .npz file, got {len(paths)}")
+            raise SettingError("source", f"expected one .npy or .npz file, got {len(paths)}")
         return Arrays.file(paths[0], column, **how)
     if kinds == {"table"}:
         return Table(paths, column, **how)
     if column is not None:
-        raise ValueError(f"column: image files have none, got {column!r}")
+        raise SettingError("column", f"image files have none, got {column!r}")
     return Files(paths, **how)

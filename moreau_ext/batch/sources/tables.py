@@ -1,7 +1,8 @@
-"""Parquet tables."""
+"""Sources of Parquet tables."""
 
 from __future__ import annotations
 
+import bisect
 import glob
 import hashlib
 import io
@@ -12,16 +13,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..._errors import SettingError, SettingFileNotFoundError, one_line
 from ..preprocess import Preprocess
-from .base import Source, Unreadable, choose, decode, reason, to_tensor
-from .files import stamp_of
+from .base import Source, Unreadable, choose_column, image_input, stamp_of, to_tensor
 
 
 class Table(Source):
-    """An image or tensor column of Parquet files; the id is the row number, counted through the sorted files.
+    """An image or tensor column of Parquet files. The id is the row number over all files, which are sorted.
 
-    An image is binary (an encoded file) or, as Hugging Face writes it, a struct with ``bytes``; a tensor is a
-    fixed-shape tensor of Arrow, or lists (of lists) of numbers.
+    An image is an encoded file (binary), or a struct with ``bytes`` as Hugging Face writes it. A tensor is a
+    fixed-shape tensor of Arrow, or nested lists of numbers.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Table(Source):
         import pyarrow.parquet as pq
 
         self.preprocess, self.target = preprocess, target
-        self._paths = sorted(path for given in paths for path in tables(Path(given)))
+        self._paths = sorted(path for given in paths for path in find_tables(Path(given)))
         # (rows before it, file, row group) of every row group.
         self._groups: list[tuple[int, int, int]] = []
         self._starts: list[int] = []
@@ -44,48 +45,45 @@ class Table(Source):
                 about = pq.read_metadata(path)
                 schema = pq.read_schema(path)
             except FileNotFoundError:
-                raise FileNotFoundError(f"source: {path} is not there") from None
+                raise SettingFileNotFoundError("source", f"{path} is not there") from None
             except Exception as error:
-                raise ValueError(f"source: {path} cannot be read: {reason(error)}") from error
+                raise SettingError("source", f"{path} cannot be read: {one_line(error)}") from error
             if number == 0:
                 possible = [f.name for f in schema if f.name != target and _holds_inputs(f.type)]
-                self._column = choose(column, possible, schema.names)
+                self._column = choose_column(column, possible, schema.names)
             for needed in (self._column, *([target] if target else [])):
                 if needed not in schema.names:
-                    what = "target" if needed == target else "column"
-                    raise ValueError(f"{what}: {path} has no column {needed!r}; it has {', '.join(schema.names)}")
+                    setting = "target" if needed == target else "column"
+                    raise SettingError(setting, f"{path} has no column {needed!r}; it has {', '.join(schema.names)}")
             self._starts.append(count)
             for group in range(about.num_row_groups):
                 self._groups.append((count, number, group))
                 count += about.row_group(group).num_rows
         if count == 0:
-            raise ValueError(f"source: no rows in {', '.join(map(str, self._paths)) or 'no Parquet files'}")
+            raise SettingError("source", f"no rows in {', '.join(map(str, self._paths)) or 'no Parquet files'}")
         self._count = count
-        self._held: tuple[int, Any] | None = None
+        # (number, table) of the row group that was read last; rows come in order.
+        self._last: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return self._count
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_last": None}
 
     def _place(self, row: int) -> tuple[Any, int]:
-        """(the table of the row group that holds a row, its position in it): one is kept, since rows come in order."""
-        import bisect
-
+        """(table of the row group that holds a row, position of the row in it)."""
         import pyarrow.parquet as pq
 
         index = bisect.bisect_right(self._groups, (row, len(self._paths), 0)) - 1
         start, number, group = self._groups[index]
-        if self._held is None or self._held[0] != index:
+        if self._last is None or self._last[0] != index:
             columns = [self._column, *([self.target] if self.target else [])]
             with pq.ParquetFile(self._paths[number]) as file:
-                self._held = (index, file.read_row_group(group, columns=columns))
-        return self._held[1], row - start
+                self._last = (index, file.read_row_group(group, columns=columns))
+        return self._last[1], row - start
 
     def name(self, row: int) -> str:
-        import bisect
-
         number = bisect.bisect_right(self._starts, row) - 1
         return f"{self._paths[number].name}:{row - self._starts[number]}"
 
@@ -109,7 +107,7 @@ class Table(Source):
             if value is None:
                 raise Unreadable(f"{self._column}.bytes is empty")
         if isinstance(value, bytes):
-            return decode(io.BytesIO(value), self.preprocess)
+            return image_input(io.BytesIO(value), self.preprocess)
         number = scalar.type
         while hasattr(number, "value_type"):
             number = number.value_type
@@ -127,7 +125,8 @@ class Table(Source):
         }
 
 
-def tables(given: Path) -> list[Path]:
+def find_tables(given: Path) -> list[Path]:
+    """The Parquet files of a file, folder or glob."""
     if given.is_dir():
         return [path for path in given.rglob("*.parquet") if not path.name.startswith(".")]
     return [Path(match) for match in glob.glob(str(given), recursive=True)] if glob.has_magic(str(given)) else [given]
