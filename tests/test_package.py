@@ -58,7 +58,9 @@ def test_the_source_distribution_holds_what_a_build_needs(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
-    tracked = [str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    needed = {".h", ".cpp", ".cu", ".cuh", ".json", ".py"}
+    files = (p for folder in ("csrc", "tests") for p in (ROOT / folder).rglob("*"))
+    tracked = [p.relative_to(ROOT).as_posix() for p in files if p.suffix in needed]
     assert set(tracked) <= names
     assert {"CMakeLists.txt", "LICENSE", "README.md", "constraints.txt", "tests/test_ops.py"} <= names
 
