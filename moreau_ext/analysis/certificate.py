@@ -245,7 +245,7 @@ def certify(
     size = problem.batch if problem.passes.max_rows is None else max(1, problem.passes.max_rows // num_samples)
     parts = []
     for rows in row_chunks(problem.keys.shape[0], size, problem.keys.device):
-        some, where = take(problem, rows), take(displacement, rows)
+        some, where = problem.take(rows), take(displacement, rows)
         part = _residual(some, where, num_samples, confidence)
         part["size"] = torch.maximum(part["size"], _scale_at_zero(some))
         parts.append(part)

@@ -88,7 +88,7 @@ def measure_curvature(
     names = ["none"] * batch
     for name, rows in by_method(problem, displacement, method, group=samples.__getitem__):
         if name != "none":
-            part, where = take(problem, rows), take(displacement, rows)
+            part, where = problem.take(rows), take(displacement, rows)
             hessian = SmoothedHessian(Bank(part, where, samples[name]), name)
             for key, value in _ends(hessian, steps, confidence).items():
                 out[key][rows] = value
@@ -147,7 +147,7 @@ def convex_rho(problem: Problem) -> Tensor:
         if not len(rows):
             continue
         found = measure_curvature(
-            take(problem, rows),
+            problem.take(rows),
             take(nowhere, rows),
             num_samples=RHO_SAMPLES,
             num_hvp_samples=64,

@@ -178,7 +178,7 @@ def map_vjp(
         if name == "none":
             blind += len(rows)
             continue
-        part = take(problem, rows)
+        part = problem.take(rows)
         own = name == "autograd" and own_bank is not None
         piece = _Adjoint(
             part,

@@ -314,7 +314,7 @@ def by_method(
         size = batch if most is None else max(1, most // (2 * _PAIRS))
         names = []
         for rows in row_chunks(batch, size, problem.keys.device):
-            names += find_methods(take(problem, rows), take(displacement, rows))
+            names += find_methods(problem.take(rows), take(displacement, rows))
     for name in ("autograd", "stein", "none"):
         rows = torch.tensor(
             [i for i, n in enumerate(names) if n == name], dtype=torch.int64, device=problem.keys.device

@@ -7,8 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from numbers import Integral
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -24,14 +23,12 @@ from ..model.passes import PassRunner
 from ..model.precision import Precision, check_precision
 from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings
 from ..model.target import Target
-from ..ops.layout import Tensors, flat_rows
-from ..ops.noise import noise_keys
+from ..ops.layout import Tensors
 from ..preparation.report import Prepared
-from ..solvers.penalties import L1, Penalty
-from ..solvers.problem import Problem, Tuning
+from ..solvers.problem import Problem
 from ..solvers.solution import Solution
 from .inputs import check_ids, check_inputs, empty_solution, in_form
-from .settings import Scalar, check_scalar, per_feature, per_input_setting
+from .settings import per_input_setting
 
 _lowering = threading.Lock()
 
@@ -162,29 +159,9 @@ class Explainer(ABC):
         settings = (self.score, additional_forward_args, self.unused_inputs, self.precision)
         return unresolved(self._module, tensors, target, *settings)
 
-    def pose(self, inputs: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
-        """The problem of checked inputs; an explainer replaces the fields that its settings decide.
-
-        Runs the model once, which must be in eval mode.
-
-        Args:
-            inputs: at least one, owned by the call.
-            target, additional_forward_args: see :meth:`attribute`.
-            ids: int64 [B].
-        """
-        score = self._unresolved(inputs, target, additional_forward_args)
-        passes = self._passes(score, inputs)
-        score, value = resolved(score, inputs, passes)
-        return Problem(
-            inputs=inputs,
-            score=score,
-            value=value,
-            ids=ids,
-            keys=ids,
-            sigma=tuple([per_input_setting("sigma", 0.0, x) for x in inputs]),
-            rho=tuple([per_input_setting("rho", 1.0, x) for x in inputs]),
-            passes=passes,
-        )
+    def pose(self, problem: Problem) -> Problem:
+        """The problem with the settings of this explainer; as it comes, it has σ = 0, ρ = 1 and no penalty."""
+        return problem
 
     @abstractmethod
     def _solve(self, problem: Problem) -> Solution:
@@ -202,9 +179,14 @@ class Explainer(ABC):
                 yield tensors, None
                 return
             with evaluating(self._module, depth=3):
-                problem = self.pose(tensors, target, additional_forward_args, names)
+                score = self._unresolved(tensors, target, additional_forward_args)
+                passes = self._passes(score, tensors)
+                score, value = resolved(score, tensors, passes)
+                sigma = tuple([per_input_setting("sigma", 0.0, x) for x in tensors])
+                rho = tuple([per_input_setting("rho", 1.0, x) for x in tensors])
+                problem = Problem(tensors, score, value, names, names, sigma, rho, passes=passes)
                 try:
-                    yield tensors, problem
+                    yield tensors, self.pose(problem)
                 finally:
                     self._remember(problem)
 
@@ -300,92 +282,3 @@ class Explainer(ABC):
                 stacklevel=2,
             )
         return solution if return_solution else solution.attribution
-
-
-@dataclass(frozen=True, eq=False)
-class Noisy(Explainer):
-    """An explainer that smooths the score with the noise bank."""
-
-    noise_level: Scalar | None = field(default=None, kw_only=True)
-    sigma: Scalar | None = field(default=None, kw_only=True)
-    seed: int = field(default=0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.noise_level is not None and self.sigma is not None:
-            raise ValueError("give noise_level (a fraction of each input's range) or sigma (absolute), not both")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):  # Integral: numpy's too
-            raise TypeError(f"seed: expected an integer, got {self.seed!r}")
-        for name in ("noise_level", "sigma"):
-            if getattr(self, name) is not None:
-                check_scalar(name, getattr(self, name))
-
-    def pose(self, inputs: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
-        problem = super().pose(inputs, target, additional_forward_args, ids)
-        return replace(problem, keys=noise_keys(self.seed, ids), sigma=self._sigmas(inputs))
-
-    def _sigmas(self, inputs: Tensors) -> Tensors:
-        if self.sigma is not None:
-            return tuple(per_input_setting("sigma", self.sigma, x) for x in inputs)
-        sigmas = []
-        for x, level in zip(inputs, self._levels(inputs), strict=True):
-            flat = flat_rows(x).to(level.dtype)
-            sigmas.append(level * (flat.amax(1) - flat.amin(1)))
-        return tuple(sigmas)
-
-    def _levels(self, inputs: Tensors) -> Tensors:
-        """σ as a fraction of the range of each input."""
-        level = 0.1 if self.noise_level is None else self.noise_level
-        return tuple(per_input_setting("noise_level", level, x) for x in inputs)
-
-
-@dataclass(frozen=True, eq=False)
-class Sparse(Explainer):
-    """An explainer with a strength η: absolute, as a fraction of each input's η_max, or by the support it leads to."""
-
-    eta: Scalar | None = field(default=None, kw_only=True)
-    eta_ratio: Scalar | None = field(default=None, kw_only=True)
-    support: Scalar | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if sum(setting is not None for setting in (self.eta, self.eta_ratio, self.support)) > 1:
-            raise ValueError(
-                "give one of eta (absolute), eta_ratio (a fraction of each input's eta_max) and support (features or "
-                "groups that are not zero)"
-            )
-        for name in ("eta", "eta_ratio"):
-            if getattr(self, name) is not None:
-                check_scalar(name, getattr(self, name))
-        if self.support is not None:
-            check_scalar("support", self.support, positive=True)
-            if torch.as_tensor(self.support).is_floating_point() and bool((torch.as_tensor(self.support) > 1).any()):
-                raise ValueError(
-                    f"support: expected a count (an integer) or a fraction in (0, 1], got {self.support!r}"
-                )
-
-    def pose(self, inputs: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
-        problem = super().pose(inputs, target, additional_forward_args, ids)
-        problem = replace(problem, penalty=self._penalty(inputs))
-        if self.support is None:
-            return problem
-        asked = torch.as_tensor(self.support)
-        support = per_input_setting("support", asked.double(), inputs[0])
-        if asked.is_floating_point():
-            support = (support.double() * problem.penalty.count(inputs)).round().clamp_min(1)
-        return replace(problem, tuning=replace(problem.tuning or Tuning(), support=support.long()))
-
-    def _penalty(self, inputs: Tensors) -> Penalty:
-        """L1 unless overridden."""
-        if self.eta is not None and torch.as_tensor(self.eta).dim() > 1:
-            return L1((per_feature(torch.as_tensor(self.eta, dtype=ops.state_dtype(inputs[0].dtype)), inputs),))
-        return L1(*self._strength(inputs))
-
-    def _strength(self, inputs: Tensors) -> tuple[Tensors, bool]:
-        """(η or its ratio to η_max per tensor, whether it is the ratio)."""
-        if self.support is not None:
-            return tuple(per_input_setting("eta", 0.0, x) for x in inputs), False
-        if self.eta is None:
-            ratio = 0.1 if self.eta_ratio is None else self.eta_ratio
-            return tuple(per_input_setting("eta_ratio", ratio, x) for x in inputs), True
-        return tuple(per_input_setting("eta", self.eta, x) for x in inputs), False

@@ -21,7 +21,7 @@ from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from .base import Noisy
+from .noisy import Noisy
 from .settings import Scalar, check_scalar, per_input_setting
 
 

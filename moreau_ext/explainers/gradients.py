@@ -16,7 +16,9 @@ from ..solvers.loop import check_finite, in_groups, solve
 from ..solvers.problem import Problem
 from ..solvers.samples import NoisyCopies
 from ..solvers.solution import Answer, Solution, assemble
-from .base import Explainer, Noisy, Sparse
+from .base import Explainer
+from .noisy import Noisy
+from .sparse import Sparse
 
 
 def at_zero(solution: Solution) -> Solution:

@@ -23,10 +23,10 @@ from ..solvers.path import solve_path
 from ..solvers.penalties import GroupL2, Penalty
 from ..solvers.problem import Problem, Tuning
 from ..solvers.solution import Solution
-from .base import Sparse
 from .certified import Certified
 from .inputs import empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
+from .sparse import Sparse
 
 Solver = ProximalGradient | AdaptiveProximalGradient
 
@@ -156,12 +156,12 @@ class MoreauGrad(Certified):
                 "and rho/10 is usual"
             )
 
-    def pose(self, inputs: Tensors, target: Target, additional_forward_args: Any, ids: Tensor) -> Problem:
-        problem = super().pose(inputs, target, additional_forward_args, ids)
+    def pose(self, problem: Problem) -> Problem:
+        problem = super().pose(problem)
         # What follows the solution, or is measured, begins anywhere.
         rho = self._asked_rho if self._rho_is_given else 1.0
-        problem = replace(problem, rho=tuple([per_input_setting("rho", rho, x) for x in inputs]))
-        radius = self._radius(inputs)
+        problem = replace(problem, rho=tuple([per_input_setting("rho", rho, x) for x in problem.inputs]))
+        radius = self._radius(problem.inputs)
         return problem if radius is None else replace(problem, tuning=Tuning(radius=radius))
 
     def _radius(self, inputs: Tensors) -> Tensor | None:

@@ -223,17 +223,26 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def may_retry(error: BaseException, device: torch.device) -> bool:
+    """Whether a pass that failed so may be done again with fewer rows: it was memory that did not suffice."""
+    # In a captured CUDA graph nothing can be done again with fewer rows, or be freed.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not capturing and out_of_memory(error)
+
+
+def release(device: torch.device) -> None:
+    """Frees what can be freed before another attempt."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def attempt(run: Callable[[], Result], device: torch.device, last: bool) -> Result | None:
-    """What ``run`` returns; or None where memory did not suffice, with what can be freed freed. The ``last`` attempt
-    fails as it fails."""
+    """The result of ``run``; or None where memory did not suffice. The ``last`` attempt raises as it fails."""
     try:
         return run()
     except Exception as error:
-        # In a captured CUDA graph nothing can be done again with fewer rows, or be freed.
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if last or capturing or not out_of_memory(error):
+        if last or not may_retry(error, device):
             raise
     # Out of the except block: the error held the frames of the pass, and they its tensors.
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(device)
     return None

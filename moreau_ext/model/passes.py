@@ -10,7 +10,7 @@ import torch
 
 from .._errors import MemoryWarning
 from ..ops.layout import Tensors
-from .memory import attempt
+from .memory import may_retry, release
 from .score import Score
 
 
@@ -53,11 +53,15 @@ class PassRunner:
             else:
                 piece = slice(start, start + size)
                 one = partial(run, score.take(piece), *[tuple([t[piece] for t in some]) for some in rows])
-            part = attempt(one, device, last=False)
-            if part is not None:
-                done.append(part)
+            try:
+                done.append(one())
                 start += size
                 continue
+            except Exception as error:
+                if not may_retry(error, device):
+                    raise
+            # Out of the except block: the error held the frames of the pass, and they its tensors.
+            release(device)
             if size <= 1:
                 shapes = ", ".join(str(tuple(t.shape[1:])) for t in rows[0])
                 raise MemoryError(

@@ -95,7 +95,7 @@ def copy_into(targets: Tensors, values: Tensors) -> None:
 def take(value: Any, index: Tensor) -> Any:
     """Some inputs of a batch: of a tensor [B, ...], in its memory layout, of a tuple, or of a record of such.
 
-    A record is a dataclass; one with a method ``take`` decides by itself. Numbers and None are as they are.
+    A record is a dataclass. Numbers and None are as they are.
     """
     if isinstance(value, Tensor):
         layout = memory_layout(value)
@@ -104,8 +104,6 @@ def take(value: Any, index: Tensor) -> Any:
         return value.movedim(1, -1)[index].movedim(-1, 1)
     if isinstance(value, tuple):
         return tuple([take(v, index) for v in value])
-    if hasattr(value, "take"):
-        return value.take(index)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: take(getattr(value, f.name), index) for f in fields(value)})
     return value

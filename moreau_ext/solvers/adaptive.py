@@ -279,7 +279,8 @@ class AdaptiveProximalGradient:
         seen = Averages(problem, carried.windows, carried.squares, carried.sums, carried.curvature, carried.at_zero)
         found, fd_scale, places = runner.call(_estimate_and_ends, seen)
         copies = NoisyCopies(problem, _FD_SAMPLES, True, _first_draw(state.level - 1) + state.spend // state.samples)
-        ends = tuple([_mean_gradient(copies, place, _FD_SAMPLES, runner) for place in places])
+        low, high = places
+        ends = _mean_gradient(copies, low, _FD_SAMPLES, runner), _mean_gradient(copies, high, _FD_SAMPLES, runner)
         state.evaluations += 2 * _FD_SAMPLES
         ended = _Ended(problem, found, fd_scale, ends, state.iterate.x_prev, state.iterate.score, state.samples)
         state.estimate, envelope = runner.call(_at_the_answer, ended)

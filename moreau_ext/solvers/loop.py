@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..capture.runner import Runner
-from ..model.memory import attempt
+from ..model.memory import may_retry, release
 from ..ops.layout import join, row_chunks, take
 from .base import Solver, State
 from .problem import Problem
@@ -78,7 +78,7 @@ def _solve_group(problem: Problem, solver: Solver, runner: Runner, bar: Any) -> 
     # Inputs were done at different times; here they go back to their places.
     if finished[0][0] is everyone:
         return finished[0][1]
-    whole = Solution.concatenate(solution for _, solution in finished)
+    whole = Solution.concatenate([solution for _, solution in finished])
     return whole.take(torch.cat([where for where, _ in finished]).argsort())
 
 
@@ -109,7 +109,7 @@ def _regroup(
     # Copies of one of the inputs; nobody reads their results.
     pieces = [*pieces[:-1], (group, torch.cat([rows, rows[-1:].expand(size - count)]))]
     where = torch.cat([g.where[r] for g, r in pieces])
-    some: Problem = take(problem, where)
+    some: Problem = problem.take(where)
     if problem.tuning is not None:
         rho = join([take(g.state.problem.rho, r) for g, r in pieces])
         penalty = some.penalty
@@ -139,11 +139,15 @@ def in_groups(problem: Problem, rows: int, solve_group: Callable[[Problem], Solu
     while todo:
         index = todo.pop()
         count = len(index)
-        some = problem if count == problem.batch else take(problem, index)
-        part = attempt(partial(solve_group, some), device, last=count == 1 and passes.max_rows == 1)
-        if part is not None:
-            done.append(part)
+        some = problem if count == problem.batch else problem.take(index)
+        try:
+            done.append(solve_group(some))
             continue
+        except Exception as error:
+            if (count == 1 and passes.max_rows == 1) or not may_retry(error, device):
+                raise
+        # Out of the except block: the error held the frames of the pass, and they its tensors.
+        release(device)
         failed = failed or count
         passes.lower(max(1, (rows * count if passes.max_rows is None else passes.max_rows) // 2))
         todo += [piece for piece in reversed(index.tensor_split(2)) if len(piece)]

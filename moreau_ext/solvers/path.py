@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..capture.runner import Runner
-from ..ops.layout import inner, like_layout, row_chunks, states_like, take
+from ..ops.layout import inner, like_layout, row_chunks, states_like
 from .base import Solver
 from .loop import solve
 from .problem import Problem, Start
@@ -32,7 +32,7 @@ def solve_path(problem: Problem, ratios: list[float], solver: Solver, runner: Ru
     runner, penalty = runner or Runner(), problem.penalty
     total = states_like(problem.inputs)
     for index in row_chunks(problem.batch, problem.passes.max_rows, problem.keys.device):
-        some = problem if len(index) == problem.batch else take(problem, index)
+        some = problem if len(index) == problem.batch else problem.take(index)
         score = torch.empty_like(some.value, dtype=torch.float64)
         mean = MeanGradient(NoisyCopies(some, _AT_ZERO, True), None, states_like(some.inputs), score)
         runner.repeat(MeanGradient.run, mean, 1)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.passes import PassRunner
 from ..model.score import Score
-from ..ops.layout import Tensors, copy_into, flat_rows, inner, over_features
+from ..ops.layout import Tensors, copy_into, flat_rows, inner, over_features, take
 from .penalties import NoPenalty, Penalty
 
 # The floor of the relative residual's denominator, as a fraction of rho*||p(0)||: where the solution is zero, the plain
@@ -79,6 +80,16 @@ class Problem:
     tuning: Tuning | None = None
     start: Start | None = None
     passes: PassRunner = field(default_factory=PassRunner, compare=False, repr=False)
+
+    def take(self, index: Tensor) -> Problem:
+        """The problem of some of the inputs."""
+        own: dict[str, Any] = {
+            "score": self.score.take(index),
+            "penalty": self.penalty.take(index),
+            "passes": self.passes,
+        }
+        rest = {f.name: take(getattr(self, f.name), index) for f in fields(self) if f.name not in own}
+        return replace(self, **own, **rest)
 
     @property
     def batch(self) -> int:
