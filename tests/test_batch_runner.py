@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from moreau_ext import Gradient, MoreauGrad, ProximalGradient, SmoothGrad, SparseMoreauGrad, zoo
+from moreau_ext._errors import EmptyMapWarning
 from moreau_ext.batch import COLUMNS, Config, Differs, dense, explain_config, explain_dataset, manifest, read, sink
 from moreau_ext.batch.job import shard_size
 
@@ -122,6 +123,31 @@ def test_targets(x: torch.Tensor, tmp_path: Path) -> None:
     )
     explain_dataset(Gradient(net()), x, tmp_path / "fixed", target=2, **SETTINGS)
     assert set(read(tmp_path / "fixed")["target"].to_pylist()) == {2}
+
+
+@pytest.mark.parametrize(("target", "more"), [("predicted", 0), (2, 1)])
+def test_the_predicted_class_costs_a_pass_only_beside_a_given_target(
+    target: str | int, more: int, x: torch.Tensor
+) -> None:
+    passes = []
+    model = net()
+    model.register_forward_hook(lambda *_: passes.append(1))
+    explainer = Gradient(model, max_batch=8)
+    explainer.attribute(x[:4])
+    alone = len(passes)
+    passes.clear()
+    rows = list(explain_dataset(explainer, x[:12], target=target, batch=4))
+    assert len(passes) == 3 * (alone + more)
+    assert [row["predicted"] for row in rows] == net()(x[:12]).argmax(1).tolist()
+    assert [row["target"] for row in rows] == ([2] * 12 if target == 2 else [row["predicted"] for row in rows])
+
+
+def test_warnings_of_explainers_are_columns(x: torch.Tensor, tmp_path: Path) -> None:
+    explainer = sparse(eta=1e6)
+    with pytest.warns(EmptyMapWarning):
+        explainer.attribute(x)
+    explain_dataset(explainer, x, tmp_path)
+    assert set(read(tmp_path)["nnz"].to_pylist()) == {0}
 
 
 def test_one_output_has_no_class(x: torch.Tensor) -> None:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from ..explainers.base import Explainer
-from ..model.bind import bind_score
-from ..model.modes import evaluating
 from ..preparation.report import Prepared
 from ..solvers.solution import Solution
 from .sink import COLUMNS, Rows
@@ -111,10 +109,9 @@ class Engine:
         targets: Any = self.target
         if isinstance(self.target, str):
             targets = None if self.target == "predicted" else [loaded.targets[p] for p in positions]
-        predicted = self._predicted(x, needed=targets is None)
-        if targets is None and predicted is not None:
-            targets = predicted
         found: Solution = self.explainer.attribute(x, targets, ids=ids, return_solution=True)
+        target = None if found.target is None else found.target.squeeze(1)
+        predicted = target if targets is None else self._predicted(x)
         values = found.attribution.detach().float().cpu().numpy()
         if self.map_dtype == "float16":
             large = np.abs(values.reshape(len(values), -1)).max(1) > np.finfo(np.float16).max
@@ -136,7 +133,7 @@ class Engine:
             "rho": torch.where(found.relative_residual.isnan(), torch.nan, found.rho),
             "sigma": found.sigma,
             "predicted": predicted,
-            "target": torch.as_tensor(targets).expand(len(good)) if targets is not None else None,
+            "target": target,
             # Null if there is one per feature.
             "eta": found.eta if found.eta.dim() == 1 else None,
         }
@@ -145,17 +142,10 @@ class Engine:
                 for position, value in zip(positions, tensor.tolist(), strict=True):
                     rows.columns[name][position] = None if value != value else value
 
-    def _predicted(self, x: Tensor, needed: bool) -> Tensor | None:
-        """The class of every input; None for one output, or for outputs of higher rank with a target of their own."""
-        rows = self.explainer.rows_per_pass(x)
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self._module):
-            try:
-                bound, _ = bind_score(self._module, (x,), None, max_batch=rows, precision=self.explainer.precision)
-            except ValueError:
-                if needed:
-                    raise
-                return None
-        return bound.target.squeeze(1).cpu() if isinstance(bound.target, Tensor) else None
+    def _predicted(self, x: Tensor) -> Tensor | None:
+        """The class of every input; None for one output."""
+        target = self.explainer.problem(x).score.target
+        return target.squeeze(1) if isinstance(target, Tensor) else None
 
 
 def example_of(source: Source | Stream) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import __version__
 from .._checks import check_count
-from .._errors import SettingError
+from .._errors import EmptyMapWarning, SettingError, TrainModeWarning
 from ..explainers.base import Explainer
 from ..preparation.report import Prepared
 from .engine import EXAMPLE, Engine, example_of
@@ -235,6 +235,7 @@ def locked(out: str | Path) -> Iterator[Output]:
 def without_warnings() -> Iterator[None]:
     """Silences the warnings of explainers whose contents are columns of the results."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*maps are zero everywhere")
-        warnings.filterwarnings("ignore", message="the model is in train mode")
+        for category in (EmptyMapWarning, TrainModeWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", message="the model is in train mode")  # until it has the class
         yield

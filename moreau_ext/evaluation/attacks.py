@@ -251,16 +251,17 @@ class _Search:
         unknown = torch.full((x.shape[0],), torch.nan, dtype=torch.float64, device=x.device)
         return self.result(x, unknown, unknown)
 
-    def see(self, x: Tensor) -> tuple[Tensor, Solution | None]:
-        """(the attacked map, its solution or None)."""
+    def see(self, x: Tensor) -> tuple[Tensor, Solution]:
+        """(the attacked map, the solution from which it is derived)."""
         if self.attack.kind == "adaptive":
             solution = self.explainer.attribute(x, self.target, ids=self.ids, return_solution=True)
             self.gradients += int(solution.gradient_evaluations.double().mean())
             return solution.attribution, solution
         self.gradients += 1
-        return self.support * self.plain.attribute(x + self.frozen, self.target), None
+        solution = self.plain.attribute(x + self.frozen, self.target, return_solution=True)
+        return self.support * solution.attribution, solution
 
-    def slope(self, x: Tensor, maps: Tensor, solution: Solution | None) -> Tensor:
+    def slope(self, x: Tensor, maps: Tensor, solution: Solution) -> Tensor:
         """∂J/∂x, with fresh noise at every step."""
         attack, v = self.attack, _share_slope(maps, self.top)
         self.draws += 1
@@ -271,8 +272,8 @@ class _Search:
             "num_samples": attack.num_samples,
             "sigma": self.sigma,
         }
-        if solution is None:
-            return gradient_vjp(self.explainer, x + self.frozen, self.support * v, self.target, **settings)
+        if attack.kind == "frozen":
+            return gradient_vjp(self.explainer, x + self.frozen, solution, self.support * v, self.target, **settings)
         return map_vjp(self.explainer, x, solution, v, self.target, **settings)
 
     def start(self, restart: int) -> Tensor:

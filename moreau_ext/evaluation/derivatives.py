@@ -64,6 +64,7 @@ def _limit(explainer: Explainer, **settings: Any) -> dict[str, Any]:
 def gradient_vjp(
     explainer: Explainer,
     inputs: Tensor,
+    solution: Solution,
     vectors: Tensor,
     target: Tensor,
     *,
@@ -77,6 +78,7 @@ def gradient_vjp(
     Args:
         explainer: its model and score give f.
         inputs, vectors: [B, *features].
+        solution: of :class:`Gradient` at these inputs.
         target: int64 [B].
         hessian: "autograd" or "stein".
         sigma: [B], of the smoothing; "autograd" takes the second derivative at the inputs themselves.
@@ -85,37 +87,10 @@ def gradient_vjp(
     """
     exact = hessian == "autograd"
     adjoint = MoreauGrad(explainer.model, sigma=0.0 if exact else sigma, **_limit(explainer))
-    still = _still(inputs, ids)
     count = 4 if exact else num_samples
-    result: Tensor = adjoint.vjp(inputs, still, vectors, target, ids=ids, num_samples=count, hessian=hessian)
+    renamed = replace(solution, ids=ids)
+    result: Tensor = adjoint.vjp(inputs, renamed, vectors, target, num_samples=count, hessian=hessian)
     return result
-
-
-def _still(inputs: Tensor, ids: Tensor) -> Solution:
-    """The solution δ = 0, for the derivative of a plain or smoothed gradient."""
-    batch, zero = inputs.shape[0], inputs.new_zeros(inputs.shape)
-    number, count = inputs.new_zeros(batch, dtype=torch.float64), inputs.new_zeros(batch, dtype=torch.int64)
-    one = inputs.new_zeros(batch)
-    return Solution(
-        attribution=zero,
-        displacement=zero,
-        envelope=number,
-        envelope_gradient=zero,
-        score=one * torch.nan,  # of no call
-        residual=number,
-        relative_residual=number,
-        steps=count,
-        gradient_evaluations=count,
-        converged=count.bool(),
-        nnz=count,
-        support=count,
-        empty=count.bool(),
-        eta=one,
-        rho=one,
-        sigma=one,
-        target=None,
-        ids=ids,
-    )
 
 
 def map_vjp(
@@ -149,7 +124,8 @@ def map_vjp(
     Raises:
         TypeError: an explainer of another kind.
     """
-    common: dict[str, Any] = {"ids": ids, "num_samples": num_samples, "hessian": hessian}
+    common: dict[str, Any] = {"num_samples": num_samples, "hessian": hessian}
+    solution = replace(solution, ids=ids)
     result: Tensor
     if isinstance(explainer, MoreauGrad):
         # Settings that depend on x (η of η_max, σ of the range) are held: they only rescale, and would double the cost.
@@ -166,11 +142,11 @@ def map_vjp(
         result = adjoint.vjp(inputs, moved, vectors, target, hold_settings=True, tol=1e-3, **common)
         return result
     if isinstance(explainer, Gradient):
-        return gradient_vjp(explainer, inputs, vectors, target, sigma=sigma, **common)
+        return gradient_vjp(explainer, inputs, solution, vectors, target, sigma=sigma, ids=ids, **common)
     if isinstance(explainer, SparsifiedSmoothGrad):
         return _sparsified(explainer, inputs, solution, vectors, target, ids, num_samples)
     if isinstance(explainer, IntegratedGradients):
-        return _integrated(explainer, inputs, vectors, target, sigma, common)
+        return _integrated(explainer, inputs, vectors, target, ids, hessian, num_samples, sigma)
     raise TypeError(
         f"explainer: expected one of moreau_ext's, whose derivative is known, got {type(explainer).__name__}"
     )
@@ -218,8 +194,10 @@ def _integrated(
     inputs: Tensor,
     vectors: Tensor,
     target: Tensor,
+    ids: Tensor,
+    hessian: Hessian,
+    num_samples: int,
     sigma: Tensor,
-    common: dict[str, Any],
 ) -> Tensor:
     """By the midpoint rule on a path of :data:`_PATH` points; every point is smoothed with its own samples."""
     base = torch.as_tensor(0.0 if explainer.baselines is None else explainer.baselines).to(inputs)
@@ -236,19 +214,20 @@ def _integrated(
         unused_inputs=explainer.unused_inputs,
         precision=explainer.precision,
     )
-    gradient = plain.attribute(rows, classes).view(wide).mean(1)
+    found = plain.attribute(rows, classes, return_solution=True)
+    gradient = found.attribution.view(wide).mean(1)
     # Ids per point, so that their noise is independent.
-    points = torch.arange(_PATH, device=common["ids"].device)
-    names = (common["ids"][:, None] * _PATH + points).flatten()
+    points = torch.arange(_PATH, device=ids.device)
     curved = gradient_vjp(
         explainer,
         rows,
+        found,
         slopes,
         classes,
-        hessian=common["hessian"],
+        hessian=hessian,
         sigma=_repeat(sigma, _PATH),
-        ids=names,
-        num_samples=max(4, common["num_samples"] // _PATH),
+        ids=(ids[:, None] * _PATH + points).flatten(),
+        num_samples=max(4, num_samples // _PATH),
     )
     out: Tensor = vectors * gradient + curved.view(wide).mean(1)
     return out
