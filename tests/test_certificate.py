@@ -609,3 +609,20 @@ def test_a_solution_knows_its_target(equal: bool) -> None:
     predicted = explainer.attribute(x, return_solution=True)
     assert torch.equal(predicted.target[:, 0], model(x).argmax(1))
     assert explainer.attribute(x, lambda output: output[:, 0], return_solution=True).target is None
+
+
+def test_a_solution_of_a_callable_is_not_one_of_the_predicted_class() -> None:
+    """Also where its score is that of the predicted class."""
+    x = torch.ones(1, 2)
+    explainer = MoreauGrad(lambda x: x * 1, rho=1.0, sigma=0.1)
+
+    def second(output: Tensor) -> Tensor:
+        return output[:, 1]
+
+    found = explainer.attribute(x, second, return_solution=True)
+    for target in (None, 0, 1):
+        with pytest.raises(ValueError, match="target: the solution explains a callable"):
+            explainer.certificate(x, found, target)
+        with pytest.raises(ValueError, match="target: the solution explains a callable"):
+            explainer.vjp(x, found, x, target)
+    assert float(explainer.certificate(x, found, second).relative_residual) < 0.02

@@ -96,8 +96,13 @@ class Certified(Noisy):
         path, and with its rho where that was found.
 
         Raises:
-            ValueError: the score is another one than the solution's.
+            ValueError: the score or the target is another one than the solution's.
         """
+        if solution.target is None and isinstance(problem.score.target, Tensor):
+            raise ValueError(
+                "target: the solution explains a callable, or a model with one output per input, and not a class; give "
+                "the target of the call that it came from"
+            )
         # Far more than rounding, in a pass of other rows too, and less than classes differ by.
         share = max(1e-3, 16 * max(resolution(self.precision, x) for x in problem.inputs))
         here, there = problem.value.double(), solution.score.to(problem.value.device, torch.float64)
@@ -107,7 +112,7 @@ class Certified(Noisy):
             raise ValueError(
                 f"solution: its score of input {row} is {float(there[row]):.4g}, and the score here is "
                 f"{float(here[row]):.4g}: give the inputs, target and additional_forward_args of the call that it came "
-                "from (without a target the predicted class is meant). A model that draws random numbers has no score"
+                "from. A model that draws random numbers has no score"
             )
         penalty = absolute(problem.penalty, tuple([e.to(r) for e, r in zip(eta, problem.rho, strict=True)]))
         if self._rho_is_given:
@@ -139,7 +144,8 @@ class Certified(Noisy):
         you give constants that hold everywhere. See :class:`Certificate`.
 
         Args:
-            inputs, target, additional_forward_args, ids: as in the call of :meth:`attribute` that gave ``solution``.
+            inputs, additional_forward_args: as in the call of :meth:`attribute` that gave ``solution``.
+            target, ids: the solution's by default; those of that call, if given. A callable target must be given.
             solution: with ``return_solution=True``. Any :class:`Solution` of these inputs will do, of
                 :meth:`eta_path` too: its displacement and its eta are used, and its rho where that was found.
             num_samples: gradients per input for the residual, and for the curvature of models with kinks; rounded up
@@ -224,7 +230,8 @@ class Certified(Noisy):
         complementarity), so v counts on S alone. It is what an adaptive attack on the map needs.
 
         Args:
-            inputs, target, additional_forward_args, ids: as in the call of :meth:`attribute` that gave ``solution``.
+            inputs, additional_forward_args: as in the call of :meth:`attribute` that gave ``solution``.
+            target, ids: the solution's by default; those of that call, if given. A callable target must be given.
             solution: with ``return_solution=True``. The result is as good as its displacement is a solution.
             vectors: v, in the form and shape of ``inputs``.
             num_samples: noisy copies per input in H. By default those of a solver with noise="fixed", for models with
