@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moreau_ext import AdaptiveProximalGradient, ProximalGradient, make_explainer, zoo
-from moreau_ext.evaluation import ATTACKS, Attack, attacks, derivatives, find_hessian, map_vjp, topk_intersection
+from moreau_ext.evaluation import ATTACKS, Attack, attacks, derivatives, explainer_vjp, find_hessian, topk_intersection
 from moreau_ext.evaluation.methods import DEFAULT, Settings, methods
 
 KINDS = ["gaussian", "frozen", "adaptive"]
@@ -127,7 +127,7 @@ def test_derivatives_are_those_of_differences(name: str) -> None:
     e = make_explainer(name, model, **settings)
     clean = e.attribute(x, target, return_solution=True)
     common = {"ids": torch.arange(3), "num_samples": 4096, "sigma": torch.full((3,), 0.1, dtype=torch.float64)}
-    got = map_vjp(e, x, clean, v, target, hessian="autograd", **common)
+    got = explainer_vjp(e, x, clean, v, target, hessian="autograd", **common)
 
     h = 1e-2
     columns = []
@@ -151,7 +151,7 @@ def test_stein_agrees_with_second_derivatives_where_both_are_right() -> None:
         clean = e.attribute(x, target, return_solution=True)
         common = {"ids": torch.arange(2), "sigma": torch.full((2,), 0.1)}
         one, other = (
-            map_vjp(e, x, clean, v, target, hessian=h, num_samples=n, **common)
+            explainer_vjp(e, x, clean, v, target, hessian=h, num_samples=n, **common)
             for h, n in (("autograd", 256), ("stein", 8192))
         )
         assert nn.functional.cosine_similarity(one.flatten(1), other.flatten(1)).min() > 0.9
@@ -162,7 +162,7 @@ def test_other_explainers_have_no_derivative(digits) -> None:
     e = explainer("random", model, x)
     clean = e.attribute(x, target, return_solution=True)
     with pytest.raises(TypeError, match="expected one of moreau_ext's, whose derivative is known"):
-        map_vjp(e, x, clean, x, target, ids=target, hessian="stein", num_samples=4, sigma=torch.ones(12))
+        explainer_vjp(e, x, clean, x, target, ids=target, hessian="stein", num_samples=4, sigma=torch.ones(12))
 
 
 # --- settings ------------------------------------------------------------------------------------------------------

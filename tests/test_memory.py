@@ -30,7 +30,7 @@ from moreau_ext import (
 )
 from moreau_ext.model import memory
 from moreau_ext.model.bind import bind_score
-from moreau_ext.model.memory import BytesAlive, Footprint, attempt, budget, footprint, out_of_memory
+from moreau_ext.model.memory import BytesAlive, Footprint, attempt, budget, measure_footprint, out_of_memory
 from moreau_ext.model.passes import PassRunner
 from moreau_ext.preparation.prepare import prepare
 
@@ -340,7 +340,7 @@ def test_a_call_takes_what_is_predicted(name: str, dtype: torch.dtype, precision
 def test_a_pass_takes_what_is_predicted(name: str) -> None:
     model, x = NETS[name]()
     bound, _ = bind_score(model, (x,), 1, precision="bfloat16")
-    found = bound.footprint((x,))
+    found = bound.pass_footprint((x,))
     assert found is not None
     for rows in (1, 2, 5, 64):
         index = torch.zeros(rows, dtype=torch.int64)
@@ -358,14 +358,14 @@ def test_what_does_not_grow_with_the_rows_is_fixed() -> None:
         return (x @ (wide * 2).tanh()).exp().sum(1)
 
     bound, _ = bind_score(model, (torch.rand(1, 100),), None)
-    found = bound.footprint((torch.rand(1, 100),))
+    found = bound.pass_footprint((torch.rand(1, 100),))
     assert found is not None
     assert 400_000 <= found.fixed <= 900_000
     assert 4000 <= found.per_row <= 40_000
 
 
 def test_passes_of_other_operations_charge_every_row_all() -> None:
-    found = footprint(lambda rows: [torch.ones(10) for _ in range(1 if rows == 1 else 3)], CPU)
+    found = measure_footprint(lambda rows: [torch.ones(10) for _ in range(1 if rows == 1 else 3)], CPU)
     assert found == Footprint(0, 60)
 
 

@@ -28,7 +28,7 @@ from ..solvers.problem import Problem
 
 Method = Literal["auto", "autograd", "stein"]
 
-METHODS = ("auto", "autograd", "stein")
+ESTIMATES = ("auto", "autograd", "stein")
 
 # Seeds of the banks that a solver does not see, mixed with its own keys.
 _INDEPENDENT, _KINKS, SEED_START = 0x5EED_CE47, 0x5EED_0C1A, 0x5EED_57A7

@@ -21,7 +21,7 @@ from ..solvers.groups import Pixels, Tiles
 from .models import fingerprint, load_model, load_preprocess
 from .preprocess import Preprocess
 
-METHODS = ("gradient", "smoothgrad", "moreau", "sparse", "group")
+NAMED_METHODS = ("gradient", "smoothgrad", "moreau", "sparse", "group")
 _SOLVED = ("moreau", "sparse", "group")
 # The methods that have a setting.
 _METHODS_WITH: dict[str, tuple[str, ...]] = {
@@ -111,8 +111,8 @@ class Config:
     prepare: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise SettingError("method", f"expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method not in NAMED_METHODS:
+            raise SettingError("method", f"expected one of {', '.join(NAMED_METHODS)}, got {self.method!r}")
         for name, methods in _METHODS_WITH.items():
             if getattr(self, name) is not None and self.method not in methods:
                 raise SettingError(name, f"{self.method} has none; it is a setting of {', '.join(methods)}")

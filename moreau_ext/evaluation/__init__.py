@@ -1,7 +1,7 @@
 """Evaluation of maps: metrics, attacks, faithfulness to the model, and plans that combine them."""
 
 from .attacks import ATTACKS, Attack, Attacked
-from .derivatives import find_hessian, gradient_vjp, map_vjp
+from .derivatives import explainer_vjp, find_hessian, gradient_vjp
 from .faithfulness import area, max_sensitivity, perturbation_curve, randomised, target_probability
 from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, topk_intersection, topk_mask
 from .plan import METRICS, Plan, Results
@@ -21,10 +21,10 @@ __all__ = [
     "claims",
     "compare",
     "cosine",
+    "explainer_vjp",
     "find_hessian",
     "gini",
     "gradient_vjp",
-    "map_vjp",
     "max_sensitivity",
     "normalised_distance",
     "perturbation_curve",

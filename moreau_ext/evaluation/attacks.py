@@ -24,7 +24,7 @@ from ..explainers.base import Explainer
 from ..explainers.gradients import Gradient
 from ..ops.layout import flat_rows
 from ..solvers.solution import Solution
-from .derivatives import Hessian, gradient_vjp, map_vjp
+from .derivatives import Hessian, explainer_vjp, gradient_vjp
 from .faithfulness import drawn
 from .metrics import topk_mask
 
@@ -274,7 +274,7 @@ class _Search:
         }
         if attack.kind == "frozen":
             return gradient_vjp(self.explainer, x + self.frozen, solution, self.support * v, self.target, **settings)
-        return map_vjp(self.explainer, x, solution, v, self.target, **settings)
+        return explainer_vjp(self.explainer, x, solution, v, self.target, **settings)
 
     def start(self, restart: int) -> Tensor:
         """The start of a restart: x first, then random points of the ball that keep the prediction."""

@@ -28,7 +28,7 @@ from ..explainers.moreau import MoreauGrad, SparseMoreauGrad
 from ..solvers.solution import Solution
 from .faithfulness import drawn
 
-__all__ = ["find_hessian", "gradient_vjp", "map_vjp"]
+__all__ = ["explainer_vjp", "find_hessian", "gradient_vjp"]
 
 Hessian = Literal["autograd", "stein"]
 
@@ -93,7 +93,7 @@ def gradient_vjp(
     return result
 
 
-def map_vjp(
+def explainer_vjp(
     explainer: Explainer,
     inputs: Tensor,
     solution: Solution,

@@ -121,7 +121,7 @@ class Explainer(ABC):
                 return self._fit(self._unresolved(tensors, None, additional_forward_args), tensors)
 
     def _footprint(self, score: Score, inputs: Tensors) -> Footprint | None:
-        found = score.footprint(inputs)
+        found = score.pass_footprint(inputs)
         state = sum(x[:1].numel() * ops.state_dtype(x.dtype).itemsize for x in inputs)
         return found and Footprint(
             found.fixed + self._held * state, found.per_row + _PER_ROW * state, _PER_INPUT * state

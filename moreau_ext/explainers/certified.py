@@ -13,7 +13,7 @@ from .. import ops
 from .._checks import check_count
 from ..analysis.certificate import Certificate, absolute, certify
 from ..analysis.derivative import map_vjp
-from ..analysis.hessian import METHODS, Method
+from ..analysis.hessian import ESTIMATES, Method
 from ..model.precision import resolution
 from ..model.target import Target, target_index
 from ..ops.layout import Tensors
@@ -26,8 +26,8 @@ from .settings import Scalar, check_scalar, per_input_setting
 
 
 def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"hessian: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method not in ESTIMATES:
+        raise ValueError(f"hessian: expected one of {', '.join(ESTIMATES)}, got {method!r}")
 
 
 def _known_of(

@@ -160,7 +160,7 @@ class Footprint:
         return 1 << fitting.bit_length() - 1
 
 
-def footprint(run: Callable[[int], Any], device: torch.device) -> Footprint | None:
+def measure_footprint(run: Callable[[int], Any], device: torch.device) -> Footprint | None:
     """Measures passes of one and of two rows, operation by operation.
 
     With a_t + b_t·rows bytes alive after operation t, both passes give a_t and b_t, and the peak for any number of rows

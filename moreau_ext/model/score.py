@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.layout import Tensors
-from .memory import Footprint, footprint
+from .memory import Footprint, measure_footprint
 from .modes import plain_attention
 from .precision import Precision, autocast, flags
 
@@ -61,7 +61,7 @@ class Score:
         modules = self.model.modules() if device.type == "cuda" and isinstance(self.model, nn.Module) else ()
         return flags(self.precision, device, without_cudnn=any(isinstance(m, nn.RNNBase) for m in modules))
 
-    def footprint(self, inputs: Tensors) -> Footprint | None:
+    def pass_footprint(self, inputs: Tensors) -> Footprint | None:
         """What a pass with a gradient takes, measured on the first input; the target need not be resolved.
 
         Hooks of the model see two passes, of one and of two rows.
@@ -72,7 +72,7 @@ class Score:
             index = torch.zeros(rows, dtype=torch.int64, device=inputs[0].device)
             whole.take(index).gradient(tuple(x[index] for x in inputs))
 
-        return footprint(run, inputs[0].device)
+        return measure_footprint(run, inputs[0].device)
 
     def output(self, inputs: Tensors) -> Tensor:
         """The model's output tensor, checked to have one row per input."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.memory import BLIND_ROWS, BytesAlive, Footprint, footprint, out_of_memory, same_random_numbers
+from ..model.memory import BLIND_ROWS, BytesAlive, Footprint, measure_footprint, out_of_memory, same_random_numbers
 from ..model.precision import Precision
 from ..model.score import Score
 from ..ops.layout import Tensors
@@ -164,9 +164,9 @@ def peak_bytes(model: Model, rows: Rows, count: int) -> int | None:
     return max(1, counter.peak)
 
 
-def measured_footprint(model: Model, rows: Rows) -> Footprint | None:
+def footprint_of_rows(model: Model, rows: Rows) -> Footprint | None:
     """What passes take, or None for a model that does not run under the counter."""
-    return footprint(lambda count: rows.run(model, *rows.take(count)), rows.device)
+    return measure_footprint(lambda count: rows.run(model, *rows.take(count)), rows.device)
 
 
 def rows_that_fit(taken: Footprint | None, budget: int) -> int:

@@ -25,7 +25,7 @@ from ..model.modes import evaluating
 from ..model.precision import Precision, check_dtypes, check_precision
 from ..ops.layout import Tensors
 from .fold import fold_pairs
-from .passes import Rows, again, compare, measured_footprint, peak_bytes, results, rows_that_fit
+from .passes import Rows, again, compare, footprint_of_rows, peak_bytes, results, rows_that_fit
 from .probe import WORTH, alternating, probe_rows, rows_for_timing
 from .report import Lever, Model, Prepared
 
@@ -135,7 +135,7 @@ def prepare(
         subject: Model = model if clean is None else again(clean)
         with evaluating(subject):
             rows = Rows(tuple(x.clone() for x in inputs), args, per_row, precision)
-            taken = measured_footprint(subject, rows)
+            taken = footprint_of_rows(subject, rows)
             workshop = _Workshop(clean, subject, rows, tolerance, rows_that_fit(taken, budget))
             if fold_batchnorm:
                 report.append(workshop.try_lever("fold_batchnorm", lambda trial: fold_pairs(trial, rows)))
@@ -150,7 +150,7 @@ def prepare(
             else:
                 report.append(Lever("freeze", False, "switched off"))
             if workshop.clean is not None:
-                taken = measured_footprint(workshop.runner, workshop.rows)
+                taken = footprint_of_rows(workshop.runner, workshop.rows)
             if compile is not False:
                 options = dict(compile) if isinstance(compile, Mapping) else {}
                 report.append(workshop.try_compile(options))
