@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sysconfig
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +22,7 @@ from moreau_ext.ops.noise import Noise, noise_keys
 from moreau_ext.ops.reference import normals
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 DEVICE = torch.device("cuda", 0)
 
@@ -92,3 +97,44 @@ def in_threads(work: Callable[[Any], object], *arguments: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def start(command: Sequence[object], **how: Any) -> subprocess.Popen[str]:
+    """Starts a process with pipes that SIGINT interrupts, also if this one ignores it, as in the background of a shell.
+
+    A handler of ours becomes the default in the child; "ignore" would be inherited.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*map(str, command)], **pipes, **how)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Malicious:
+    """Unpickling it creates a file, by a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def read_maps(out: Path) -> np.ndarray[Any, Any]:
+    """The maps of a batch job, [N, *features]."""
+    from moreau_ext.batch import read
+
+    maps: np.ndarray[Any, Any] = read(out)["map"].combine_chunks().to_numpy_ndarray()
+    return maps
+
+
+def same_results(one: Path, other: Path) -> None:
+    """All columns of two batch jobs are equal, the maps to the bit."""
+    from moreau_ext.batch import COLUMNS, read
+
+    a, b = read(one), read(other)
+    for name in COLUMNS:
+        assert a[name].equals(b[name]), name
+    np.testing.assert_array_equal(read_maps(one), read_maps(other))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sysconfig
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import SCRIPT, start
 from matplotlib.image import imread
 from PIL import Image
 
@@ -19,7 +19,6 @@ from moreau_ext.batch import path_id, read
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 NET = ["--model", "moreau_ext.zoo:digits_cnn", "--preprocess", "gray.toml", "--samples", "2", "--steps", "3"]
 
 
@@ -114,14 +113,7 @@ def test_a_read_only_output(digits: Path) -> None:
 def test_ctrl_c_finishes_the_shard_and_exits_130(digits: Path) -> None:
     given = ["--batch", "1", "--shard-rows", "1", "--prepare", "none", "--out", "maps"]
     model = ["--model", "moreau_ext.zoo:digits_cnn", "--preprocess", "gray.toml", "--steps", "400", "--samples", "8"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(
-            [str(SCRIPT), "explain", "digits", *model, *given], stderr=subprocess.PIPE, text=True, cwd=digits
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with process:
+    with start([SCRIPT, "explain", "digits", *model, *given], cwd=digits) as process:
         for _ in range(600):
             if list((digits / "maps").glob("shard-*")):
                 break

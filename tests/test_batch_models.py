@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 import warnings
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import Malicious
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,14 +19,6 @@ from moreau_ext.batch import Preprocess, load_model, load_preprocess
 from moreau_ext.batch.models import fingerprint
 
 DIGITS = "moreau_ext.zoo:digits_cnn"
-
-
-class Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def test_factories() -> None:
@@ -87,9 +79,9 @@ def test_weights(tmp_path: Path) -> None:
 def test_a_malicious_pickle_is_refused(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     for name in ("zip.pt", "old.pt"):
-        torch.save({"w": Evil(ran)}, tmp_path / name, _use_new_zipfile_serialization=name == "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil(ran)))
-    (tmp_path / "named.safetensors").write_bytes(pickle.dumps(Evil(ran)))
+        torch.save({"w": Malicious(ran)}, tmp_path / name, _use_new_zipfile_serialization=name == "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious(ran)))
+    (tmp_path / "named.safetensors").write_bytes(pickle.dumps(Malicious(ran)))
     for name in ("zip.pt", "old.pt", "plain.pt", "named.safetensors"):
         with pytest.raises(ValueError, match=f"weights: .*{name}.*is not loaded"):
             load_model(DIGITS, tmp_path / name)
@@ -132,7 +124,7 @@ def test_an_exported_program_with_a_pickle_is_refused(exported: Path, tmp_path: 
         for entry in good.namelist():
             data = good.read(entry)
             if entry.endswith(".pt"):
-                torch.save(Evil(ran), tmp_path / "x")
+                torch.save(Malicious(ran), tmp_path / "x")
                 data = (tmp_path / "x").read_bytes()
             bad.writestr(entry, data)
     with pytest.raises(ValueError, match="no exported program that can be loaded"):

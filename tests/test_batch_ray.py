@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import read_maps, same_results
 
-from moreau_ext.batch import COLUMNS, Config, explain_config, read
+from moreau_ext.batch import Config, explain_config
 from moreau_ext.batch.ray import explain, share
 
 SETTINGS: dict[str, Any] = {"batch": 4, "shard_rows": 4}
@@ -82,14 +83,6 @@ def limited(run: Any) -> Any:
     return found[0]
 
 
-def equal(one: Path, other: Path) -> None:
-    a, b = read(one), read(other)
-    for name in COLUMNS:
-        assert a[name].equals(b[name]), name
-    maps = [t["map"].combine_chunks().to_numpy_ndarray() for t in (a, b)]
-    np.testing.assert_array_equal(*maps)
-
-
 @pytest.fixture(scope="module")
 def alone(job: tuple[Path, Config]) -> Path:
     folder, config = job
@@ -112,7 +105,7 @@ def test_two_workers_give_the_same_rows(job: tuple[Path, Config], alone: Path) -
     folder, config = job
     done = limited(lambda: explain(folder / "x.npy", config, folder / "two", concurrency=2, **SETTINGS))
     assert (done.inputs, done.explained, done.errors) == (42, 42, 0)
-    equal(folder / "two", alone)
+    same_results(folder / "two", alone)
 
 
 def test_a_killed_worker_costs_no_rows(job: tuple[Path, Config], alone: Path) -> None:
@@ -120,7 +113,7 @@ def test_a_killed_worker_costs_no_rows(job: tuple[Path, Config], alone: Path) ->
     (folder / "die").touch()
     limited(lambda: explain(folder / "x.npy", config, folder / "killed", concurrency=2, **SETTINGS))
     assert not (folder / "die").exists()
-    equal(folder / "killed", alone)
+    same_results(folder / "killed", alone)
     assert not list((folder / "killed").glob(".*"))
 
 
@@ -131,7 +124,7 @@ def test_a_job_goes_on_from_one_machine_to_many(job: tuple[Path, Config], alone:
         (folder / "moved" / f"shard-00000{k}.parquet").unlink()
     done = limited(lambda: explain(folder / "x.npy", config, folder / "moved", **SETTINGS))
     assert (done.explained, done.skipped) == (8, 34)
-    equal(folder / "moved", alone)
+    same_results(folder / "moved", alone)
     assert limited(lambda: explain(folder / "x.npy", config, folder / "moved", **SETTINGS)).explained == 0
 
 
@@ -141,7 +134,7 @@ def test_ray_reads_the_shards(job: tuple[Path, Config], alone: Path) -> None:
     paths = [str(p) for p in sorted(alone.glob("shard-*"))]
     rows = limited(lambda: ray.data.read_parquet(paths).take_all())
     found = np.stack([row["map"] for row in sorted(rows, key=lambda r: r["id"])])
-    np.testing.assert_array_equal(found, read(alone)["map"].combine_chunks().to_numpy_ndarray())
+    np.testing.assert_array_equal(found, read_maps(alone))
 
 
 def test_actors_that_do_not_fit_are_refused() -> None:

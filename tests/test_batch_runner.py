@@ -22,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import read_maps, same_results
 from torch import nn
 
 from moreau_ext import Gradient, MoreauGrad, ProximalGradient, SmoothGrad, SparseMoreauGrad, zoo
 from moreau_ext._errors import EmptyMapWarning
-from moreau_ext.batch import COLUMNS, Config, Differs, dense, explain_config, explain_dataset, manifest, read, sink
+from moreau_ext.batch import Config, Differs, dense, explain_config, explain_dataset, manifest, read, sink
 from moreau_ext.batch.job import shard_size
 
 SETTINGS: dict[str, Any] = {"batch": 4, "shard_rows": 8}
@@ -46,17 +47,6 @@ def x() -> torch.Tensor:
     return torch.randn(21, 3, 4, generator=torch.Generator().manual_seed(2))
 
 
-def maps(out: Path) -> np.ndarray[Any, Any]:
-    return read(out)["map"].combine_chunks().to_numpy_ndarray()
-
-
-def equal(one: Path, other: Path) -> None:
-    a, b = read(one), read(other)
-    for name in COLUMNS:
-        assert a[name].equals(b[name]), name
-    np.testing.assert_array_equal(maps(one), maps(other))
-
-
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +60,7 @@ def test_rows_are_what_the_explainer_says(x: torch.Tensor, tmp_path: Path) -> No
         *(f"shard-00000{k}.parquet" for k in range(3)),
     ]
     found = sparse(seed=3).attribute(x, ids=torch.arange(21), return_solution=True)
-    np.testing.assert_allclose(maps(tmp_path / "out"), found.attribution.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(read_maps(tmp_path / "out"), found.attribution.numpy(), rtol=1e-4, atol=1e-6)
     assert table["id"].to_pylist() == list(range(21))
     assert table["predicted"].to_pylist() == table["target"].to_pylist() == net()(x).argmax(1).tolist()
     for name in ("score", "residual", "relative_residual", "eta", "sigma"):
@@ -84,7 +74,7 @@ def test_rows_are_what_the_explainer_says(x: torch.Tensor, tmp_path: Path) -> No
 def test_yielding_is_the_same_as_writing(x: torch.Tensor, tmp_path: Path) -> None:
     explain_dataset(sparse(), x, tmp_path, **SETTINGS)
     rows = list(explain_dataset(sparse(), x, batch=4))
-    np.testing.assert_array_equal(np.stack([r["map"] for r in rows]), maps(tmp_path))
+    np.testing.assert_array_equal(np.stack([r["map"] for r in rows]), read_maps(tmp_path))
     assert [r["score"] for r in rows] == read(tmp_path)["score"].to_pylist()
 
 
@@ -97,7 +87,7 @@ def test_noise_is_keyed_by_the_id_alone(x: torch.Tensor) -> None:
 def test_workers_change_nothing(workers: int, x: torch.Tensor, tmp_path: Path) -> None:
     explain_dataset(sparse(), x, tmp_path / "a", workers=workers, **SETTINGS)
     explain_dataset(sparse(), x, tmp_path / "b", **SETTINGS)
-    equal(tmp_path / "a", tmp_path / "b")
+    same_results(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.slow
@@ -110,7 +100,7 @@ def test_every_method_by_name(method: str, tmp_path: Path) -> None:
     explain_config(config, tmp_path / "x.npy", tmp_path / "out", workers=0)
     table = read(tmp_path / "out")
     assert table["converged"].null_count == 0
-    assert np.isfinite(maps(tmp_path / "out")).all()
+    assert np.isfinite(read_maps(tmp_path / "out")).all()
     assert (table["residual"].null_count == 6) == (method in ("gradient", "smoothgrad"))
 
 
@@ -119,7 +109,7 @@ def test_targets(x: torch.Tensor, tmp_path: Path) -> None:
     explain_dataset(Gradient(net()), pairs, tmp_path / "given", target="label", **SETTINGS)
     assert read(tmp_path / "given")["target"].to_pylist() == [i % 5 for i in range(21)]
     np.testing.assert_allclose(
-        maps(tmp_path / "given"), Gradient(net()).attribute(x, torch.arange(21) % 5).numpy(), rtol=1e-4, atol=1e-6
+        read_maps(tmp_path / "given"), Gradient(net()).attribute(x, torch.arange(21) % 5).numpy(), rtol=1e-4, atol=1e-6
     )
     explain_dataset(Gradient(net()), x, tmp_path / "fixed", target=2, **SETTINGS)
     assert set(read(tmp_path / "fixed")["target"].to_pylist()) == {2}
@@ -160,11 +150,11 @@ def test_streams(x: torch.Tensor, tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(x, batch_size=5)
     explain_dataset(sparse(), loader, tmp_path / "stream", **SETTINGS)
     explain_dataset(sparse(), x, tmp_path / "array", **SETTINGS)
-    np.testing.assert_array_equal(maps(tmp_path / "stream"), maps(tmp_path / "array"))
+    np.testing.assert_array_equal(read_maps(tmp_path / "stream"), read_maps(tmp_path / "array"))
     (tmp_path / "stream" / "shard-000001.parquet").unlink()
     done = explain_dataset(sparse(), loader, tmp_path / "stream", **SETTINGS)
     assert (done.explained, done.skipped) == (8, 13)
-    np.testing.assert_array_equal(maps(tmp_path / "stream"), maps(tmp_path / "array"))
+    np.testing.assert_array_equal(read_maps(tmp_path / "stream"), read_maps(tmp_path / "array"))
 
 
 # --- formats -------------------------------------------------------------------------------------------------------
@@ -191,7 +181,7 @@ def test_pandas_and_duckdb_read_a_shard(dtype: str, x: torch.Tensor, tmp_path: P
     x[3, 0, 0] = torch.nan
     explain_dataset(sparse(), x, tmp_path, map_dtype=dtype, **SETTINGS)
     path = tmp_path / "shard-000000.parquet"
-    expected = maps(tmp_path)[:8].reshape(8, 12)
+    expected = read_maps(tmp_path)[:8].reshape(8, 12)
     about = json.loads(pq.read_schema(path).metadata[b"moreau_ext"])
     assert about["map_shape"] == [3, 4]
     assert about["configuration"]["versions"]["torch"] == torch.__version__
@@ -213,8 +203,8 @@ def test_bad_inputs_are_rows_with_reasons(x: torch.Tensor, tmp_path: Path) -> No
     table = read(tmp_path)
     assert table.num_rows == 21
     assert table["error"].to_pylist()[5] == "holds NaN or infinity"
-    assert np.isnan(maps(tmp_path)[5]).all()
-    assert np.isfinite(np.delete(maps(tmp_path), 5, 0)).all()
+    assert np.isnan(read_maps(tmp_path)[5]).all()
+    assert np.isfinite(np.delete(read_maps(tmp_path), 5, 0)).all()
     assert pq.read_table(tmp_path / "errors.parquet").to_pylist() == [
         {"id": 5, "source": "array:5", "reason": "holds NaN or infinity"}
     ]
@@ -235,7 +225,7 @@ def test_an_input_that_the_model_fails_on_is_isolated(x: torch.Tensor, tmp_path:
     x[[2, 9]] = 100.0
     assert explain_dataset(sparse(Picky()), x, tmp_path, **SETTINGS).errors == 2
     assert [e for e in read(tmp_path)["error"].to_pylist() if e] == ["RuntimeError: cannot do that"] * 2
-    assert np.isfinite(np.delete(maps(tmp_path), [2, 9], 0)).all()
+    assert np.isfinite(np.delete(read_maps(tmp_path), [2, 9], 0)).all()
 
 
 def test_a_model_that_fails_on_everything_is_the_jobs_error(x: torch.Tensor, tmp_path: Path) -> None:
@@ -269,7 +259,7 @@ def test_only_what_is_missing_is_done_again(x: torch.Tensor, tmp_path: Path) -> 
     (tmp_path / "a" / "shard-000000.parquet").unlink()
     done = explain_dataset(sparse(), x, tmp_path / "a", **SETTINGS)
     assert (done.explained, done.skipped) == (8, 13)
-    equal(tmp_path / "a", tmp_path / "b")
+    same_results(tmp_path / "a", tmp_path / "b")
     assert explain_dataset(sparse(), x, tmp_path / "a", **SETTINGS).explained == 0
 
 
@@ -350,10 +340,10 @@ def test_what_the_clock_chose_is_kept(tmp_path: Path) -> None:
     explain_config(config, tmp_path / "x.npy", tmp_path / "out", workers=0, **SETTINGS)
     chosen = manifest(tmp_path / "out")["prepared"]
     assert "fold_batchnorm" in chosen["levers"]
-    before = maps(tmp_path / "out")
+    before = read_maps(tmp_path / "out")
     (tmp_path / "out" / "shard-000000.parquet").unlink()
     explain_config(config, tmp_path / "x.npy", tmp_path / "out", workers=0, **SETTINGS)
-    np.testing.assert_array_equal(maps(tmp_path / "out"), before)
+    np.testing.assert_array_equal(read_maps(tmp_path / "out"), before)
 
 
 def test_rows_per_pass_are_those_of_the_first_run(
@@ -372,11 +362,11 @@ def test_rows_per_pass_are_those_of_the_first_run(
         run(out)
         chosen = manifest(out)["prepared"]
         assert 1 <= chosen["max_batch"] <= 1024
-        before = maps(out)
+        before = read_maps(out)
         (out / "shard-000000.parquet").unlink()
         monkeypatch.setattr("moreau_ext.explainers.base.budget", lambda device: 1)
         run(out)
-        np.testing.assert_array_equal(maps(out), before)
+        np.testing.assert_array_equal(read_maps(out), before)
     assert explain_dataset(sparse(max_batch=7), x, tmp_path / "number", **SETTINGS).explained == len(x)
     assert manifest(tmp_path / "number")["prepared"] is None
 
@@ -387,7 +377,7 @@ def test_precision_is_a_part_of_the_job(tmp_path: Path) -> None:
     for precision in ("float32", "bfloat16"):
         config = Config(model="moreau_ext.zoo:resnet20", samples=2, steps=2, precision=precision, prepare="none")
         explain_config(config, tmp_path / "x.npy", tmp_path / precision, workers=0)
-        found[precision] = maps(tmp_path / precision)
+        found[precision] = read_maps(tmp_path / precision)
         assert manifest(tmp_path / precision)["configuration"]["precision"] == precision
     assert np.abs(found["float32"] - found["bfloat16"]).max() > 0
     config = Config(model="moreau_ext.zoo:resnet20", samples=2, steps=2, prepare="none")
@@ -415,7 +405,7 @@ def test_a_full_disk_loses_nothing(x: torch.Tensor, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     explain_dataset(sparse(), x, tmp_path / "a", **SETTINGS)
     explain_dataset(sparse(), x, tmp_path / "b", **SETTINGS)
-    equal(tmp_path / "a", tmp_path / "b")
+    same_results(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.slow
@@ -507,7 +497,7 @@ def test_kill_9_again_and_again(x: torch.Tensor, tmp_path: Path) -> None:
     assert 0 < len(list((tmp_path / "a").glob("shard-*"))) < 6
     _job(str(tmp_path / "a"))
     _job(str(tmp_path / "b"))
-    equal(tmp_path / "a", tmp_path / "b")
+    same_results(tmp_path / "a", tmp_path / "b")
     assert not list((tmp_path / "a").glob(".*"))
 
 
@@ -557,10 +547,10 @@ def test_other_explainers(x: torch.Tensor, tmp_path: Path) -> None:
     for explainer in (SmoothGrad(net(), num_samples=4), MoreauGrad(net())):
         out = tmp_path / type(explainer).__name__
         explain_dataset(explainer, x, out, **SETTINGS)
-        assert np.isfinite(maps(out)).all()
+        assert np.isfinite(read_maps(out)).all()
 
 
 def test_float64_arrays_suit_float32_models(x: torch.Tensor, tmp_path: Path) -> None:
     explain_dataset(sparse(), x, tmp_path / "a", **SETTINGS)
     explain_dataset(sparse(), x.double(), tmp_path / "b", **SETTINGS)
-    np.testing.assert_array_equal(maps(tmp_path / "a"), maps(tmp_path / "b"))
+    np.testing.assert_array_equal(read_maps(tmp_path / "a"), read_maps(tmp_path / "b"))

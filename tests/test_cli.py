@@ -8,13 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import SCRIPT, start
 from matplotlib.image import imread
 
 from moreau_ext import cli, zoo
@@ -22,7 +22,6 @@ from moreau_ext.cli import common
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 METHODS = ["gradient", "smoothgrad", "moreau", "sparse", "group"]
 
 
@@ -149,19 +148,7 @@ def test_an_unwritable_out_is_refused_before_any_work(run, tmp_path: Path) -> No
 
 
 def test_ctrl_c_ends_with_130_and_leaves_no_partial_file(environment: dict[str, str], tmp_path: Path) -> None:
-    # A test run in the background may have inherited "ignore"; a handler of ours becomes the default in the child.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(
-            [str(SCRIPT), "demo", "--out", str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with process:
+    with start([SCRIPT, "demo", "--out", tmp_path], env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("digits_cnn is right for 9")
         # Well into the explanations, which take many seconds.

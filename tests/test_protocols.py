@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import doctest
 import json
-import os
 import pickle
 import signal
 import subprocess
-import sysconfig
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from helpers import SCRIPT, Malicious, start
 from PIL import Image
 from torch import Tensor
 
@@ -39,7 +38,6 @@ from moreau_ext.evaluation.tables import write_tables
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(sysconfig.get_path("scripts")) / "moreau-ext"
 SMALL = Plan(
     methods=("gradient", "sparse", "group_superpixels", "random"),
     attacks=("gaussian", "adaptive"),
@@ -282,14 +280,6 @@ def test_cifar10_is_read_from_its_own_files(tmp_path: Path, writer, below: str) 
     assert len(data.cifar10(tmp_path, "all").inputs) == 9
 
 
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def test_a_pickle_that_is_a_program_is_refused(tmp_path: Path) -> None:
     for content in (Malicious(tmp_path / "owned"), {b"data": Malicious(tmp_path / "owned"), b"labels": []}):
         (tmp_path / "test_batch").write_bytes(pickle.dumps(content))
@@ -357,14 +347,9 @@ def test_the_command_on_cifar_files(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     line = [str(SCRIPT), "evaluate", "--limit", "4", "--methods", "gradient,smoothgrad", "--attack", "adaptive",
             "--magnitudes", "0.3,1", "--attack-samples", "64", "--out", str(tmp_path)]  # fmt: skip
-    try:
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with process:
+    with start(line) as process:
         for _ in range(600):
             if list(tmp_path.rglob("*.npz")):
                 break

@@ -59,10 +59,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="a name of moreau_ext.zoo.training.trained for the digits (default: digits_cnn); resnet20 or tiny_vit; or "
-        "package.module:factory, a function without arguments that returns an nn.Module",
+        help="a name of moreau_ext.zoo.NAMES for the digits (default: digits_cnn); resnet20 or tiny_vit; or "
+        "package.module:factory of an nn.Module, with literal arguments if it takes some",
     )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a state_dict to load, read with weights_only")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help=".safetensors, or .pt with tensors alone")
     parser.add_argument(
         "--train", type=positive, metavar="EPOCHS", help="without --weights: train on the train split; kept in --out"
     )
