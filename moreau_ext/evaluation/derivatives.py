@@ -88,8 +88,7 @@ def gradient_vjp(
     exact = hessian == "autograd"
     adjoint = MoreauGrad(explainer.model, sigma=0.0 if exact else sigma, **_limit(explainer))
     count = 4 if exact else num_samples
-    renamed = replace(solution, ids=ids)
-    result: Tensor = adjoint.vjp(inputs, renamed, vectors, target, num_samples=count, hessian=hessian)
+    result: Tensor = adjoint.vjp(inputs, solution, vectors, target, ids=ids, num_samples=count, hessian=hessian)
     return result
 
 
@@ -125,11 +124,10 @@ def explainer_vjp(
         TypeError: an explainer of another kind.
     """
     common: dict[str, Any] = {"num_samples": num_samples, "hessian": hessian}
-    solution = replace(solution, ids=ids)
     result: Tensor
     if isinstance(explainer, MoreauGrad):
         # Settings that depend on x (η of η_max, σ of the range) are held: they only rescale, and would double the cost.
-        result = explainer.vjp(inputs, solution, vectors, target, hold_settings=True, tol=1e-3, **common)
+        result = explainer.vjp(inputs, solution, vectors, target, ids=ids, hold_settings=True, tol=1e-3, **common)
         return result
     if isinstance(explainer, SmoothGrad):
         noise: dict[str, Any] = {"noise_level": explainer.noise_level, "sigma": explainer.sigma, "seed": explainer.seed}
@@ -139,7 +137,7 @@ def explainer_vjp(
         else:
             adjoint = MoreauGrad(explainer.model, **_limit(explainer), **noise)
         moved = replace(solution, displacement=-_LIMIT * solution.attribution)
-        result = adjoint.vjp(inputs, moved, vectors, target, hold_settings=True, tol=1e-3, **common)
+        result = adjoint.vjp(inputs, moved, vectors, target, ids=ids, hold_settings=True, tol=1e-3, **common)
         return result
     if isinstance(explainer, Gradient):
         return gradient_vjp(explainer, inputs, solution, vectors, target, sigma=sigma, ids=ids, **common)

@@ -37,7 +37,7 @@ def _known_of(
 
     Raises:
         TypeError: not a Solution.
-        ValueError: a solution of other shapes, target or ids than those given.
+        ValueError: a solution of other shapes or another target than those given.
     """
     if not isinstance(solution, Solution):
         raise TypeError(
@@ -53,10 +53,7 @@ def _known_of(
             raise ValueError(f"solution: expected displacements shaped as the inputs, {expected}, got {shapes}")
     eta = solution.eta if isinstance(solution.eta, tuple) else (solution.eta,) * len(displacement)
     batch = len(solution.ids)
-    if ids is None:
-        ids = solution.ids
-    elif torch.as_tensor(ids).tolist() != solution.ids.tolist():
-        raise ValueError("ids: other ones than those of the solution; leave them out")
+    ids = solution.ids if ids is None else ids
     known = solution.target
     if known is not None and target is None:
         index = known.tolist()
@@ -145,7 +142,7 @@ class Certified(Noisy):
 
         Args:
             inputs, additional_forward_args: as in the call of :meth:`attribute` that gave ``solution``.
-            target, ids: the solution's by default; those of that call, if given. A callable target must be given.
+            target, ids: the solution's by default; other ids draw another bank. A callable target must be given.
             solution: with ``return_solution=True``. Any :class:`Solution` of these inputs will do, of
                 :meth:`eta_path` too: its displacement and its eta are used, and its rho where that was found.
             num_samples: gradients per input for the residual, and for the curvature of models with kinks; rounded up
@@ -231,7 +228,7 @@ class Certified(Noisy):
 
         Args:
             inputs, additional_forward_args: as in the call of :meth:`attribute` that gave ``solution``.
-            target, ids: the solution's by default; those of that call, if given. A callable target must be given.
+            target, ids: the solution's by default; other ids draw another bank. A callable target must be given.
             solution: with ``return_solution=True``. The result is as good as its displacement is a solution.
             vectors: v, in the form and shape of ``inputs``.
             num_samples: noisy copies per input in H. By default those of a solver with noise="fixed", for models with

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
+from ..capture.runner import Runner
 from ..ops.layout import Tensors, flat_rows
 from ..solvers.fixed import ProximalGradient
 from ..solvers.loop import check_finite, in_groups, solve
@@ -63,7 +64,7 @@ def unsolved(
 def _one_step(problem: Problem, num_samples: int, antithetic: bool) -> Solution:
     """The first step of a solver is an averaged gradient, shrunk where there is a penalty."""
     solver = ProximalGradient(num_samples=num_samples, max_steps=1, antithetic=antithetic, average_last=1, tol=0.0)
-    return at_zero(solve(problem, solver))
+    return at_zero(solve(problem, solver, Runner()))
 
 
 @dataclass(frozen=True, eq=False)

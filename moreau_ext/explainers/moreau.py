@@ -1,4 +1,4 @@
-"""The explainers people call: MoreauGrad and its sparse forms. The gradient baselines are in baselines.py."""
+"""MoreauGrad and its sparse forms. The gradient baselines are in gradients.py."""
 
 from __future__ import annotations
 

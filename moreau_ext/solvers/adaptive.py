@@ -28,9 +28,8 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from ..capture.runner import Runner
 from ..ops.layout import Tensors, copy_into, inner, over_features, states_like, subtract
-from .base import State, Steps
+from .base import Runner, State, Steps
 from .bound import DAMPING, DIFFERENCES, LENGTHS, Averages, Estimate, Window, best_estimate
 from .problem import Problem
 from .samples import MeanGradient, NoisyCopies

@@ -8,9 +8,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..capture.runner import Runner
 from .problem import Problem
 from .solution import Answer
+
+
+class Runner(Protocol):
+    """Runs the steps of a solver, one by one or as captured graphs; see :mod:`moreau_ext.capture.runner`."""
+
+    def repeat(self, body: Callable[..., None], record: Any, times: int, **options: Any) -> None:
+        """``body(record, **options)``, ``times`` times; it changes the tensors of the record in place."""
+
+    def call(self, body: Callable[[Any], Any], record: Any) -> Any:
+        """``body(record)``, which changes nothing."""
+
+    def bucket(self, count: int, full: int, elements: int) -> int:
+        """The size to pad ``count`` inputs of ``full`` to."""
 
 
 @dataclass(frozen=True)

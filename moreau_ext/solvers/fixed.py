@@ -12,9 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from ..capture.runner import Runner
 from ..ops.layout import Tensors, copy_into, divide, inner, over_features, rows_like, states_like, subtract
-from .base import State, Steps
+from .base import Runner, State, Steps
 from .problem import Problem, relative_residual
 from .samples import MeanGradient, NoisyCopies
 from .solution import Answer

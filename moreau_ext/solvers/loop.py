@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.runner import Runner
 from ..model.memory import may_retry, release
 from ..ops.layout import join, row_chunks, take
-from .base import Solver, State
+from .base import Runner, Solver, State
 from .problem import Problem
 from .solution import Solution, assemble
 
 
-def solve(problem: Problem, solver: Solver, runner: Runner | None = None) -> Solution:
+def solve(problem: Problem, solver: Solver, runner: Runner) -> Solution:
     """Solves a problem in groups of as many inputs as a pass of ``problem.passes`` takes.
 
     Results agree to the rounding of the model's passes, whatever the groups.
@@ -32,7 +31,6 @@ def solve(problem: Problem, solver: Solver, runner: Runner | None = None) -> Sol
         ValueError: the model gave a gradient that is not finite; names the id of the input.
         MemoryError: not even one row fits.
     """
-    runner = runner or Runner()
     bar = _progress_bar(problem.batch) if solver.progress else None
     try:
         return in_groups(problem, solver.rows, partial(_solve_group, solver=solver, runner=runner, bar=bar))

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from ..capture.runner import Runner
 from ..ops.layout import inner, like_layout, row_chunks, states_like
-from .base import Solver
+from .base import Runner, Solver
 from .loop import solve
 from .problem import Problem, Start
 from .samples import MeanGradient, NoisyCopies
@@ -19,7 +18,7 @@ from .solution import Solution
 _AT_ZERO = 64
 
 
-def solve_path(problem: Problem, ratios: list[float], solver: Solver, runner: Runner | None = None) -> list[Solution]:
+def solve_path(problem: Problem, ratios: list[float], solver: Solver, runner: Runner) -> list[Solution]:
     """The solutions for η = ratio·η_max, in the order of ``ratios``; the largest ratio is solved first, from δ = 0,
     every other one from the solution before it.
 
@@ -29,7 +28,7 @@ def solve_path(problem: Problem, ratios: list[float], solver: Solver, runner: Ru
         solver: the method.
         runner: runs the steps; see :func:`moreau_ext.solvers.loop.solve`.
     """
-    runner, penalty = runner or Runner(), problem.penalty
+    penalty = problem.penalty
     total = states_like(problem.inputs)
     for index in row_chunks(problem.batch, problem.passes.max_rows, problem.keys.device):
         some = problem if len(index) == problem.batch else problem.take(index)
