@@ -105,7 +105,7 @@ cd "$work" || exit 2
 # Older versions of torch warn of themselves when something is compiled.
 tests=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root"
   -W 'ignore:`torch.jit:DeprecationWarning')
-part tests "${tests[@]}" "$root"/tests/test_{cuda,cuda_graphs,ops}.py
+part tests "${tests[@]}" "$root"/tests/{ops/test_cuda,capture/test_cuda_graphs,ops/test_ops}.py
 
 # The sanitizer slows kernels a hundred times: tests that cover every kernel and type, of small sizes. torch's allocator
 # is told to hand out separate pieces, since memcheck cannot see a step from one tensor into the next within one. Only
@@ -116,7 +116,7 @@ if command -v compute-sanitizer >/dev/null; then
     [[ $tool == initcheck ]] || watch+=(--kernel-regex kns=moreau)
     [[ $tool == memcheck ]] && watch+=(--report-api-errors no)
     part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "${watch[@]}" \
-      "${tests[@]}" "$root/tests/test_cuda.py" -k "cpu_gives or chunks_do_not or repeat or vector or group_norms"
+      "${tests[@]}" "$root/tests/ops/test_cuda.py" -k "cpu_gives or chunks_do_not or repeat or vector or group_norms"
   done
 else
   record sanitizers not-found 0

@@ -3,7 +3,7 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key = the 64-bit key
 // of the input and counter = (element block low, element block high, sample, step). One call serves the four
 // consecutive elements of a block: words (0, 1) give elements 0 and 1 by Box-Muller, words (2, 3) elements 2 and 3.
-// This mapping is version 1, and tests/test_noise.py has its golden values: a change is a breaking change.
+// This mapping is version 1, and tests/ops/test_noise.py has its golden values: a change is a breaking change.
 //
 // The words are the same on every device. The normals are the same on every CPU. A GPU's floats are within kFastError
 // of the exact normals, its doubles within the last digits of the mathematical libraries.

@@ -62,7 +62,7 @@ def test_the_source_distribution_holds_what_a_build_needs(built: Path) -> None:
     files = (p for folder in ("csrc", "tests") for p in (ROOT / folder).rglob("*"))
     tracked = [p.relative_to(ROOT).as_posix() for p in files if p.suffix in needed]
     assert set(tracked) <= names
-    assert {"CMakeLists.txt", "LICENSE", "README.md", "constraints.txt", "tests/test_ops.py"} <= names
+    assert {"CMakeLists.txt", "LICENSE", "README.md", "constraints.txt", "tests/ops/test_ops.py"} <= names
 
 
 def test_the_build_asks_for_no_torch() -> None:

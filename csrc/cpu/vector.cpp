@@ -1,6 +1,6 @@
 #include "vector.h"
 
-// MOREAU_PORTABLE compiles the baseline alone; tests/test_clones.py compares the clones with it.
+// MOREAU_PORTABLE compiles the baseline alone; tests/csrc/test_clones.py compares the clones with it.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(MOREAU_PORTABLE)
 #define MOREAU_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #else

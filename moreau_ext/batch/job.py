@@ -237,5 +237,4 @@ def without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (EmptyMapWarning, TrainModeWarning):
             warnings.simplefilter("ignore", category)
-        warnings.filterwarnings("ignore", message="the model is in train mode")  # until it has the class
         yield

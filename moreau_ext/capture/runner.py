@@ -53,7 +53,7 @@ def check_mode(mode: Any) -> None:
 
 
 def _settings(device: torch.device) -> Hashable:
-    """What is read while a pass is captured, and would be frozen."""
+    """Settings that a capture freezes."""
     backends: Any = torch.backends
     cudnn, cuda, matmul = backends.cudnn, backends.cuda, backends.cuda.matmul
     return (
@@ -124,7 +124,7 @@ class Runner:
         return body(record)
 
     def bucket(self, count: int, full: int, elements: int) -> int:
-        """The size to pad ``count`` inputs of ``full`` to: a few fixed sizes, each of which needs graphs of its own.
+        """The size to which ``count`` inputs are padded; here ``count``, see :class:`PaddedRunner`.
 
         Args:
             count: inputs that are left.
@@ -252,8 +252,8 @@ class Graphs:
 
     @contextmanager
     def runner(self, model: Any, device: torch.device) -> Iterator[Runner]:
-        """What runs the steps of one explanation. A second thread with the same explainer meanwhile has its steps run
-        one by one: graphs have one set of buffers."""
+        """The runner of one explanation. If another thread holds the graphs, its steps run uncaptured: graphs have one
+        set of buffers."""
         if not self._apply(model, device):
             yield Runner()
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..analysis.curvature import RHO_SAMPLES, convex_rho
 from ..capture.runner import Graphs, Mode, check_mode
 from ..model.target import Target
 from ..ops.layout import Tensors, flat_rows
+from ..solvers.base import Solver
 from ..solvers.adaptive import AdaptiveProximalGradient
 from ..solvers.fixed import ProximalGradient
 from ..solvers.groups import Groups, Pixels
@@ -27,9 +28,6 @@ from .certified import Certified
 from .inputs import empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
 from .sparse import Sparse
-
-Solver = ProximalGradient | AdaptiveProximalGradient
-
 
 @dataclass(frozen=True, eq=False)
 class MoreauGrad(Certified):
@@ -98,7 +96,7 @@ class MoreauGrad(Certified):
     solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
     cuda_graphs: Mode = field(default=False, kw_only=True)
     _graphs: Graphs = field(init=False, repr=False)
-    # With one row per pass the adaptive solver holds 32 maps of its one input: 17 are counted by row and input.
+    # With one row per pass the adaptive solver holds 32 maps of its one input: 17 are counted elsewhere, 3 are slack.
     _held = 18
 
     def __post_init__(self) -> None:
@@ -128,9 +126,9 @@ class MoreauGrad(Certified):
             self._check_fixed(self.solver)
 
     @property
-    def _method(self) -> Any:
+    def _method(self) -> Solver:
         # "auto" has become a solver when the explainer was made.
-        return self.solver
+        return cast(Solver, self.solver)
 
     @property
     def _asked_rho(self) -> Any:
@@ -158,7 +156,7 @@ class MoreauGrad(Certified):
 
     def pose(self, problem: Problem) -> Problem:
         problem = super().pose(problem)
-        # What follows the solution, or is measured, begins anywhere.
+        # A ρ that is measured or tuned starts at 1.
         rho = self._asked_rho if self._rho_is_given else 1.0
         problem = replace(problem, rho=tuple([per_input_setting("rho", rho, x) for x in problem.inputs]))
         radius = self._radius(problem.inputs)
@@ -270,8 +268,8 @@ class SparseMoreauGrad(SparseMoreau):
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η‖δ‖₁,    A(x) = −δ*/ρ = S_η(∇F(x)).
 
     Args:
-        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs, precision:
-            see :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, cuda_graphs, max_batch, unused_inputs,
+            precision: see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute, in units of the gradient: a number, one per input [B], or one per feature [1, *features]
             or [B, *features].
         eta_ratio: η as a fraction of that input's η_max = ‖p(0)‖_∞, the least η with a zero map; default 0.1. It does
@@ -299,8 +297,8 @@ class GroupSparseMoreauGrad(SparseMoreau):
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η Σ_g w_g‖δ_g‖₂,    A(x) = −δ*/ρ.
 
     Args:
-        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, max_batch, unused_inputs, precision:
-            see :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, cuda_graphs, max_batch, unused_inputs,
+            precision: see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute; a number or one per input [B].
         eta_ratio: η as a fraction of that input's η_max = max_g ‖p_g(0)‖/w_g; default 0.1.
         support: instead of η, how many groups are not to be zero; see :class:`SparseMoreauGrad`.

@@ -27,7 +27,7 @@ def check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
         raise ValueError(f"{name}: expected {expected} finite number, got {value!r}")
 
 
-def per_input_setting(name: str, value: Scalar | None, x: Tensor) -> Tensor:
+def per_input_setting(name: str, value: Scalar, x: Tensor) -> Tensor:
     """A setting as state dtype [B] for one tensor."""
     state, batch = ops.state_dtype(x.dtype), x.shape[0]
     # In the state dtype at once: a Python number would otherwise pass through float32.

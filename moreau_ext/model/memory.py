@@ -1,4 +1,4 @@
-"""Memory: what a pass of the model takes, what there is, and what to do when it was not enough."""
+"""Memory: footprints of passes, budgets, and out-of-memory checks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ Result = TypeVar("Result")
 # Rows per pass where memory cannot be measured: the published number of samples.
 BLIND_ROWS = 32
 
-# What may be planned for of what is free. On CUDA a captured step has its passes in a pool of its own, beside what its
-# warm-up left in the cache; hence half. On the CPU too much is answered by the kernel, with a kill, and second
-# derivatives, which a certificate takes, need up to three times what is measured here; a GPU says no, and a pass is
-# halved then.
+# Share of the free memory to plan for. CUDA: half, because a captured step has a pool beside the warm-up's cache.
+# CPU: a quarter, because the kernel kills the process, and second derivatives need up to three times the measured bytes.
 _CUDA_SHARE, _CPU_SHARE = 1 / 2, 1 / 4
 
 # Where the system does not say what is free.
@@ -216,7 +214,7 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it is memory that failed."""
+    """Whether memory ran out."""
     # The CPU's allocator and cuDNN's and cuBLAS's handles have no exception of their own.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSED)
@@ -224,7 +222,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def may_retry(error: BaseException, device: torch.device) -> bool:
-    """Whether a pass that failed so may be done again with fewer rows: it was memory that did not suffice."""
+    """Whether the pass may be retried with fewer rows."""
     # In a captured CUDA graph nothing can be done again with fewer rows, or be freed.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return not capturing and out_of_memory(error)

@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._errors import TrainModeWarning
+
 
 class _Evaluation:
     """Counts who needs a module in eval mode, so that threads may share it: the first switches, the last restores."""
@@ -24,7 +26,7 @@ class _Evaluation:
 
     @contextmanager
     def __call__(self, model: Callable[..., Any], depth: int = 1) -> Iterator[None]:
-        """``depth``: functions between this and the caller whom a warning is to point at."""
+        """``depth``: frames between this one and the caller that the warning points at."""
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
         modules = [m for m in modules if hasattr(m, "training")]  # those of torch.jit.freeze have no modes
         training = False
@@ -39,6 +41,7 @@ class _Evaluation:
             if training:
                 warnings.warn(
                     "the model is in train mode: it is explained in eval mode and restored afterwards",
+                    TrainModeWarning,
                     stacklevel=3 + depth,
                 )
             yield

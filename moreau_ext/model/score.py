@@ -1,6 +1,6 @@
-"""What is explained: a model and a target, as one score per input, and the gradient of that score.
+"""A model and a target as one score per row, with its gradient.
 
-The only place that runs a model and the only caller of torch.autograd.
+The only caller of torch.autograd.grad; the explainers run the model only here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Score:
         return replace(self, target=target, args=args)
 
     def passing(self, device: torch.device) -> AbstractContextManager[None]:
-        """What a pass with its gradients runs under."""
+        """The context of a pass and its gradients."""
         # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
         modules = self.model.modules() if device.type == "cuda" and isinstance(self.model, nn.Module) else ()
         return flags(self.precision, device, without_cudnn=any(isinstance(m, nn.RNNBase) for m in modules))

@@ -51,4 +51,4 @@ def _indices(tuples: list[Any], what: str) -> Tensor:
         raise TypeError(f"target: expected {what} of integers, got {tuples[0]!r}")
     if len({len(t) for t in tuples}) > 1:
         raise ValueError("target: the tuples of a list must all have the same length")
-    return torch.tensor(tuples, dtype=torch.int64).reshape(len(tuples), -1)
+    return torch.tensor(tuples, dtype=torch.int64)

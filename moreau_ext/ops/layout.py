@@ -75,12 +75,6 @@ def subtract(a: Tensors, b: Tensors) -> Tensors:
     return tuple([u - v for u, v in zip(a, b, strict=True)])
 
 
-def scale(tensors: Tensors, factor: Tensor | Tensors) -> Tensors:
-    """factor·tensors; the factor [B], one for all tensors or one for each."""
-    factors = factor if isinstance(factor, tuple) else (factor,) * len(tensors)
-    return tuple([over_features(f.to(t.dtype), t) * t for t, f in zip(tensors, factors, strict=True)])
-
-
 def divide(tensors: Tensors, by: Tensor) -> Tensors:
     """tensors / by, [B]."""
     return tuple([t / over_features(by.to(t.dtype), t) for t in tensors])

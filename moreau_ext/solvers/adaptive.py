@@ -32,7 +32,7 @@ from ..ops.layout import Tensors, copy_into, inner, over_features, states_like, 
 from .base import Runner, State, Steps
 from .bound import DAMPING, DIFFERENCES, LENGTHS, Averages, Estimate, Window, best_estimate
 from .problem import Problem
-from .samples import MeanGradient, NoisyCopies
+from .samples import GradientSum, NoisyCopies
 from .solution import Answer
 
 # Steps and samples of the burn-in.
@@ -53,7 +53,7 @@ _FD_SAMPLES = 8
 _AT_ZERO = 32
 # Before any curvature is known.
 _FIRST_STEP = 0.25
-# Of the displacement's length: a shorter way shows no curvature.
+# Shorter steps, relative to the displacement, give no secant.
 _SHORT = 1e-3
 # Halves the burn-in (measured on digits: 0.5 against 0 and 0.7).
 _MOMENTUM = 0.5
@@ -82,7 +82,7 @@ class _Iterate:
     gradients: Tensors
     squares: Tensors  # sum of squared successive differences of the gradient, times samples / 2
     sums: Tensor  # float64 [B, 8], see ops.SUMS: of this level; of all in squares; of the open window
-    curvature: Tensor  # float64 [B], the largest met
+    curvature: Tensor  # float64 [B], the largest measured
     score: Tensor  # float64 [B], sum of the samples' scores at `x_prev`
     statistics: Tensor
     arrivals: Tensor  # for the kernels; zero between launches
@@ -105,7 +105,7 @@ class _Carried:
 
 @dataclass
 class _State(State):
-    """``spend``: gradients of the next level; 0 where there is none. ``estimate``: at the end of the last one."""
+    """``spend``: gradients of the level that runs next; 0 where there is none. ``estimate``: of the last one."""
 
     spend: int = 0
     estimate: Estimate | None = None
@@ -122,9 +122,9 @@ class AdaptiveProximalGradient:
 
     Args:
         tol: relative residual asked for, ‖δ − y‖ / max(‖δ‖, ‖y‖, 10⁻³ρ‖p(0)‖).
-        max_gradients: most gradient evaluations per input. The first two levels, 48 (80 where η is a ratio, 192 where
-            η or ρ follow the solution) and 144, always run; each later one costs half of what was spent before it, at
-            least 144, the last what is left of the budget.
+        max_gradients: most gradient evaluations per input. The first two levels, 48 (192 where η or ρ follow the
+            solution; 32 more where η is a ratio) and 144, always run; each later one costs half of what was spent
+            before it, at least 144, the last what is left of the budget.
         progress: show a progress bar over inputs (needs tqdm).
 
     In the Solution, ``relative_residual`` is that bound, and ``converged`` says whether it is ≤ tol. The bound is the
@@ -188,10 +188,10 @@ class AdaptiveProximalGradient:
         state.spend = samples * (_TUNED_BURN_IN if tuned else _BURN_IN)
         return state
 
-    def resume(self, problem: Problem, carried: _Carried, last: State, samples: int) -> _State:
+    def resume(self, problem: Problem, carried: _Carried, last: _State, samples: int) -> _State:
         state = self._state(problem, carried, samples)
         state.level, state.evaluations = last.level, last.evaluations
-        state.spend = last.spend if isinstance(last, _State) else 0
+        state.spend = last.spend
         return state
 
     def _state(self, problem: Problem, carried: _Carried, samples: int) -> _State:
@@ -237,7 +237,7 @@ class AdaptiveProximalGradient:
             yield Steps(_step, length - 1, options | {"first": False})
         else:
             copy_into(iterate.step_size, _damped(problem, iterate.curvature))
-            # The first differences of a level 1 may be more than noise; its first half is a window of its own.
+            # The first differences of level 1 may be more than noise. Its first half is used only until level 2.
             settled_from = 0 if state.level > 1 else length // 4 + 1
             windows = [*carried.windows]
             for start, stop in ((0, length // 2), (length // 2, length)):
@@ -276,20 +276,22 @@ class AdaptiveProximalGradient:
             return None
         carried, problem = state.carried, state.problem
         seen = Averages(problem, carried.windows, carried.squares, carried.sums, carried.curvature, carried.at_zero)
-        found, fd_scale, places = runner.call(_estimate_and_ends, seen)
+        found, fd_scale, points = runner.call(_estimate_and_fd_points, seen)
         copies = NoisyCopies(problem, _FD_SAMPLES, True, _first_draw(state.level - 1) + state.spend // state.samples)
-        low, high = places
+        low, high = points
         ends = _mean_gradient(copies, low, _FD_SAMPLES, runner), _mean_gradient(copies, high, _FD_SAMPLES, runner)
         state.evaluations += 2 * _FD_SAMPLES
-        ended = _Ended(problem, found, fd_scale, ends, state.iterate.x_prev, state.iterate.score, state.samples)
-        state.estimate, envelope = runner.call(_at_the_answer, ended)
-        copy_into(problem.rho, state.estimate.rho)
+        ended = _LevelEnd(problem, found, fd_scale, ends, state.iterate.x_prev, state.iterate.score, state.samples)
+        state.estimate, envelope = runner.call(_measure_bias, ended)
+        follows = problem.tuning is not None and problem.tuning.support is not None
         if problem.tuning is not None:
+            copy_into(problem.rho, state.estimate.rho)
+        if follows:
             copy_into(problem.penalty.eta, state.estimate.eta)
         state.spend = _level_cost(state.evaluations, self.max_gradients)
         return Answer(
             rho=state.estimate.rho,
-            eta=state.estimate.eta if problem.tuning is not None else carried.eta,
+            eta=state.estimate.eta if follows else carried.eta,
             maps=state.estimate.maps,
             displacement=state.estimate.displacement,
             gradient=state.estimate.gradient,
@@ -385,17 +387,17 @@ def _mean_gradient(copies: NoisyCopies, place: Tensors | None, samples: int, run
     """The mean gradient at a place; None for δ = 0."""
     gradient = states_like(copies.inputs)
     score = torch.empty(gradient[0].shape[0], dtype=torch.float64, device=gradient[0].device)
-    total = MeanGradient(copies, place, gradient, score)
-    runner.repeat(MeanGradient.run, total, 1)
+    total = GradientSum(copies, place, gradient, score)
+    runner.repeat(GradientSum.run, total, 1)
     return tuple([g / samples for g in total.gradient])
 
 
-def _estimate_and_ends(seen: Averages) -> tuple[Estimate, Tensor, tuple[Tensors, ...]]:
+def _estimate_and_fd_points(seen: Averages) -> tuple[Estimate, Tensor, tuple[Tensors, ...]]:
     """The estimate, and the two places whose gradients are compared: how many times y − x̄ apart, and where."""
     found = best_estimate(seen)
     way = subtract(found.displacement, found.point)
     sigma = torch.stack([s.double() for s in seen.problem.sigma]).amin(0)
-    # Way below rounding there is nothing left to settle, whatever a difference says.
+    # Below rounding the difference carries no information.
     fd_scale = (sigma / inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
     ends = tuple(
         [
@@ -409,7 +411,7 @@ def _estimate_and_ends(seen: Averages) -> tuple[Estimate, Tensor, tuple[Tensors,
 
 
 @dataclass
-class _Ended:
+class _LevelEnd:
     """A level that has ended, with the gradients at two places about its answer."""
 
     problem: Problem
@@ -421,20 +423,20 @@ class _Ended:
     samples: int
 
 
-def _at_the_answer(ended: _Ended) -> tuple[Estimate, Tensor]:
+def _measure_bias(ended: _LevelEnd) -> tuple[Estimate, Tensor]:
     """The estimate with the bias of y itself, and the envelope H; see :meth:`AdaptiveProximalGradient.estimate`."""
     found = ended.estimate
     problem = found.problem(ended.problem)
-    there = tuple(
+    p_at_y = tuple(
         [
             p + (b - a) / over_features(ended.fd_scale.to(p.dtype), p)
             for p, a, b in zip(found.gradient, *ended.fd_gradients, strict=True)
         ]
     )
-    maps, _ = problem.image(there)
-    moved = tuple([over_features(r, a) * (a - b) for a, b, r in zip(maps, found.maps, problem.rho, strict=True)])
+    maps, _ = problem.image(p_at_y)
+    shift = tuple([over_features(r, a) * (a - b) for a, b, r in zip(maps, found.maps, problem.rho, strict=True)])
     envelope = problem.objective(ended.x_prev, ended.score / ended.samples)
-    return replace(found, bias2=inner(moved, moved)), envelope
+    return replace(found, bias2=inner(shift, shift)), envelope
 
 
 def _first_draw(level: int) -> int:

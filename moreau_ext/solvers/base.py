@@ -1,10 +1,10 @@
-"""The protocol of a solver: init, schedule, step, estimate, next."""
+"""The protocol of a solver: init, schedule, estimate, next, resume."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -61,8 +61,9 @@ class State:
     evaluations: int = 0
 
 
+@runtime_checkable
 class Solver(Protocol):
-    """What :func:`moreau_ext.solvers.loop.solve` asks of a solver; a frozen record of settings."""
+    """The interface that :func:`moreau_ext.solvers.loop.solve` uses; a frozen record of settings."""
 
     @property
     def tol(self) -> float:
@@ -83,7 +84,7 @@ class Solver(Protocol):
         """The steps of one level. Code between two ``yield`` runs between the steps."""
 
     def estimate(self, state: State, runner: Runner) -> Answer | None:
-        """What the inputs would return now; None where it is too early to tell."""
+        """The current answer of each input, or None if it is too early."""
 
     def next(self, state: State, answer: Answer | None) -> Tensor:
         """Samples per step of each input's next level, int64 [B]; 0: done."""

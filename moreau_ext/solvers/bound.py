@@ -3,7 +3,8 @@
 Let x_t be the points where gradients were taken, p_t = ∇f_σ(x+x_t) + ε_t the m-sample means, and x̄, p̄ their averages
 weighted by samples (Polyak-Ruppert). The answer is y = −ρ S_η(p̄). The square of its residual has three parts:
 
-- bias²: ‖x̄ − y‖², seen: the iteration has not settled yet.
+- bias²: ‖x̄ − y‖², observed: the iteration has not settled yet. It selects the window; the solver then replaces it by
+  that of y itself, ρ²‖S_η(p(y)) − S_η(p̄)‖².
 - variance: of ρS_η(p̄), by the delta method: Σ_j ρ²·gain_j·V_j/N, V_j the variance of one sample's gradient, N the
   samples averaged, and gain_j what S_η lets through (features that are zero in the map, and most of what turns a group
   without lengthening it, do not contribute). V comes from von Neumann's successive differences, ½E(p_t − p_{t−1})²·m,
@@ -30,7 +31,7 @@ from .problem import Problem
 # Over points that wander the gradient is not linear, so its mean there is not the gradient at their mean. On digits the
 # residual this leaves was 0.3 to 1 times the radius of the points.
 _ALLOWANCE = 0.5
-# gamma = 0.7/(1/rho + L): the largest curvature met is a lower bound of the largest there is.
+# gamma = 0.7/(1/rho + L): the largest curvature measured is a lower bound of the largest there is.
 DAMPING = 0.7
 # Where in ops.SUMS begin those of all squared differences, and those of a window.
 DIFFERENCES, LENGTHS = ops.SUMS.index("differences"), ops.SUMS.index("lengths")
@@ -64,14 +65,14 @@ class Window:
 
 @dataclass
 class Averages:
-    """What a level leaves behind.
+    """The averages of a level.
 
     Args:
         problem: with the η and ρ of the steps.
         windows: the steps with fresh noise, oldest first.
         squares: Σ m/2·(p_t − p_{t−1})², per feature.
         sums: float64 [B, 8], see ops.SUMS.
-        curvature: float64 [B], the largest met.
+        curvature: float64 [B], the largest measured.
         at_zero: float64 [B], ‖p(0)‖².
     """
 
@@ -196,12 +197,12 @@ def variance_quantile(sums: Tensor, variance: Tensor, crossed: Tensor) -> Tensor
     """
     count, norms, norms2 = sums[:, DIFFERENCES : DIFFERENCES + 3].unbind(1)
     mean = norms / count
-    spread = (norms2 - count * mean.square()) / (count - 1)
+    norms_variance = (norms2 - count * mean.square()) / (count - 1)
     independent = variance.square() / crossed.clamp_min(_TINY)
-    rank = torch.where(spread > 0, 2 * mean.square() / spread.clamp_min(_TINY), independent)
+    rank = torch.where(norms_variance > 0, 2 * mean.square() / norms_variance.clamp_min(_TINY), independent)
     rank = torch.minimum(rank, independent).clamp_min(1)
     ninth = 2 / (9 * rank)
     quantile = (1 - ninth + _QUANTILE * ninth.sqrt()) ** 3
-    # Successive differences share a gradient: three of them tell as much as two.
+    # Successive differences share a gradient: three carry the information of two.
     freedom = (rank * count / 1.5).clamp_min(4)
     return variance * quantile * freedom / (freedom - 2)

@@ -15,11 +15,11 @@ from .._checks import check_count
 from ..ops.layout import Tensors, copy_into, divide, inner, over_features, rows_like, states_like, subtract
 from .base import Runner, State, Steps
 from .problem import Problem, relative_residual
-from .samples import MeanGradient, NoisyCopies
+from .samples import GradientSum, NoisyCopies
 from .solution import Answer
 
-# Steps between two looks at the residual: each look waits for the device once.
-_LOOK_EVERY = 10
+# Steps between residual checks; each waits for the device once.
+_CHECK_EVERY = 10
 
 
 @dataclass
@@ -74,7 +74,7 @@ class ProximalGradient:
             residuals can fall to rounding (for models with continuous gradients).
         antithetic: samples in pairs z, −z: about half the variance.
         average_last: steps whose p is averaged for the map.
-        tol: an input leaves the batch once its relative residual is ≤ tol (looked at every 10 steps), and counts as
+        tol: an input leaves the batch once its relative residual is ≤ tol (checked every 10 steps), and counts as
             converged. With fresh noise the residual includes the noise of m samples. 0 never stops early.
         progress: show a progress bar (needs tqdm).
 
@@ -142,7 +142,7 @@ class ProximalGradient:
         displacement = states_like(problem.inputs) if start is None else tuple([d.clone() for d in start.displacement])
         copies = NoisyCopies(problem, self.num_samples, self.antithetic)
         gradient, score = states_like(problem.inputs), torch.zeros_like(problem.value, dtype=torch.float64)
-        runner.repeat(MeanGradient.run, MeanGradient(copies, displacement, gradient, score), 1)
+        runner.repeat(GradientSum.run, GradientSum(copies, displacement, gradient, score), 1)
         p = divide(gradient, torch.full_like(score, self.num_samples))
         penalty, eta = problem.penalty.resolve(p)
         problem = replace(problem, penalty=penalty).tuned(p)
@@ -188,9 +188,9 @@ class ProximalGradient:
         return State(problem, iterate, carried, self.num_samples)
 
     def schedule(self, state: State) -> Iterator[Steps]:
-        """Up to the next look at the residual, every ten steps; from ``averaging_from`` on, sums are kept."""
+        """Up to the next residual check, every ten steps; from ``averaging_from`` on, sums are kept."""
         start = state.evaluations // self.num_samples
-        stop = min((start // _LOOK_EVERY + 1) * _LOOK_EVERY, self.max_steps)
+        stop = min((start // _CHECK_EVERY + 1) * _CHECK_EVERY, self.max_steps)
         averaging_from = max(0, self.max_steps - self.average_last)
         edges = sorted({start, stop} | {t for t in (1, averaging_from) if start < t < stop})
         for begin, end in pairwise(edges):
@@ -283,4 +283,4 @@ class ProximalGradient:
 
     def next(self, state: State, answer: Answer | None) -> Tensor:
         more = torch.full_like(state.problem.keys, self.num_samples * (state.evaluations < self.gradients))
-        return more if answer is None else torch.where(answer.relative_residual <= self.tol, 0, more)
+        return more if answer is None else torch.where((answer.relative_residual <= self.tol) & (self.tol > 0), 0, more)

@@ -25,11 +25,11 @@ def solve(problem: Problem, solver: Solver, runner: Runner) -> Solution:
     Args:
         problem: the batch.
         solver: the method.
-        runner: runs the steps; replays captured ones, where it does.
+        runner: runs the steps, captured or not.
 
     Raises:
         ValueError: the model gave a gradient that is not finite; names the id of the input.
-        MemoryError: not even one row fits.
+        MemoryError, torch.OutOfMemoryError: not even one row fits.
     """
     bar = _progress_bar(problem.batch) if solver.progress else None
     try:
@@ -53,8 +53,8 @@ def _solve_group(problem: Problem, solver: Solver, runner: Runner, bar: Any) -> 
             state = group.state
             for steps in solver.schedule(state):
                 runner.repeat(steps.step, state.iterate, steps.times, **steps.options)
-            iterate = state.iterate
-            check_finite(iterate.statistics, iterate.score, state.problem.ids, state.carried.steps)
+            n, iterate = group.count, state.iterate
+            check_finite(iterate.statistics[:n], iterate.score[:n], state.problem.ids[:n], state.carried.steps[:n])
             if bar is not None:
                 bar.set_postfix_str(f"{state.evaluations} gradients each")
             answer = solver.estimate(state, runner)
@@ -148,7 +148,10 @@ def in_groups(problem: Problem, rows: int, solve_group: Callable[[Problem], Solu
         release(device)
         failed = failed or count
         passes.lower(max(1, (rows * count if passes.max_rows is None else passes.max_rows) // 2))
-        todo += [piece for piece in reversed(index.tensor_split(2)) if len(piece)]
+        # The groups still to come are of the size that failed: all are split, and the limit is lowered once.
+        half = max(1, count // 2)
+        rest = [index, *reversed(todo)]
+        todo = [piece for part in rest for piece in part.split(half)][::-1]  # type: ignore[no-untyped-call]  # torch's
     if failed:
         passes.warn(f"{failed} inputs at once", "half of them, or half the rows in a pass, as often as it took")
     return Solution.concatenate(done)

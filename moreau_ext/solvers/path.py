@@ -11,11 +11,11 @@ from ..ops.layout import inner, like_layout, row_chunks, states_like
 from .base import Runner, Solver
 from .loop import solve
 from .problem import Problem, Start
-from .samples import MeanGradient, NoisyCopies
+from .samples import GradientSum, NoisyCopies
 from .solution import Solution
 
-# Samples of p(0), which gives the eta_max that all ratios share.
-_AT_ZERO = 64
+# Samples of p(0), which gives the eta_max that all ratios share: twice as many as for a single solution, once a path.
+_PATH_AT_ZERO = 64
 
 
 def solve_path(problem: Problem, ratios: list[float], solver: Solver, runner: Runner) -> list[Solution]:
@@ -33,11 +33,11 @@ def solve_path(problem: Problem, ratios: list[float], solver: Solver, runner: Ru
     for index in row_chunks(problem.batch, problem.passes.max_rows, problem.keys.device):
         some = problem if len(index) == problem.batch else problem.take(index)
         score = torch.empty_like(some.value, dtype=torch.float64)
-        mean = MeanGradient(NoisyCopies(some, _AT_ZERO, True), None, states_like(some.inputs), score)
-        runner.repeat(MeanGradient.run, mean, 1)
+        mean = GradientSum(NoisyCopies(some, _PATH_AT_ZERO, True), None, states_like(some.inputs), score)
+        runner.repeat(GradientSum.run, mean, 1)
         for whole, part in zip(total, mean.gradient, strict=True):
             whole[index] = part
-    p = tuple(t / _AT_ZERO for t in total)
+    p = tuple(t / _PATH_AT_ZERO for t in total)
     limit = penalty.eta_max(p)
     square = inner(p, p)
     displacement = tuple(torch.zeros_like(g) for g in p)
@@ -51,7 +51,7 @@ def solve_path(problem: Problem, ratios: list[float], solver: Solver, runner: Ru
         if ratios[i] >= 1:
             solution = replace(solution, eta=tuple((ratios[i] * limit).to(g.dtype) for g in p))
         if not found:
-            spent = solution.gradient_evaluations + _AT_ZERO
+            spent = solution.gradient_evaluations + _PATH_AT_ZERO
             solution = replace(solution, gradient_evaluations=spent)
         found[i] = solution
         displacement = tuple(like_layout(d, g) for d, g in zip(solution.displacement, p, strict=True))

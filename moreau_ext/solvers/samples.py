@@ -103,8 +103,8 @@ class NoisyCopies:
 
 
 @dataclass
-class MeanGradient:
-    """The mean gradient at one displacement, in place: it may be captured.
+class GradientSum:
+    """The sum of the gradients at one displacement, in place: it may be captured.
 
     ``run`` writes the sum of the gradients to ``gradient`` and that of the scores, float64 [B], to ``score``.
     """

@@ -15,7 +15,7 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class Solution:
-    """What an explanation found. Fields over features have the form of the inputs (a tensor or a tuple of tensors);
+    """The result of an explanation. Fields over features have the form of the inputs (a tensor or a tuple of tensors);
     the others hold one number per input, [B].
 
     Args:
@@ -31,7 +31,8 @@ class Solution:
         relative_residual: with ProximalGradient residual / max(‖δ‖, ‖y‖, 10⁻³·ρ·‖p(0)‖); with AdaptiveProximalGradient
             a 95 % bound of the answer's residual, over the same. float64.
         steps: steps taken.
-        gradient_evaluations: gradients of the model that the steps took, with those that ``rho="auto"`` did.
+        gradient_evaluations: gradients of the model per input: of the steps, of η_max, of the estimates, and of
+            ``rho="auto"``; retried passes do not count.
         converged: relative_residual ≤ tol. Never True for the gradient baselines, which solve nothing.
         nnz: non-zero entries of the map.
         support: non-zero features, or groups where there are groups.

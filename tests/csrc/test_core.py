@@ -10,7 +10,7 @@ import pytest
 
 from moreau_ext import _core
 
-STUB = ast.parse((Path(__file__).parent.parent / "moreau_ext/_core.pyi").read_text())
+STUB = ast.parse((Path(__file__).parents[2] / "moreau_ext/_core.pyi").read_text())
 CLASSES = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
 FUNCTIONS = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef) and node.name != "make_stream"}
 STRUCTS = {name: node.body[0] for name, node in CLASSES.items() if isinstance(node.body[0], ast.FunctionDef)}
