@@ -243,7 +243,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     _pair(a, b)
     if a.dim() not in (3, 4) or min(a.shape[-2:]) < 3:
         raise ValueError(
-            f"a, b: expected images, [B, H, W] or [B, channels, H, W] of at least 3 x 3, got {tuple(a.shape)}"
+            f"a, b: expected pictures, [B, H, W] or [B, channels, H, W] of at least 3 x 3, got {tuple(a.shape)}"
         )
     window = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)
     pictures = []
