@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..explainers.moreau import Solver
+    from ..solvers.base import Solver
     from ..zoo.data import Dataset
 
 # The demo's problem. At rho = 0.1 the displacement is 0.2 to 0.4 of a digit's norm, so the maps describe its

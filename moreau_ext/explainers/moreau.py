@@ -15,8 +15,8 @@ from ..analysis.curvature import RHO_SAMPLES, convex_rho
 from ..capture.runner import Graphs, Mode, check_mode
 from ..model.target import Target
 from ..ops.layout import Tensors, flat_rows
-from ..solvers.base import Solver
 from ..solvers.adaptive import AdaptiveProximalGradient
+from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
 from ..solvers.groups import Groups, Pixels
 from ..solvers.loop import solve
@@ -28,6 +28,7 @@ from .certified import Certified
 from .inputs import empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
 from .sparse import Sparse
+
 
 @dataclass(frozen=True, eq=False)
 class MoreauGrad(Certified):
@@ -268,8 +269,8 @@ class SparseMoreauGrad(SparseMoreau):
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η‖δ‖₁,    A(x) = −δ*/ρ = S_η(∇F(x)).
 
     Args:
-        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, cuda_graphs, max_batch, unused_inputs,
-            precision: see :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, cuda_graphs, max_batch,
+            unused_inputs, precision: see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute, in units of the gradient: a number, one per input [B], or one per feature [1, *features]
             or [B, *features].
         eta_ratio: η as a fraction of that input's η_max = ‖p(0)‖_∞, the least η with a zero map; default 0.1. It does
@@ -297,8 +298,8 @@ class GroupSparseMoreauGrad(SparseMoreau):
         F(x) = min_δ f_σ(x+δ) + ‖δ‖²/(2ρ) + η Σ_g w_g‖δ_g‖₂,    A(x) = −δ*/ρ.
 
     Args:
-        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, cuda_graphs, max_batch, unused_inputs,
-            precision: see :class:`MoreauGrad`.
+        model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, cuda_graphs, max_batch,
+            unused_inputs, precision: see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute; a number or one per input [B].
         eta_ratio: η as a fraction of that input's η_max = max_g ‖p_g(0)‖/w_g; default 0.1.
         support: instead of η, how many groups are not to be zero; see :class:`SparseMoreauGrad`.

@@ -23,7 +23,8 @@ Result = TypeVar("Result")
 BLIND_ROWS = 32
 
 # Share of the free memory to plan for. CUDA: half, because a captured step has a pool beside the warm-up's cache.
-# CPU: a quarter, because the kernel kills the process, and second derivatives need up to three times the measured bytes.
+# CPU: a quarter, because the kernel kills the process, and second derivatives need up to three times the measured
+# bytes.
 _CUDA_SHARE, _CPU_SHARE = 1 / 2, 1 / 4
 
 # Where the system does not say what is free.

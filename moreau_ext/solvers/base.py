@@ -80,14 +80,14 @@ class Solver(Protocol):
     def init(self, problem: Problem, runner: Runner) -> State:
         """The state at the start."""
 
-    def schedule(self, state: State) -> Iterator[Steps]:
+    def schedule(self, state: Any) -> Iterator[Steps]:
         """The steps of one level. Code between two ``yield`` runs between the steps."""
 
-    def estimate(self, state: State, runner: Runner) -> Answer | None:
+    def estimate(self, state: Any, runner: Runner) -> Answer | None:
         """The current answer of each input, or None if it is too early."""
 
-    def next(self, state: State, answer: Answer | None) -> Tensor:
+    def next(self, state: Any, answer: Answer | None) -> Tensor:
         """Samples per step of each input's next level, int64 [B]; 0: done."""
 
-    def resume(self, problem: Problem, carried: Any, last: State, samples: int) -> State:
+    def resume(self, problem: Problem, carried: Any, last: Any, samples: int) -> State:
         """The state of some inputs at their next level. ``last``: a state that some of them come from."""

@@ -82,7 +82,7 @@ def test_ssim_of_the_same_of_nothing_and_of_small_pictures() -> None:
     torch.testing.assert_close(ssim(a, -3 * a), torch.ones(2, dtype=torch.float64))
     assert ssim(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)).item() == 1
     assert ssim(torch.full((1, 4, 4), math.nan), a[:1, 0, :4, :4]).isnan().all()
-    with pytest.raises(ValueError, match="expected images"):
+    with pytest.raises(ValueError, match="expected pictures"):
         ssim(torch.ones(3, 9), torch.ones(3, 9))
 
 
