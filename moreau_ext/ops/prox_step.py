@@ -105,14 +105,16 @@ def _check(*args: Any) -> _Args:
         if a.eta is None or a.groups is None:
             raise ValueError("groups: need eta and a whole partition")
         check_groups(a.displacement, state, a.groups)
+    if a.x is not None:  # without noise too: the kernel's type is that of x where there are no gradients
+        if state_of("x", a.x) != state:
+            raise TypeError(f"x: {a.x.dtype} goes with a displacement of {state_dtype(a.x.dtype)}, got {state}")
+        if a.gradients is not None and a.x.dtype != a.gradients.dtype:
+            raise TypeError(f"x: expected the dtype of the gradients, {a.gradients.dtype}, got {a.x.dtype}")
+        expect("x", a.x, shape, a.x.dtype, device)
+        layout_of("x", a.x, layout)
     if a.num_samples:
         if a.x is None:
             raise ValueError("noise: writing noisy copies needs x")
-        storage = a.x.dtype if a.gradients is None else a.gradients.dtype
-        if state_of("x", a.x) != state or a.x.dtype != storage:
-            raise TypeError(f"x: expected the dtype of the gradients, {storage}, got {a.x.dtype}")
-        expect("x", a.x, shape, a.x.dtype, device)
-        layout_of("x", a.x, layout)
         check_noise(a.x, state, layout, a)
     if a.arrivals is not None:
         expect("arrivals", a.arrivals, (batch,), torch.int32, device)

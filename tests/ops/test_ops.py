@@ -612,3 +612,27 @@ def test_numbers_per_input_may_lie_anywhere(make: Any) -> None:
     assert torch.equal(*results)
     with pytest.raises(ValueError, match="keys: expected a contiguous tensor"):
         ops.perturb(x, None, Noise(torch.stack([keys, keys], 1)[:, 0], step, 0.1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_inputs_of_another_dtype_are_refused_before_an_address_is_taken(dtype: torch.dtype, noisy: bool) -> None:
+    """The type of x decides how the kernel reads all buffers: float64 would write beyond those of float32."""
+    guarded = torch.full((3 * 4096,), 7.0)
+    gradient, displacement = guarded[:4096].view(1, -1), torch.zeros(1, 4096)
+    x = torch.zeros(1, 4096, dtype=dtype)
+    settings: dict[str, Any] = {"count": 2, "rho": 1.0, "step_size": 0.1, "x": x}
+    if noisy:
+        noise = Noise(noise_keys(0, torch.arange(1)), torch.zeros(1, dtype=torch.int64), 0.1, 2)
+        settings |= {"noise": noise, "out": torch.empty(2, 4096, dtype=dtype)}
+    if dtype == torch.float64:
+        with pytest.raises(
+            TypeError, match=r"x: torch\.float64 goes with a displacement of torch\.float64, got torch\.float32"
+        ):
+            ops.prox_step(None, gradient, displacement, carry=True, **settings)
+    with pytest.raises(TypeError, match="x: "):
+        ops.prox_step(torch.ones(2, 4096), gradient, displacement, **settings)
+    assert bool((guarded == 7.0).all())
+    with pytest.raises(ValueError, match=r"x: expected shape \(1, 4096\)"):
+        ops.prox_step(None, gradient, displacement, carry=True, **settings | {"x": torch.zeros(1, 9)})
+    assert bool((guarded == 7.0).all())
