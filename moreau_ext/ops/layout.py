@@ -65,11 +65,6 @@ def total(tensors: Tensors) -> Tensor:
     return torch.stack([flat_rows(t).sum(1, dtype=torch.float64) for t in tensors]).sum(0)
 
 
-def add(a: Tensors, b: Tensors) -> Tensors:
-    """a + b."""
-    return tuple([u + v for u, v in zip(a, b, strict=True)])
-
-
 def subtract(a: Tensors, b: Tensors) -> Tensors:
     """a − b."""
     return tuple([u - v for u, v in zip(a, b, strict=True)])

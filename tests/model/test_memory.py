@@ -28,11 +28,15 @@ from moreau_ext import (
     make_explainer,
     zoo,
 )
+from moreau_ext._errors import MemoryWarning
 from moreau_ext.model import memory
 from moreau_ext.model.bind import bind_score
 from moreau_ext.model.memory import BytesAlive, Footprint, attempt, budget, measure_footprint, out_of_memory
 from moreau_ext.model.passes import PassRunner
 from moreau_ext.preparation.prepare import prepare
+from moreau_ext.solvers.loop import in_groups
+from moreau_ext.solvers.problem import Problem
+from moreau_ext.solvers.solution import Solution
 
 CPU = torch.device("cpu")
 FIXED = ProximalGradient(num_samples=8, max_steps=5, step_size=0.05, tol=0.0)
@@ -597,3 +601,23 @@ def test_a_path_keeps_to_max_batch() -> None:
     few = SparseMoreauGrad(model, max_batch=2).eta_path(x, [0.5])[0]
     assert max(seen) == 2
     torch.testing.assert_close(few.attribution, SparseMoreauGrad(model).eta_path(x, [0.5])[0].attribution)
+
+
+def test_groups_that_do_not_fit_lower_the_rows_once() -> None:
+    """Four groups of the size that fails: the others are split with the first, and the rows are halved once, not four
+    times; every input is solved once, in its place."""
+    explainer = MoreauGrad(net(), rho=0.1, solver=FIXED, max_batch=32)
+    problem = explainer.problem(images(16), 1)
+    asked: list[int] = []
+
+    def solve(some: Problem) -> Solution:
+        asked.append(some.batch)
+        if some.batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return explainer._solve(some)
+
+    with pytest.warns(MemoryWarning, match="out of memory with 4 inputs at once"):
+        found = in_groups(problem, 8, solve)
+    assert asked == [4] + [2] * 8
+    assert problem.passes.max_rows == 16
+    assert found.ids.tolist() == list(range(16))
