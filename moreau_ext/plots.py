@@ -12,12 +12,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["bands", "bars", "gallery"]
+__all__ = ["bands", "bars", "gallery", "gaussian_blur", "heat_gallery"]
 
 _PANEL = 1.15  # inches, edge of one image
 _LABEL = 0.75  # inches, for the row titles
 _HEAD = 0.45  # inches, for the column titles
 _CAPTION_LINE = 0.17  # inches per line of the caption
+_HEAT_PANEL = 1.5  # inches, edge of a photograph
+_GAP = 0.1  # between photographs, in edges of a photograph
+_LEGEND = 0.5  # inches, for the two colour bars
 _LETTER = 0.061  # inches per letter of the caption, a little more than the average
 
 
@@ -132,6 +135,160 @@ def _draw(axes: Any, image: Tensor, diverging: Any) -> None:
         axes.text(0.5, 0.5, "empty", transform=axes.transAxes, ha="center", va="center", fontsize=8, color="0.4")
         return
     axes.imshow((image / largest).numpy(), cmap=diverging, vmin=-1, vmax=1, interpolation="nearest")
+
+
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Images convolved with a Gaussian of standard deviation ``sigma`` pixels; beyond the border they are reflected.
+
+    Args:
+        images: [B, channels, H, W].
+        sigma: positive. The kernel ends at 3·sigma, or where the image ends.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.plots import gaussian_blur
+        >>> gaussian_blur(torch.ones(1, 1, 4, 4), 1.0).mean().round(decimals=6).item()
+        1.0
+    """
+    reach = max(0, min(round(3 * sigma), min(images.shape[-2:]) - 1))
+    steps = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(images)
+    flat = images.reshape(-1, 1, *images.shape[-2:])
+    flat = torch.nn.functional.pad(flat, (reach,) * 4, mode="reflect")
+    flat = torch.nn.functional.conv2d(flat, kernel.view(1, 1, -1, 1))
+    return torch.nn.functional.conv2d(flat, kernel.view(1, 1, 1, -1)).reshape(images.shape)
+
+
+def heat_gallery(
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    titles: Sequence[str],
+    caption: str = "",
+    *,
+    blur: float = 3.0,
+    signed_share: float = 0.99,
+    heat_share: float = 0.995,
+) -> Figure:
+    """Photographs beside their maps, two rows each: the signed map, and the map as heat over the gray photograph.
+
+    Signed: channels are summed, of each 2 × 2 pixels the strongest is shown, and full colour begins at the given
+    quantile of its |values| that are not zero. Heat: |map| summed over channels, blurred, with full colour from the
+    given quantile on. Every panel has a scale of its own.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1].
+        maps: by the title of their column, each [B, 3, H, W].
+        titles: one per photograph, under it.
+        caption: below the grid; line breaks are kept, long lines wrapped.
+        blur: standard deviation in pixels.
+        signed_share, heat_share: the quantiles.
+
+    Returns:
+        A matplotlib Figure with an Agg canvas.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: shapes or counts that do not match, NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.plots import heat_gallery
+        >>> figure = heat_gallery(torch.rand(1, 3, 16, 16), {"map": torch.randn(1, 3, 16, 16)}, ["noise"])
+        >>> figure.axes[1].get_title()
+        'map'
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f'pictures need matplotlib ({error}); install it with: pip install "moreau_ext[demo]"'
+        ) from error
+    if images.dim() != 4 or images.shape[1] != 3 or len(titles) != len(images):
+        raise ValueError(f"images: expected [B, 3, H, W] and B titles, got {tuple(images.shape)} and {len(titles)}")
+    signed = {name: _image(batch, f"maps[{name!r}]", len(images)) for name, batch in maps.items()}
+    heat = {
+        name: gaussian_blur(_image(batch.abs(), name, len(images))[:, None], blur)[:, 0] for name, batch in maps.items()
+    }
+    photographs = images.detach().double().cpu().clamp(0, 1)
+
+    columns = 1 + len(maps)
+    left = 0.1
+    width = 2 * left + columns * _HEAT_PANEL
+    lines = [part for line in caption.splitlines() for part in textwrap.wrap(line, int((width - 0.2) / _LETTER))]
+    foot = 0.15 + _CAPTION_LINE * len(lines) + _LEGEND
+    height = _HEAD + (len(images) * (2 + _GAP) - _GAP) * _HEAT_PANEL + foot
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        3 * len(images) - 1,
+        columns,
+        height_ratios=[1, 1, _GAP] * (len(images) - 1) + [1, 1],
+        left=left / width,
+        right=1 - left / width,
+        top=1 - _HEAD / height,
+        bottom=foot / height,
+        wspace=0.04,
+        hspace=0.04,
+    )
+    rows = [row for row in range(3 * len(images) - 1) if row % 3 < 2]
+    panels = [[figure.add_subplot(grid[row, column]) for column in range(columns)] for row in rows]
+    diverging, hot = colormaps["RdBu_r"].resampled(257), colormaps["inferno"]
+    for row, title in enumerate(titles):
+        first, second = panels[2 * row], panels[2 * row + 1]
+        first[0].imshow(photographs[row].permute(1, 2, 0).numpy())
+        first_line, _, others = title.partition("\n")
+        for line, y, weight in ((first_line, 0.97, "bold"), (others, 0.85, "normal")):
+            second[0].text(0.5, y, line, ha="center", va="top", fontsize=11, weight=weight, linespacing=1.3)
+        gray = (photographs[row] * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(0)
+        for column, name in enumerate(maps, 1):
+            image = _strongest(signed[name][row])
+            size = image[image != 0].abs()
+            largest = float(size.quantile(signed_share)) if len(size) else 1.0
+            first[column].imshow((image / largest).numpy(), cmap=diverging, vmin=-1, vmax=1, interpolation="nearest")
+            second[column].imshow(_heat(gray, heat[name][row], heat_share, hot), interpolation="antialiased")
+    for axes, name in zip(panels[0], ["photograph", *maps], strict=True):
+        axes.set_title(name, fontsize=11)
+    for axes in (axes for row in panels for axes in row):
+        axes.set_axis_off()
+    for number, (colours, low, words) in enumerate(
+        (
+            (diverging, -1, ("lowers the score", "0", "raises the score")),
+            (hot, 0, ("|map| 0", "", "large")),
+        )
+    ):
+        place = ((0.35 + 0.47 * number) * width - 1.1, foot - 0.26, 1.6, 0.1)
+        axes = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
+        bar = figure.colorbar(ScalarMappable(Normalize(low, 1), colours), cax=axes, orientation="horizontal")
+        bar.set_ticks([low, (low + 1) / 2, 1], labels=list(words))
+        bar.ax.tick_params(labelsize=8.5, length=0, pad=2)
+        bar.outline.set_linewidth(0.5)
+    if lines:
+        text = "\n".join(lines)
+        figure.text(left / width, 0.07 / height, text, fontsize=7.5, va="bottom", color="0.25", linespacing=1.25)
+    return figure
+
+
+def _strongest(image: Tensor) -> Tensor:
+    """Of every 2 × 2 pixels the one with the largest |value|; an odd edge is repeated."""
+    height, width = image.shape
+    image = torch.nn.functional.pad(image[None, None], (0, width % 2, 0, height % 2), mode="replicate")[0, 0]
+    blocks = image.unfold(0, 2, 2).unfold(1, 2, 2).flatten(2)
+    return blocks.gather(2, blocks.abs().argmax(2, keepdim=True))[..., 0]
+
+
+def _heat(gray: Tensor, heat: Tensor, share: float, colours: Any) -> Any:
+    """RGB [H, W, 3] of heat over a gray photograph."""
+    scale = float(heat.flatten().quantile(share)) or float(heat.max()) or 1.0
+    level = (heat / scale).clamp(0, 1)
+    strength = level.pow(0.75)[..., None]
+    base = (0.15 + 0.8 * gray)[..., None]
+    coloured = torch.from_numpy(colours((0.2 + 0.8 * level).numpy())[..., :3])
+    return ((1 - strength) * base + strength * coloured).numpy()
 
 
 def bands(

@@ -156,3 +156,58 @@ def test_bars_have_a_row_per_method_and_a_colour_per_group() -> None:
     assert len(axes.lines) == 6
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seeds", "nets"]
     figure.savefig(io.BytesIO(), format="png")
+
+
+# --- photographs ---------------------------------------------------------------------------------------------------
+
+
+def test_heat_gallery_has_two_rows_per_photograph() -> None:
+    images, maps = torch.rand(2, 3, 12, 12), torch.randn(2, 3, 12, 12)
+    figure = plots.heat_gallery(images, {"a": maps, "b": torch.zeros_like(maps)}, ["cat\n\nseen", "cup"], "settings")
+    titles = [axes.get_title() for axes in figure.axes]
+    # Four rows of three panels, and the colour bars of both kinds of rows.
+    assert titles == ["photograph", "a", "b"] + [""] * 9 + ["", ""]
+    assert [t.get_text() for t in figure.axes[3].texts] == ["cat", "\nseen"]
+    assert figure.texts[-1].get_text() == "settings"
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), images[0].permute(1, 2, 0), rtol=1e-6)
+    # A map of zeros is white, and leaves the photograph gray.
+    np.testing.assert_allclose(colours(figure, 2), 0.97, atol=0.03)
+    gray = np.asarray(figure.axes[5].images[0].get_array())
+    np.testing.assert_allclose(gray, gray[..., :1].repeat(3, -1))
+
+
+def test_of_four_pixels_the_strongest_is_shown_with_its_sign() -> None:
+    maps = torch.zeros(1, 3, 4, 4)
+    maps[0, 0, 0, 0], maps[0, 1, 1, 1], maps[0, 2, 3, 3] = 1.0, -2.0, 1.0
+    figure = plots.heat_gallery(torch.rand(1, 3, 4, 4), {"a": maps}, [""], signed_share=1.0)
+    np.testing.assert_allclose(figure.axes[1].images[0].get_array(), [[-1.0, 0.0], [0.0, 0.5]])
+
+
+def test_the_heat_is_where_the_map_is() -> None:
+    maps = torch.zeros(1, 3, 32, 32)
+    maps[0, :, 20:24, 8:12] = -1.0
+    figure = plots.heat_gallery(torch.full((1, 3, 32, 32), 0.5), {"a": maps}, [""], blur=2.0)
+    drawn = np.asarray(figure.axes[3].images[0].get_array())
+    colour = drawn.max(-1) - drawn.min(-1)
+    row, column = np.unravel_index(colour.argmax(), colour.shape)
+    assert (18 <= row <= 25, 6 <= column <= 13) == (True, True)
+    assert colour[:8].max() < 0.01
+
+
+def test_heat_gallery_refuses() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="images: expected"):
+        plots.heat_gallery(images, {}, ["one"])
+    with pytest.raises(ValueError, match="maps"):
+        plots.heat_gallery(images, {"a": torch.rand(1, 3, 8, 8)}, ["one", "two"])
+
+
+def test_a_blur_keeps_the_mean_of_a_constant_and_spreads_a_point() -> None:
+    point = torch.zeros(1, 1, 33, 33, dtype=torch.float64)
+    point[..., 16, 16] = 1
+    found = plots.gaussian_blur(point, 2.0)[0, 0]
+    assert float(found.sum()) == pytest.approx(1)
+    # Its standard deviation, along an axis.
+    along = found.sum(0)
+    assert float((along * (torch.arange(33) - 16) ** 2).sum()) ** 0.5 == pytest.approx(2, rel=0.03)
+    torch.testing.assert_close(plots.gaussian_blur(torch.ones(1, 2, 5, 9), 4.0), torch.ones(1, 2, 5, 9))

