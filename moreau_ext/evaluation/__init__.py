@@ -2,8 +2,17 @@
 
 from .attacks import ATTACKS, Attack, Attacked
 from .derivatives import explainer_vjp, find_hessian, gradient_vjp
-from .faithfulness import area, max_sensitivity, perturbation_curve, randomised, target_probability
-from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, topk_intersection, topk_mask
+from .faithfulness import area, blurred, max_sensitivity, perturbation_curve, randomised, target_probability
+from .metrics import (
+    cosine,
+    gini,
+    normalised_distance,
+    ssim,
+    support_fraction,
+    support_jaccard,
+    topk_intersection,
+    topk_mask,
+)
 from .plan import METRICS, Plan, Results
 from .runner import run
 from .statistics import Interval, bootstrap, claims, compare, summarise
@@ -17,6 +26,7 @@ __all__ = [
     "Plan",
     "Results",
     "area",
+    "blurred",
     "bootstrap",
     "claims",
     "compare",
@@ -33,6 +43,7 @@ __all__ = [
     "ssim",
     "summarise",
     "support_fraction",
+    "support_jaccard",
     "target_probability",
     "topk_intersection",
     "topk_mask",

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.noise import Noise, noise_keys
+from ..plots import gaussian_blur
 
-__all__ = ["area", "max_sensitivity", "perturbation_curve", "randomised", "target_probability"]
+__all__ = ["area", "blurred", "max_sensitivity", "perturbation_curve", "randomised", "target_probability"]
 
 # Mixed with the caller's seed, so that the draws are independent of the noise of explainers.
 _TIES, _NUDGES = 0x5EED_71E5, 0x5EED_9D6E
@@ -33,6 +34,35 @@ def target_probability(model: Callable[..., Any], inputs: Tensor, target: Tensor
             probability = model(rows).double().softmax(1)
             parts.append(probability.gather(1, classes[:, None].to(probability.device))[:, 0])
     return torch.cat(parts) if parts else inputs.new_zeros(0, dtype=torch.float64)
+
+
+def blurred(inputs: Tensor, share: float = 0.1) -> Tensor:
+    """Images blurred by a Gaussian: a baseline without detail that keeps colours and brightness.
+
+    Args:
+        inputs: images [B, channels, H, W].
+        share: standard deviation of the Gaussian, as a share of the shorter edge.
+
+    Returns:
+        Shaped as ``inputs``. Beyond the border an image is continued by reflection.
+
+    Raises:
+        ValueError: inputs that are no images, or a share outside (0, 0.3].
+
+    Source: the blurred canvas of insertion in Petsiuk, Das, Saenko 2018, "RISE", BMVC, arXiv 1806.07421.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.evaluation import blurred
+        >>> x = torch.rand(1, 3, 32, 32)
+        >>> bool(blurred(x).std() < 0.5 * x.std())
+        True
+    """
+    if inputs.dim() != 4:
+        raise ValueError(f"inputs: expected images [B, channels, H, W], got shape {tuple(inputs.shape)}")
+    if not 0 < share <= 0.3:
+        raise ValueError(f"share: expected a number in (0, 0.3], got {share!r}")
+    return gaussian_blur(inputs, share * min(inputs.shape[-2:]))
 
 
 def drawn(seed: int, ids: Tensor, like: Tensor, count: int = 1, antithetic: bool = False) -> Tensor:

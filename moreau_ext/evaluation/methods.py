@@ -105,7 +105,12 @@ def superpixels(inputs: Tensor, segments: int) -> Labels:
     if inputs.dim() != 4:
         raise ValueError(f"inputs: superpixels need images [B, channels, H, W], got shape {tuple(inputs.shape)}")
     maps = []
-    for image in inputs.detach().cpu().double().movedim(1, -1).numpy():
+    images = inputs.detach().cpu().double().movedim(1, -1)
+    if images.shape[-1] == 3 and not bool(((images >= 0) & (images <= 1)).all()):
+        # Colours are compared in CIELAB, which takes RGB from 0 to 1.
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        images = (images - low) / (high - low).clamp_min(1e-12)
+    for image in images.numpy():
         gray = image.shape[-1] == 1
         found = slic(
             image[..., 0] if gray else image,

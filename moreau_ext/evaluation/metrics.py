@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["cosine", "gini", "normalised_distance", "ssim", "support_fraction", "topk_intersection", "topk_mask"]
+__all__ = [
+    "cosine",
+    "gini",
+    "normalised_distance",
+    "ssim",
+    "support_fraction",
+    "support_jaccard",
+    "topk_intersection",
+    "topk_mask",
+]
 
 # Features per sort: 128 MiB of float64, so that the maps of a whole data set are not copied at once.
 _CHUNK = 1 << 24
@@ -92,6 +101,30 @@ def support_fraction(maps: Tensor) -> Tensor:
     """
     flat, _ = _pair(maps, maps)
     return (flat != 0).double().mean(1)
+
+
+def support_jaccard(maps: Tensor, others: Tensor) -> Tensor:
+    """The Jaccard index of two supports, |S ∩ S'| / |S ∪ S'| with S = {i: map_i != 0}.
+
+    Args:
+        maps, others: [B, *features].
+
+    Returns:
+        float64 [B] in [0, 1]; 1 if both are empty, NaN if both are dense: two full supports agree, which says nothing.
+
+    Raises:
+        ValueError: shapes that do not match.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.evaluation import support_jaccard
+        >>> support_jaccard(torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[0.0, 5.0, 0.0]])).tolist()
+        [0.5]
+    """
+    one, other = (flat != 0 for flat in _pair(maps, others))
+    shared, either = (one & other).double().sum(1), (one | other).double().sum(1)
+    found = torch.where(either > 0, shared / either.clamp_min(1), 1.0)
+    return torch.where(one.all(1) & other.all(1), torch.nan, found)
 
 
 def topk_mask(maps: Tensor, k: int | float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ Numbers = dict[str, np.ndarray[Any, Any]]
 METRICS: dict[str, tuple[str, int]] = {
     "gini": ("Gini", 1),
     "support": ("non-zero share", -1),
+    "seed_jaccard": ("Jaccard, two seeds", 1),
+    "seed_cosine": ("cosine, two seeds", 1),
     "deletion": ("deletion area", -1),
     "insertion": ("insertion area", 1),
     "max_sensitivity": ("max-sensitivity", -1),
@@ -62,7 +64,7 @@ class Plan:
         block: inputs per part; raise it with the device's memory.
         k: of the top-k intersection and the attacks' objective: a fraction of the non-zeros of the clean map.
         fixed_k: of the second top-k intersection, the same number for all methods; 1/8 of the features if None.
-        baseline: of deletion and insertion.
+        baseline: of deletion and insertion: a number, or "blur" for :func:`moreau_ext.evaluation.blurred`.
         curve_steps: of deletion and insertion.
         radius: of max-sensitivity, in the inputs' unit.
         draws: of max-sensitivity.
@@ -79,7 +81,7 @@ class Plan:
     block: int = 100
     k: float = 0.4
     fixed_k: int | None = None
-    baseline: float = 0.0
+    baseline: float | Literal["blur"] = 0.0
     curve_steps: int = 16
     radius: float = 0.02
     draws: int = 10
@@ -106,7 +108,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Unit:
-    """One part of an evaluation: a method, a test ("maps", "checks", or an attack) and a block of inputs."""
+    """One part of an evaluation: a method, a test ("maps", "seeds", "checks", or an attack) and a block of inputs."""
 
     method: str
     test: str
@@ -175,6 +177,8 @@ def units_of(plan: Plan, count: int) -> list[Unit]:
             # For the progress bar: gradients of a map, and about 20 for everything else.
             one = rows * (method.gradients + 20)
             found.append(Unit(name, "maps", 0.0, "", start, stop, one))
+            if method.attacked:
+                found.append(Unit(name, "seeds", 0.0, "", start, stop, one))
             if plan.checks:
                 found.append(Unit(name, "checks", 0.0, "", start, stop, one * (plan.draws + 2)))
             if not method.attacked:

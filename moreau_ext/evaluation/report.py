@@ -24,8 +24,8 @@ __all__ = ["figure", "write_report"]
 
 _NORMS = {"l2": "L2", "linf": "L∞"}
 _CURVES = ("distance", "topk", "topk_fixed", "ssim")
-_MAPS = ("gini", "support", "deletion", "insertion", "max_sensitivity", "randomised_top", "randomised_all",
-         "gradients", "relative_residual")  # fmt: skip
+_MAPS = ("gini", "support", "seed_jaccard", "seed_cosine", "deletion", "insertion", "max_sensitivity",
+         "randomised_top", "randomised_all", "gradients", "relative_residual")  # fmt: skip
 _ROBUST = ("distance", "topk", "topk_fixed", "ssim", "distance_l2", "kept")
 # Metrics by which the gallery can be sorted, with their labels.
 _SORTED = {

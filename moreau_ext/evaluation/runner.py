@@ -1,8 +1,8 @@
 """``run``: carries out a plan in parts, so that it can be interrupted and resumed.
 
-A part holds the results of one method for one block of inputs in one test: the maps, the checks, or one attack of one
-magnitude. It is a file that is written atomically, and depends only on the manifest and its name. The table is
-assembled from the parts, so a resumed run ends with the same table as an uninterrupted one.
+A part holds the results of one method for one block of inputs in one test: the maps, those of another seed, the checks,
+or one attack of one magnitude. It is a file that is written atomically, and depends only on the manifest and its name.
+The table is assembled from the parts, so a resumed run ends with the same table as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import math
 import platform
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from ..solvers.solution import Solution
 from ..zoo.data import Dataset
 from .attacks import ATTACKS
 from .derivatives import find_hessian
-from .faithfulness import area, max_sensitivity, perturbation_curve, randomised
+from .faithfulness import area, blurred, max_sensitivity, perturbation_curve, randomised
 from .methods import Method, methods
-from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, topk_intersection
+from .metrics import cosine, gini, normalised_distance, ssim, support_fraction, support_jaccard, topk_intersection
 from .plan import METRICS, Numbers, Plan, Results, Unit, attack_of, load_data, units_of
 
 
@@ -44,6 +45,7 @@ class _Runner:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.hessian = find_hessian(model, self.inputs.to(self.device), noise_level=plan.settings.noise_level)
         self.methods = methods(plan.settings)
+        self.reseeded = methods(replace(plan.settings, seed=plan.settings.seed + 1))
         self._random: dict[int | None, nn.Module] = {}
         self.fixed_k = plan.fixed_k or max(1, self.inputs[0].numel() // 8)
 
@@ -61,6 +63,9 @@ class _Runner:
                 f"{self.folder}: the maps of {unit.method} are missing. Likely cause: files were removed"
             )
         maps = torch.from_numpy(clean["maps"]).to(x)
+        if unit.test == "seeds":
+            other = self.explain(self.reseeded[unit.method], x, target, ids).attribution
+            return _numpy(target=target, seed_jaccard=support_jaccard(maps, other), seed_cosine=cosine(maps, other))
         if unit.test == "checks":
             return self._checks(method, x, target, ids, maps)
         return self._attacked(method, unit, x, target, ids, maps)
@@ -72,10 +77,11 @@ class _Runner:
     def _maps(self, method: Method, x: Tensor, target: Tensor, ids: Tensor) -> Numbers:
         found = self.explain(method, x, target, ids)
         maps, plan = found.attribution, self.plan
+        baseline = blurred(x) if plan.baseline == "blur" else plan.baseline
         curves = {
             kind: area(
                 perturbation_curve(
-                    self.model, x, maps, target, kind, baseline=plan.baseline, steps=plan.curve_steps, ids=ids
+                    self.model, x, maps, target, kind, baseline=baseline, steps=plan.curve_steps, ids=ids
                 )
             )
             for kind in ("deletion", "insertion")
@@ -227,11 +233,11 @@ def _parts(runner: _Runner, units: list[Unit], progress: bool) -> Iterator[tuple
 
 
 def _columns(parts: Iterable[tuple[Unit, Numbers]], data: Dataset) -> Numbers:
-    """The table, one row per input, method and test. The checks of a map are in the row of the map."""
+    """The table, one row per input, method and test. Other seeds and the checks of a map are in the row of the map."""
     blocks: dict[tuple[str, str, float, int], Numbers] = {}
     for unit, part in parts:
         columns = {name: column for name, column in part.items() if name not in ("maps", "inputs")}
-        test = "none" if unit.test in ("maps", "checks") else unit.test
+        test = "none" if unit.test in ("maps", "seeds", "checks") else unit.test
         key = (unit.method, test, unit.radius, unit.start)
         rows = len(columns["target"])
         if key not in blocks:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moreau_ext import Gradient, zoo
 from moreau_ext.evaluation import (
     area,
+    blurred,
     cosine,
     faithfulness,
     max_sensitivity,
@@ -26,6 +27,7 @@ from moreau_ext.evaluation import (
     randomised,
     ssim,
     support_fraction,
+    support_jaccard,
     target_probability,
     topk_intersection,
     topk_mask,
@@ -162,6 +164,28 @@ def test_maps_that_know_beat_chance_on_a_trained_net() -> None:
         informed, blind = (area(perturbation_curve(model, x, m, target, kind)).mean() for m in (gradient, chance))
         assert sign * (informed - blind) > 0.1
     assert target_probability(model, x, target).min() > 0.1
+
+
+def test_the_jaccard_index_of_supports() -> None:
+    one = torch.tensor([[1.0, -2.0, 0.0, 0.0], [0.0] * 4, [1.0] * 4, [1.0] * 4])
+    other = torch.tensor([[0.0, 3.0, 1.0, 0.0], [0.0] * 4, [2.0] * 4, [0.0, 1.0, 1.0, 1.0]])
+    found = support_jaccard(one, other)
+    torch.testing.assert_close(
+        found, torch.tensor([1 / 3, 1.0, float("nan"), 0.75], dtype=torch.float64), equal_nan=True
+    )
+
+
+def test_a_blurred_baseline_has_no_detail() -> None:
+    x = zoo.photographs(64).inputs
+    found = blurred(x)
+    assert found.shape == x.shape
+    torch.testing.assert_close(found.mean((2, 3)), x.mean((2, 3)), rtol=0, atol=0.1)
+    # What is left of the differences between neighbours.
+    assert float(found.diff(dim=3).abs().mean() / x.diff(dim=3).abs().mean()) < 0.25
+    with pytest.raises(ValueError, match="share"):
+        blurred(x, 0.5)
+    with pytest.raises(ValueError, match="images"):
+        blurred(x[0])
 
 
 def test_max_sensitivity_is_captums_with_the_same_nudges() -> None:

@@ -86,6 +86,8 @@ def test_the_table_is_tidy(results: Results) -> None:
         assert np.isnan(maps["topk"]).all()
         assert ((maps["deletion"] > 0) & (maps["deletion"] < 1)).all()
         assert not np.isnan(maps["max_sensitivity"]).any()
+        assert np.isnan(maps["seed_cosine"]).any() == (method == "random")
+        assert np.isnan(maps["seed_jaccard"]).all() == (method in ("gradient", "random"))
         attacked = results.rows(method, "adaptive", 0.3)
         assert len(attacked["id"]) == (0 if method == "random" else 6)
         assert np.isnan(attacked["gini"]).all()
@@ -301,7 +303,7 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "test_batch").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match="test_batch is no batch of CIFAR-10's Python version"):
         data.cifar10(tmp_path)
-    with pytest.raises(ValueError, match="data: expected digits, cifar10:PATH or imagefolder:PATH"):
+    with pytest.raises(ValueError, match="data: expected digits, photographs, cifar10:PATH or imagefolder:PATH"):
         data.load("mnist")
 
 
@@ -344,6 +346,26 @@ def test_the_command_on_cifar_files(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Group-Sparse, superpixels" in printed
     # The weights are those that were trained, and may be given by name.
     assert cli.main([*line, "--weights", str(out / "weights.pt")]) == 0
+
+
+def test_the_command_on_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["evaluate", "--data", "photographs", "--size", "32", "--limit", "1", "--block", "1", "--budget", "192",
+            "--methods", "gradient,sparse", "--attack", "gaussian", "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main(line) == 0
+    assert "1 inputs, 2 methods, 1 attacks" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["model"], manifest["plan"]["baseline"]) == ("efficientnet_lite0", "blur")
+    table = pyarrow.parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    maps = {row["method"]: row for row in table if row["attack"] == "none" and row["id"] == 0}
+    # Dense maps have no Jaccard index; a sparse map of noisy gradients changes with the seed.
+    assert maps["gradient"]["seed_jaccard"] is None
+    assert maps["gradient"]["seed_cosine"] == pytest.approx(1)
+    assert 0 < maps["sparse"]["seed_jaccard"] < 1
+    assert maps["sparse"]["max_sensitivity"] is None
+    # Resumed, nothing is computed again.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.npz")}
+    assert cli.main(line) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.npz")}
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
