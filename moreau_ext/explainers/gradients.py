@@ -57,8 +57,9 @@ def unsolved(
         envelope=nan if value is None else value,
         residual=nan,
         relative_residual=nan,
+        evaluations=torch.full_like(problem.keys, evaluations),
     )
-    return at_zero(assemble(problem, answer, steps=1, evaluations=evaluations, tol=0.0))
+    return at_zero(assemble(problem, answer, steps=1, tol=0.0))
 
 
 def _one_step(problem: Problem, num_samples: int, antithetic: bool) -> Solution:

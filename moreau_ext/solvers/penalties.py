@@ -46,9 +46,18 @@ class Penalty(ABC):
         """Features, or groups, of every input, int64 [B]."""
 
     @abstractmethod
-    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
-        """(J²)_jj of J = ∂S_η/∂p at p, given maps = S_η(p), shaped as p: independent noise of variance V_j in p becomes
-        Σ_j V_j·gain_j in ‖S_η(p)‖²; 0 off the support."""
+    def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
+        """The share of the noise of p that S_η lets through, shaped as p: independent noise of variance V_j in p becomes
+        about Σ_j V_j·gain_j in ‖S_η(p)‖².
+
+        On the support it is (J²)_jj of J = ∂S_η/∂p. Off it, the expected square of what noise lifts over the threshold:
+        (1 + z²)Φ(−z) − zφ(z) for a magnitude z standard deviations below it.
+
+        Args:
+            gradient: p.
+            maps: S_η(p).
+            variance: V, of the mean p.
+        """
 
     @abstractmethod
     def magnitudes(self, gradient: Tensors) -> Tensor:
@@ -119,7 +128,7 @@ class NoPenalty(Penalty):
     def count(self, like: Tensors) -> Tensor:
         return _feature_count(like)
 
-    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
+    def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
         return tuple([torch.ones_like(p) for p in gradient])
 
     def magnitudes(self, gradient: Tensors) -> Tensor:
@@ -127,6 +136,15 @@ class NoPenalty(Penalty):
 
     def resolve(self, gradient: Tensors) -> tuple[Penalty, Tensors]:
         return self, ()
+
+
+def _lifted(gap: Tensor, variance: Tensor) -> Tensor:
+    """E(s·ξ − gap)₊²/s² for a standard normal ξ and s² the variance; 0 where there is none, or the gap is infinite."""
+    z = gap / variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+    tail = torch.special.ndtr(-z)
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    found = ((1 + z.square()) * tail - z * density).clamp(0, 1)
+    return torch.where((variance > 0) & (z < 30), found, 0.0)
 
 
 def _feature_count(like: Tensors) -> Tensor:
@@ -164,8 +182,11 @@ class L1(Penalty):
     def count(self, like: Tensors) -> Tensor:
         return _feature_count(like)
 
-    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
-        return tuple((a != 0).to(p.dtype) for a, p in zip(maps, gradient, strict=True))
+    def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
+        return tuple(
+            torch.where(a != 0, 1.0, _lifted(over_features(e, p) - p.abs(), v)).to(p.dtype)
+            for a, p, e, v in zip(maps, gradient, self.eta, variance, strict=True)
+        )
 
     def magnitudes(self, gradient: Tensors) -> Tensor:
         return _absolute(gradient)
@@ -198,16 +219,21 @@ class GroupL2(Penalty):
         found = torch.stack([g.labels.amax(1).long() + 1 for g in self.groups]).sum(0)
         return found.expand(like[0].shape[0])
 
-    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
+    def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
         # J = φI + (1 − φ)uuᵀ within a group, u = p_g/‖p_g‖ and φ the factor that shrinks it.
         found = []
-        for p, a, groups in zip(gradient, maps, self.groups, strict=True):
+        for p, a, e, v, groups in zip(gradient, maps, self.eta, variance, self.groups, strict=True):
             flat, out = in_memory_order(p), torch.empty_like(p)
-            norms = ops.group_norms(p, groups).to(p.dtype).gather(1, groups.labels.long().expand(flat.shape[0], -1))
+            labels = groups.labels.long().expand(flat.shape[0], -1)
+            each = ops.group_norms(p, groups).to(p.dtype)
+            norms = each.gather(1, labels)
             on = in_memory_order(a) != 0
             factor2 = torch.where(on, in_memory_order(a) / flat, 0).square()
-            radial = torch.where(on, flat / norms, 0).square()
-            in_memory_order(out).copy_((factor2 + (1 - factor2) * radial).where(on, 0))
+            radial = torch.where(norms > 0, flat / norms, 0).square()
+            # The variance of a group's norm, to first order.
+            of_norm = torch.zeros_like(each).scatter_add_(1, labels, radial * in_memory_order(v).to(p.dtype))
+            lifted = _lifted(e[:, None] * groups.weights - each, of_norm).to(p.dtype).gather(1, labels)
+            in_memory_order(out).copy_(torch.where(on, factor2 + (1 - factor2) * radial, lifted * radial))
             found.append(out)
         return tuple(found)
 

@@ -78,7 +78,12 @@ class NoisyCopies:
         return scores.view(-1, size), tuple([like_layout(g, x) for g, x in zip(found, rows, strict=True)])
 
     def gradients(
-        self, displacement: Tensors | None, into: Tensors, score: Tensor, first: Tensors | None = None
+        self,
+        displacement: Tensors | None,
+        into: Tensors,
+        score: Tensor,
+        first: Tensors | None = None,
+        each: Tensor | None = None,
     ) -> Tensors:
         """The gradients of the last chunk at a displacement.
 
@@ -87,11 +92,15 @@ class NoisyCopies:
             into: state dtype; the sum of the gradients of the chunks before the last is written here.
             score: float64 [B]; the sum of all scores is written here.
             first: the copies of the first chunk, where they are drawn already.
+            each: [B, samples]; the score of every sample is written here.
         """
         last = len(self.chunks) - 1
         for chunk in range(last + 1):
             rows = first if first is not None and chunk == 0 else self.draw(chunk, displacement)
             scores, gradients = self.gradient(chunk, rows)
+            if each is not None:
+                start, size = self.chunks[chunk]
+                each[:, start : start + size] = scores
             if chunk == 0:
                 torch.sum(scores, 1, dtype=torch.float64, out=score)
             else:
@@ -106,15 +115,17 @@ class NoisyCopies:
 class GradientSum:
     """The sum of the gradients at one displacement, in place: it may be captured.
 
-    ``run`` writes the sum of the gradients to ``gradient`` and that of the scores, float64 [B], to ``score``.
+    ``run`` writes the sum of the gradients to ``gradient`` and that of the scores, float64 [B], to ``score``; the score
+    of every sample to ``each``, [B, samples], where it is given.
     """
 
     copies: NoisyCopies
     displacement: Tensors | None
     gradient: Tensors
     score: Tensor
+    each: Tensor | None = None
 
     def run(self) -> None:
-        last = self.copies.gradients(self.displacement, self.gradient, self.score)
+        last = self.copies.gradients(self.displacement, self.gradient, self.score, each=self.each)
         for g, total in zip(last, self.gradient, strict=True):
             ops.accumulate(g, total, carry=len(self.copies.chunks) > 1)

@@ -86,6 +86,7 @@ class Answer:
         gradient: p.
         envelope: H, float64 [B].
         residual, relative_residual: float64 [B].
+        evaluations: gradients taken, int64 [B].
     """
 
     rho: Tensors
@@ -96,9 +97,10 @@ class Answer:
     envelope: Tensor
     residual: Tensor
     relative_residual: Tensor
+    evaluations: Tensor
 
 
-def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, evaluations: int, tol: float) -> Solution:
+def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: float) -> Solution:
     """The Solution of an answer, with what follows from it."""
     attribution = tuple([a.to(x.dtype) for a, x in zip(answer.maps, problem.inputs, strict=True)])
     nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
@@ -113,7 +115,7 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, evaluatio
         residual=answer.residual,
         relative_residual=answer.relative_residual,
         steps=ones * steps,
-        gradient_evaluations=ones * evaluations,
+        gradient_evaluations=answer.evaluations,
         converged=answer.relative_residual <= tol,
         nnz=nnz,
         support=(problem.penalty.magnitudes(answer.maps) > 0).sum(1),
