@@ -385,7 +385,9 @@ class AdaptiveProximalGradient:
         is as many as exclude them, if no more than were spent before.
         """
         far, quiet = self._doubts(state, found)
-        rare = torch.where(quiet & (_least_sigma(state.problem) > 0), state.problem.rho_of_input * state.carried.change2.sqrt(), 0.0)
+        rare = torch.where(
+            quiet & (_least_sigma(state.problem) > 0), state.problem.rho_of_input * state.carried.change2.sqrt(), 0.0
+        )
         wanted = 3 * rare / (self.tol * found.scale).clamp_min(_TINY) - found.samples
         # Few different sizes: inputs of one size are looked at together.
         wanted = ((wanted / _LOOK_STEP).ceil() * _LOOK_STEP).clamp(state.evaluations // 4, state.evaluations).long()
@@ -403,7 +405,7 @@ class AdaptiveProximalGradient:
         limit2 = (self.tol * found.scale).square()
         far = found.reach2 > (_FAR * _least_sigma(problem)).square()
         steep = (problem.rho_of_input * state.carried.curvature).square() * found.way2 > _STEEP**2 * limit2
-        return far | steep, found.variance_upper < _QUIET**2 * limit2
+        return far | steep, steep | (found.variance_upper < _QUIET**2 * limit2)
 
     def next(self, state: _State, answer: Answer | None) -> Tensor:
         """Powers of two: more samples where noise is the larger part of the residual, else more steps."""
