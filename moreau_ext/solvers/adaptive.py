@@ -30,7 +30,8 @@ from .. import ops
 from .._checks import check_count
 from ..ops.layout import Tensors, copy_into, divide, inner, over_features, states_like, subtract, take
 from .base import Runner, State, Steps
-from .bound import DAMPING, DIFFERENCES, LENGTHS, Averages, Estimate, Window, best_estimate
+from .bound import DAMPING, DIFFERENCES, LENGTHS, Averages, Estimate, Window, best_estimate, dependence
+from .errors import LEVELS, Errors
 from .look import BLOCK, SCORES, keep_scores, look, steps_kept, subset, unexplained2, upper_residual2
 from .problem import Problem
 from .samples import GradientSum, NoisyCopies
@@ -321,16 +322,29 @@ class AdaptiveProximalGradient:
         if follows:
             copy_into(problem.penalty.eta, found.eta)
         state.spend = _level_cost(state.evaluations, self.max_gradients)
+        variance = divide(carried.squares, carried.sums[:, DIFFERENCES] * found.samples)
+        answered, maps, displacement = problem.answer(found.gradient, variance)
         return Answer(
-            rho=found.rho,
-            eta=found.eta if follows else carried.eta,
-            maps=found.maps,
-            displacement=found.displacement,
+            rho=answered.rho,
+            eta=answered.penalty.eta if follows else carried.eta,
+            maps=maps,
+            displacement=displacement,
             gradient=found.gradient,
             envelope=envelope,
             residual=found.residual,
             relative_residual=found.bound,
             evaluations=state.evaluations + carried.looked,
+            variance=variance,
+            # Successive differences share a gradient: three carry the information of two.
+            freedom=carried.sums[:, DIFFERENCES] / 1.5,
+            dependence=dependence(carried.sums, variance),
+            error=Errors.of(
+                found.scale,
+                found.variance,
+                found.bias2,
+                found.nonlinearity2,
+                LEVELS * found.variance_upper * found.samples,
+            ),
         )
 
     def _confirm(self, state: _State, found: Estimate, draw: int, runner: Runner) -> Estimate:

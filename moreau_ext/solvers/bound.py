@@ -220,14 +220,25 @@ def variance_quantile(sums: Tensor, variance: Tensor, crossed: Tensor) -> Tensor
         variance: float64 [B], the mean of ‖ρε̄‖².
         crossed: float64 [B], the sum of the squares of the features' variances.
     """
-    count, norms, norms2 = sums[:, DIFFERENCES : DIFFERENCES + 3].unbind(1)
-    mean = norms / count
-    norms_variance = (norms2 - count * mean.square()) / (count - 1)
+    count = sums[:, DIFFERENCES]
     independent = variance.square() / crossed.clamp_min(_TINY)
-    rank = torch.where(norms_variance > 0, 2 * mean.square() / norms_variance.clamp_min(_TINY), independent)
-    rank = torch.minimum(rank, independent).clamp_min(1)
+    rank = torch.minimum(_rank(sums, independent), independent).clamp_min(1)
     ninth = 2 / (9 * rank)
     quantile = (1 - ninth + _QUANTILE * ninth.sqrt()) ** 3
     # Successive differences share a gradient: three carry the information of two.
     freedom = (rank * count / 1.5).clamp_min(4)
     return variance * quantile * freedom / (freedom - 2)
+
+
+def _rank(sums: Tensor, otherwise: Tensor) -> Tensor:
+    """2·mean²/variance of the squared norms of the differences: how many features seem to move by themselves."""
+    count, norms, norms2 = sums[:, DIFFERENCES : DIFFERENCES + 3].unbind(1)
+    mean = norms / count
+    norms_variance = (norms2 - count * mean.square()) / (count - 1)
+    return torch.where(norms_variance > 0, 2 * mean.square() / norms_variance.clamp_min(_TINY), otherwise)
+
+
+def dependence(sums: Tensor, variance: Tensors) -> Tensor:
+    """How many times as many features move together as would if all were independent, float64 [B], at least 1."""
+    independent = total(variance).square() / inner(variance, variance).clamp_min(_TINY)
+    return (independent / _rank(sums, independent).clamp_min(1)).clamp_min(1)
