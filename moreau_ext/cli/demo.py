@@ -106,11 +106,13 @@ def _photographs(arguments: argparse.Namespace, device: torch.device) -> dict[st
     if arguments.prepare == "auto":
         fast = prepare(model, data.inputs.to(device))
         print(f"prepared the model: {', '.join(fast.used)}", flush=True)
-    results = {
-        method: _numbers(solution, data.inputs, seconds)
-        for method, solution, seconds in photographs.explain(fast, data, device)
-    }
-    maps = {method: result.pop("maps").cpu() for method, result in results.items()}
+    results, maps = {}, {}
+    for method, solution, seconds in photographs.explain(fast, data, device):
+        results[method] = _numbers(solution, data.inputs, seconds)
+        maps[method] = results[method].pop("maps").cpu()
+        if method == "sparse":
+            certain = photographs.significant(solution).cpu()
+    maps["significant"] = certain
     write(arguments.out / "photographs.png", lambda file: photographs.picture(model, data, maps, file))
     print(_table(results))
     chosen = photographs.settings() | {"inputs": len(data.inputs), "device": str(device)}

@@ -23,7 +23,10 @@ _TITLES = {
     "moreau": "MoreauGrad",
     "sparse": "Sparse\nMoreauGrad",
     "group": "Group-Sparse\nMoreauGrad",
+    "significant": "Sparse, beyond\nthe noise",
 }
+# False discovery rate of the last column.
+_Q = 0.1
 _NAMES = ("astronaut", "cat", "coffee", "rocket", "temple", "flower")
 
 
@@ -36,6 +39,7 @@ def settings() -> dict[str, Any]:
         "max_gradients": _GRADIENTS,
         "support": {"sparse": _SUPPORT, "group": _TILES},
         "groups": f"Tiles({_TILE})",
+        "significance": _Q,
         "blur": _BLUR,
     }
 
@@ -68,7 +72,8 @@ def explain(model: Any, data: Dataset, device: torch.device) -> Iterator[tuple[s
     from .. import Solution
     from ..data.progress import progress_bar
 
-    with progress_bar(len(data.inputs) * len(_TITLES), show=True, extra="demo", unit="image", disable=None) as advance:
+    total = len(data.inputs) * (len(_TITLES) - 1)
+    with progress_bar(total, show=True, extra="demo", unit="image", disable=None) as advance:
         for method, explainer in _explainers(model):
             parts, began = [], time.perf_counter()
             for row in range(len(data.inputs)):
@@ -78,6 +83,12 @@ def explain(model: Any, data: Dataset, device: torch.device) -> Iterator[tuple[s
                     torch.cuda.synchronize(device)
                 advance(1, method)
             yield method, Solution.concatenate(parts), time.perf_counter() - began
+
+
+def significant(solution: Any) -> Tensor:
+    """A map without the features that its sampling noise explains."""
+    found: Tensor = solution.attribution * solution.significant(_Q)
+    return found
 
 
 def picture(model: torch.nn.Module, data: Dataset, maps: dict[str, Tensor], file: Any) -> None:
@@ -99,7 +110,8 @@ def picture(model: torch.nn.Module, data: Dataset, maps: dict[str, Tensor], file
         f"full colour from the {100 * _HEAT_SHARE:g} % quantile on. Each panel has a scale of its own."
         f"\nAt most {_GRADIENTS} gradients per map (Gradient: 1). Noise: {_NOISE_LEVEL} of the pixels' range. Length "
         f"of MoreauGrad's displacement: {_RADIUS_RATIO:g} x that range. Asked for: {100 * _SUPPORT:g} % of the values "
-        f"(sparse), {_TILES} of 256 tiles of {_TILE} x {_TILE} pixels (group)."
+        f"(sparse), {_TILES} of 256 tiles of {_TILE} x {_TILE} pixels (group). Last column: of the sparse map the "
+        f"values that are significant at a false discovery rate of {_Q:g}."
     )
     images = data.inputs.mul(128).add(127).div(255)
     shown = {_TITLES[method]: batch for method, batch in maps.items()}
