@@ -23,7 +23,7 @@ _TITLES = {
     "moreau": "MoreauGrad",
     "sparse": "Sparse\nMoreauGrad",
     "group": "Group-Sparse\nMoreauGrad",
-    "significant": "Sparse, beyond\nthe noise",
+    "significant": "Sparse,\nsignificant",
 }
 # False discovery rate of the last column.
 _Q = 0.1
