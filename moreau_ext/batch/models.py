@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import io
 import json
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import SettingError, SettingFileNotFoundError, one_line
+from .exported import load_exported
 from .preprocess import Preprocess
 
 _CALL = re.compile(r"^(?P<module>[\w.]+):(?P<name>[\w.]+)(?P<arguments>\(.*\))?$", re.DOTALL)
@@ -170,26 +169,11 @@ def _exported(path: Path) -> nn.Module:
     if not path.is_file():
         raise SettingFileNotFoundError("model", f"{path} is not there")
     try:
-        _check_archive(path)
-        # The guards of torch._check stay in the graph, so a batch size that was not exported raises an error.
-        return torch.export.load(path).module()
+        return load_exported(path)
     except Exception as error:
         raise SettingError(
             "model", f"{path} is no exported program that can be loaded: {one_line(error)[:400]}"
         ) from error
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses an archive that asks torch.export.load to unpickle more than tensors."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.namelist():
-            # Pickled weights, constants and objects are declared in the archive's own tables.
-            if entry.endswith(".json") and '"use_pickle":true' in archive.read(entry).decode().replace(" ", ""):
-                raise ValueError(f"{entry} asks for a pickle")
-            if "custom_obj" in entry or "opaque_obj" in entry:
-                raise ValueError(f"{entry} is a pickled object")
-            if entry.endswith(".pt"):
-                torch.load(io.BytesIO(archive.read(entry)), weights_only=True)
 
 
 def _hugging_face(folder: Path) -> tuple[nn.Module, Preprocess | None]:
