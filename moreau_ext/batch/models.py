@@ -190,7 +190,13 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, Preprocess | None]:
         folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     path = folder / "preprocessor_config.json"
-    return model, Preprocess.of_hugging_face(json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return model, None
+    auto: Any = importlib.import_module("transformers.models.auto.image_processing_auto")
+    # The processor of a kind of model, for files that do not name it.
+    kinds = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(json.loads((folder / "config.json").read_text()).get("model_type"))
+    kind = next(iter(kinds.values()), None) if isinstance(kinds, dict) else None
+    return model, Preprocess.of_hugging_face(json.loads(path.read_text()), kind)
 
 
 def fingerprint(model: Any) -> dict[str, str]:
