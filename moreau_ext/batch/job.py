@@ -7,7 +7,7 @@ import math
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Summary:
         converged: share of the rows explained by this call.
         seconds: from the first batch to the last byte.
         bytes: of the shards written by this call.
+        left_out: number of the source's entries that are no rows, such as files that are no images, by the reason.
     """
 
     inputs: int
@@ -58,6 +59,7 @@ class Summary:
     converged: float
     seconds: float
     bytes: int
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,23 @@ class Job:
         """(number, first row, last row + 1) of the shards that are missing or damaged."""
         starts = range(0, len(source), self.shard_rows)
         shards = [(key, start, min(start + self.shard_rows, len(source))) for key, start in enumerate(starts)]
-        return [(key, start, stop) for key, start, stop in shards if self.output.rows_in(key) != stop - start]
+        return [(key, start, stop) for key, start, stop in shards if self.rows_in(key) != stop - start]
+
+    def rows_in(self, key: int) -> int | None:
+        """The number of rows of a shard; None if it is missing or damaged."""
+        return self.output.rows_in(key, tuple(self.manifest["shape"]), self.manifest["configuration"])
+
+    def finish(self, rows: int) -> int:
+        """Writes errors.parquet, and returns the number of the rows with an error.
+
+        Args:
+            rows: of all shards.
+
+        Raises:
+            OSError: the folder or a shard was deleted meanwhile.
+        """
+        self.output.check_complete(-(-rows // self.shard_rows))
+        return self.output.write_errors()
 
 
 def open_job(

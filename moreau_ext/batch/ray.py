@@ -140,7 +140,7 @@ def explain(
         job = open_job(source, output, make, configuration, config.target, shard_rows)
         todo = job.pending(source)
         if not todo:
-            return Summary(len(source), 0, len(source), output.write_errors(), 0.0, 0.0, 0)
+            return Summary(len(source), 0, len(source), job.finish(len(source)), 0.0, 0.0, 0, dict(source.left_out))
         started = not ray.is_initialized()
         if started:
             ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
@@ -196,15 +196,16 @@ def _run(
     with bar as advance:
         for row in results.iter_rows():
             explained, converged, size = explained + row["rows"], converged + row["converged"], size + row["bytes"]
-            advance(row["rows"], f"{converged / explained:.0%} converged")
+            advance(row["rows"], f"{converged / explained:.0%} converged" if config.solves else "")
     return Summary(
         inputs=total,
         explained=explained,
         skipped=total - explained,
-        errors=job.output.write_errors(),
+        errors=job.finish(total),
         converged=converged / explained if explained else 0.0,
         seconds=time.perf_counter() - began,
         bytes=size,
+        left_out=dict(source.left_out),
     )
 
 

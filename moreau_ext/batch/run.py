@@ -25,8 +25,9 @@ from .job import (
     open_job,
     without_warnings,
 )
-from .local import read_batches, run_local
+from .local import run_local
 from .preprocess import Preprocess
+from .readers import read_batches
 from .sources.base import Source
 from .sources.datasets import Stream
 from .sources.open import open_source
