@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class SettingError(ValueError):
     """A setting that cannot be carried out.
@@ -45,6 +48,21 @@ class TrainModeWarning(MoreauWarning):
 
 class MemoryWarning(MoreauWarning):
     """A pass ran out of memory and was retried with fewer rows."""
+
+
+@contextlib.contextmanager
+def before_work(*but: type[Exception]) -> Iterator[None]:
+    """Marks errors that come before any work of a job is done: the command line refuses the call (exit status 2).
+
+    Args:
+        but: errors that are failures all the same.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, but):
+            error.before_work = True  # type: ignore[attr-defined]
+        raise
 
 
 def one_line(error: BaseException) -> str:

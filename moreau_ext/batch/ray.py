@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._errors import SettingError
-from ..data.progress import progress_bar
+from ..data.progress import progress_bar, report
 from .config import Config
 from .engine import Engine, example_of
 from .job import (
@@ -57,7 +57,7 @@ class _Actor:
         self._engine = Engine(explainer, config.target, tuple(manifest["shape"]), configuration["map_dtype"])
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        done: dict[str, list[Any]] = {"shard": [], "rows": [], "converged": [], "bytes": []}
+        done: dict[str, list[Any]] = {n: [] for n in ("shard", "rows", "failed", "converged", "bytes")}
         for shard, start, stop in zip(*(batch[n].tolist() for n in ("shard", "start", "stop")), strict=True):
             with without_warnings(), ThreadPoolExecutor(1) as reader:
                 pieces = batches_of(start, stop, self._batch)
@@ -73,6 +73,7 @@ class _Actor:
             size = self._output.write(shard, rows, self._manifest, about_job(self._engine.device))
             done["shard"].append(shard)
             done["rows"].append(len(rows))
+            done["failed"].append(sum(error is not None for error in rows.columns["error"]))
             done["converged"].append(sum(map(bool, rows.columns["converged"])))
             done["bytes"].append(size)
         return done
@@ -127,6 +128,7 @@ def explain(
         raise TypeError("dataset: a Ray Dataset has no stable row numbers to key the noise; give the paths it reads")
     check_job(batch, shard_rows, map_dtype, map_format, 0)
     with without_warnings(), locked(out) as output:
+        report(f"loading {config.model}", progress)
         model, preprocess = config.load()
         source = open_source(dataset, preprocess=preprocess, column=column, target=config.target_column)
         if isinstance(source, Stream):
@@ -189,13 +191,14 @@ def _run(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}},
     )
     total = len(source)
-    explained = converged = size = 0
+    explained = failed = converged = size = 0
     began = time.perf_counter()
     skipped = total - sum(stop - start for _, start, stop in todo)
     bar = progress_bar(total, show=progress, extra="batch", initial=skipped, unit="image", smoothing=0.05)
     with bar as advance:
         for row in results.iter_rows():
             explained, converged, size = explained + row["rows"], converged + row["converged"], size + row["bytes"]
+            failed += row["failed"]
             advance(row["rows"], f"{converged / explained:.0%} converged" if config.solves else "")
     return Summary(
         inputs=total,
@@ -206,6 +209,7 @@ def _run(
         seconds=time.perf_counter() - began,
         bytes=size,
         left_out=dict(source.left_out),
+        failed=failed,
     )
 
 

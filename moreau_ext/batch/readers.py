@@ -1,7 +1,7 @@
 """Processes that read ahead. Batches come through pipes: no shared memory, no threads, no locks between processes.
 
-Every wait ends. If a reader dies, its pipe ends, and the job stops with an error. If the job dies, the kernel closes its
-ends of the pipes, so a reader fails to write, and ends.
+Every wait ends. If a reader dies, its pipe ends, and the job stops with an error. If the job dies, the kernel closes
+its ends of the pipes, so a reader fails to write, and ends.
 """
 
 from __future__ import annotations

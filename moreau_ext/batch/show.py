@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
         raise SettingError("out", f"the maps of {out} have shape {shape}, which is no image")
     settings = manifest(out)["configuration"].get("preprocess") or {}
     plain = Preprocess.of({k: v for k, v in settings.items() if k not in ("mean", "std", "scale")}, "manifest")
+    plain = dataclasses.replace(plain, mode="RGB" if plain.mode == "BGR" else plain.mode)
     height, width = _WIDTH * shape[-2] / shape[-1], _WIDTH
     figure = Figure(figsize=(3 * width + 0.2, len(rows) * (height + 0.45) + 0.1))
     FigureCanvasAgg(figure)
@@ -91,7 +93,8 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
         axes[0].imshow(np.broadcast_to(gray[..., None], over.shape) if image is None else image)
         axes[1].imshow(signed, cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
         axes[2].imshow(np.clip(over, 0, 1), interpolation="nearest")
-        axes[0].set_title(f"{row['source']}: class {row['target']}", fontsize=8)
+        # Names are text: no formulas between dollars, no TeX.
+        axes[0].set_title(f"{_shown(row['source'])}: class {row['target']}", fontsize=8, parse_math=False, usetex=False)
         state = "" if row["residual"] is None else f", residual {row['relative_residual']:.1%}"
         axes[1].set_title(
             f"{row['nnz'] / values.size / (shape[0] if len(shape) == 3 else 1):.0%} non-zero{state}", fontsize=8
@@ -101,6 +104,11 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
         axes.set_axis_off()
     figure.tight_layout(pad=0.4)
     return figure
+
+
+def _shown(name: str) -> str:
+    """A name with control characters as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
 
 
 def _image(name: str, source: Path | None, preprocess: Preprocess, shape: tuple[int, ...]) -> Any:

@@ -2,8 +2,4 @@
 
 from __future__ import annotations
 
-import sys
-
-from . import main
-
-sys.exit(main())
+from .. import __main__ as __main__

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 Advance = Callable[..., None]
+
+
+def report(text: str, show: bool) -> None:
+    """Says on stderr what comes next and may take a while."""
+    if show:
+        print(f"moreau-ext: {text.encode('unicode_escape').decode()}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
