@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             text = f"{type(error).__name__}: {error}"
         refused = isinstance(error, (Refused, SettingError)) or hasattr(error, "before_work")
-        return _complain(text + place_in_users_code(error), 2 if refused else 1)
+        if getattr(arguments, "model", None):
+            text += place_in_users_code(error)
+        return _complain(text, 2 if refused else 1)
 
 
 def _complain(message: str, status: int, kind: str = "error: ") -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from collections import Counter
@@ -94,18 +95,34 @@ def _match(given: Path, found: Found) -> None:
     rest = list(given.parts[1:] if given.anchor else given.parts)
     while rest and (not glob.has_magic(rest[0]) or (fixed / rest[0]).exists()):
         fixed /= rest.pop(0)
-    by_place: dict[tuple[str, str], Path] = {}
-    for match in sorted(glob.iglob(os.path.join(glob.escape(str(fixed)), *rest), recursive=True)):
-        path = Path(match)
-        if path.is_dir():
-            found.left_out["folder that matches, whose files do not"] += "**" not in rest
-            continue
-        parent = os.path.realpath(path.parent)
-        before = by_place.setdefault((parent, path.name), path)
-        if before != path:
-            found.left_out["link to a folder that is read already"] += 1
-            if os.path.abspath(path.parent) == parent:
-                by_place[parent, path.name] = path
-    found.left_out = +found.left_out
-    found.files += [(path.relative_to(fixed).as_posix(), path) for path in by_place.values()]
+    if "**" in rest:
+        # Python's glob follows links in circles, for ever.
+        for name, path in walk(fixed, found.left_out):
+            if _matches(name.split("/"), rest):
+                found.files.append((name, path))
+    else:
+        by_place: dict[tuple[str, str], Path] = {}
+        for match in sorted(glob.iglob(os.path.join(glob.escape(str(fixed)), *rest))):
+            path = Path(match)
+            if path.is_dir():
+                found.left_out["folder that matches, whose files do not"] += 1
+                continue
+            parent = os.path.realpath(path.parent)
+            before = by_place.setdefault((parent, path.name), path)
+            if before != path:
+                found.left_out["link to a folder that is read already"] += 1
+                if os.path.abspath(path.parent) == parent:
+                    by_place[parent, path.name] = path
+        found.files += [(path.relative_to(fixed).as_posix(), path) for path in by_place.values()]
     found.folders = _folders(fixed) if fixed.is_dir() else set()
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a name match those of a glob, of which ** stands for any number."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        # A last ** stands for all files below.
+        rest = pattern[1:] or ["*"]
+        return any(_matches(parts[start:], rest) for start in range(len(parts)))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
