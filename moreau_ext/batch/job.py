@@ -91,7 +91,7 @@ class Job:
 
     def rows_in(self, key: int) -> int | None:
         """The number of rows of a shard; None if it is missing or damaged."""
-        return self.output.rows_in(key, tuple(self.manifest["shape"]), self.manifest["configuration"])
+        return self.output.rows_in(key, self.manifest)
 
     def finish(self, rows: int) -> int:
         """Writes errors.parquet, and returns the number of the rows with an error.

@@ -285,26 +285,27 @@ class Output:
         """The paths of the finished shards, in order."""
         return sorted(self.folder.glob(_PATTERN))
 
-    def rows_in(self, key: int, shape: tuple[int, ...], configuration: Mapping[str, Any]) -> int | None:
+    def rows_in(self, key: int, manifest: Mapping[str, Any]) -> int | None:
         """The number of rows of a shard; None if it is missing or, with a warning, damaged.
 
         All pages are read, and their checksums verified.
 
         Args:
             key: its number.
-            shape: of a map.
-            configuration: of the job.
+            manifest: of the job.
         """
         path = self.shard(key)
         if not path.exists():
             return None
         try:
             found = read_shard(path)
-            expected = schema(shape, configuration["map_dtype"], configuration["map_format"] == "sparse")
+            configuration, shape = manifest["configuration"], manifest["shape"]
+            expected = schema(tuple(shape), configuration["map_dtype"], configuration["map_format"] == "sparse")
             if not found.schema.equals(expected):
                 raise ValueError("its columns are not those of this job")
-            if json.loads(found.schema.metadata[b"moreau_ext"])["configuration"] != configuration:
-                raise ValueError("its configuration is not that of this job")
+            about = json.loads(found.schema.metadata[b"moreau_ext"])
+            if {**about, "run": None} != {**manifest, "run": None, "map_shape": shape}:
+                raise ValueError("its manifest is not that of this job")
             return int(found.num_rows)
         except Exception as error:
             warnings.warn(f"{path} is damaged and is made again ({one_line(error)[:200]})", stacklevel=2)
