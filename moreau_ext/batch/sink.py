@@ -294,6 +294,8 @@ class Output:
             key: its number.
             manifest: of the job.
         """
+        import pyarrow.parquet as pq
+
         path = self.shard(key)
         if not path.exists():
             return None
@@ -303,9 +305,11 @@ class Output:
             expected = schema(tuple(shape), configuration["map_dtype"], configuration["map_format"] == "sparse")
             if not found.schema.equals(expected):
                 raise ValueError("its columns are not those of this job")
-            about = json.loads(found.schema.metadata[b"moreau_ext"])
-            if {**about, "run": None} != {**manifest, "run": None, "map_shape": shape}:
-                raise ValueError("its manifest is not that of this job")
+            # The file holds the metadata twice, and readers differ in which they take.
+            for metadata in (found.schema.metadata, pq.read_metadata(path).metadata):
+                about = json.loads(metadata[b"moreau_ext"])
+                if {**about, "run": None} != {**manifest, "run": None, "map_shape": shape}:
+                    raise ValueError("its manifest is not that of this job")
             return int(found.num_rows)
         except Exception as error:
             warnings.warn(f"{path} is damaged and is made again ({one_line(error)[:200]})", stacklevel=2)
