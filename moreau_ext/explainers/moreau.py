@@ -95,6 +95,7 @@ class MoreauGrad(Certified):
     radius: Scalar | None = field(default=None, kw_only=True)
     radius_ratio: Scalar | None = field(default=None, kw_only=True)
     solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
+    denoise: bool = field(default=True, kw_only=True)
     cuda_graphs: Mode = field(default=False, kw_only=True)
     _graphs: Graphs = field(init=False, repr=False)
     # With one row per pass the adaptive solver holds 32 maps of its one input: 17 are counted elsewhere, 3 are slack.
@@ -159,7 +160,8 @@ class MoreauGrad(Certified):
         problem = super().pose(problem)
         # A ρ that is measured or tuned starts at 1.
         rho = self._asked_rho if self._rho_is_given else 1.0
-        problem = replace(problem, rho=tuple([per_input_setting("rho", rho, x) for x in problem.inputs]))
+        rho = tuple([per_input_setting("rho", rho, x) for x in problem.inputs])
+        problem = replace(problem, rho=rho, denoise=self.denoise)
         radius = self._radius(problem.inputs)
         return problem if radius is None else replace(problem, tuning=Tuning(radius=radius))
 
