@@ -68,3 +68,17 @@ def before_work(*but: type[Exception]) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The class and the text of an error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def printable(text: str) -> str:
+    """Text with what a terminal would obey (control characters, changes of direction) as escapes.
+
+    Example:
+        >>> from moreau_ext._errors import printable
+        >>> print(printable("a\\x1b[2Jb"))
+        a\\x1b[2Jb
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in text
+    )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import SettingError
+from .._errors import SettingError, before_work
 from ..data.progress import progress_bar, report
 from .config import Config
 from .engine import Engine, example_of
@@ -35,7 +35,7 @@ from .job import (
     without_warnings,
 )
 from .sink import Output, Rows
-from .sources.base import Source
+from .sources.base import Source, Unreadable
 from .sources.datasets import Stream
 from .sources.open import open_source
 
@@ -128,18 +128,19 @@ def explain(
         raise TypeError("dataset: a Ray Dataset has no stable row numbers to key the noise; give the paths it reads")
     check_job(batch, shard_rows, map_dtype, map_format, 0)
     with without_warnings(), locked(out) as output:
-        report(f"loading {config.model}", progress)
-        model, preprocess = config.load()
-        source = open_source(dataset, preprocess=preprocess, column=column, target=config.target_column)
-        if isinstance(source, Stream):
-            raise TypeError("dataset: a stream has one order; give paths, arrays or a map-style Dataset")
-        settings = config.record(model, preprocess)
-        configuration = configuration_of(settings, source, batch, map_dtype, map_format)
+        with before_work(Unreadable):
+            report(f"loading {config.model}", progress)
+            model, preprocess = config.load()
+            source = open_source(dataset, preprocess=preprocess, column=column, target=config.target_column)
+            if isinstance(source, Stream):
+                raise TypeError("dataset: a stream has one order; give paths, arrays or a map-style Dataset")
+            settings = config.record(model, preprocess)
+            configuration = configuration_of(settings, source, batch, map_dtype, map_format)
 
-        def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
-            return config.prepared_explainer(model, example, choices)
+            def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+                return config.prepared_explainer(model, example, choices)
 
-        job = open_job(source, output, make, configuration, config.target, shard_rows)
+            job = open_job(source, output, make, configuration, config.target, shard_rows)
         todo = job.pending(source)
         if not todo:
             return Summary(len(source), 0, len(source), job.finish(len(source)), 0.0, 0.0, 0, dict(source.left_out))

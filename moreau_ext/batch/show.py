@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._errors import SettingError
+from .._errors import SettingError, printable
 from .preprocess import Preprocess
 from .sink import dense, manifest, read
 from .sources.base import image_input
@@ -95,7 +95,7 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
         axes[0].imshow(np.broadcast_to(gray[..., None], over.shape) if image is None else image)
         axes[1].imshow(signed, cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
         axes[2].imshow(np.clip(over, 0, 1), interpolation="nearest")
-        axes[0].set_title(f"{_shown(row['source'])}: class {row['target']}", fontsize=8, **_PLAIN)
+        axes[0].set_title(f"{printable(row['source'])}: class {row['target']}", fontsize=8, **_PLAIN)
         state = "" if row["residual"] is None else f", residual {row['relative_residual']:.1%}"
         axes[1].set_title(
             f"{row['nnz'] / values.size / (shape[0] if len(shape) == 3 else 1):.0%} non-zero{state}",
@@ -107,11 +107,6 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
         axes.set_axis_off()
     figure.tight_layout(pad=0.4)
     return figure
-
-
-def _shown(name: str) -> str:
-    """A name with control characters as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
 
 
 def _image(name: str, source: Path | None, preprocess: Preprocess, shape: tuple[int, ...]) -> Any:

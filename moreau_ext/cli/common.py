@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from .._errors import printable
 from .._files import write as write
 
 
@@ -76,19 +77,6 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise Refused(f"--out {folder}: cannot write there ({error.strerror or error})") from error
-
-
-def printable(text: str) -> str:
-    """Text with what a terminal would obey (control characters, changes of direction) as escapes.
-
-    Example:
-        >>> print(printable("a\\x1b[2Jb"))
-        a\\x1b[2Jb
-    """
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "backslashreplace").decode()
-        for char in text
-    )
 
 
 def say(text: str, error: bool = False) -> None:

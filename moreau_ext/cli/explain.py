@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .._errors import SettingError
 from .common import Refused, add_prepare, integer, need, number, positive, say
 
 # Options that are settings of Config under the same name.
@@ -191,6 +192,10 @@ def _explain(arguments: argparse.Namespace) -> int:
 
             address, actors = arguments.ray or None, arguments.workers
             done = explain(arguments.source, config, arguments.out, address=address, concurrency=actors, **job)
+    except SettingError as error:
+        # The number of actors and their shares of a cluster.
+        name = "workers" if error.name in ("concurrency", "num_cpus", "num_gpus") else error.name
+        raise SettingError(name, error.text) from error
     except OSError as error:
         if error.filename != str(arguments.out):
             raise
