@@ -393,6 +393,7 @@ def test_names_are_no_formulas(tmp_path: Path) -> None:
     bars({name: {name: {name: (0.5, 0.4, 0.6)}}}).savefig(tmp_path / "4.png")
 
 
+@pytest.mark.slow
 def test_control_characters_are_printed_as_escapes(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in ("\x1b]0;evil\x07.png", "\x9b31m.png", "\u202egnp.png"):

@@ -114,6 +114,7 @@ explain_dataset(Gradient(slow, max_batch=64), torch.rand(400, 40_000), sys.argv[
 """
 
 
+@pytest.mark.slow
 def test_readers_end_with_a_killed_job_and_free_its_lock(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", JOB, str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as job:
@@ -159,6 +160,7 @@ def test_no_forked_process_keeps_the_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 def test_a_container_with_little_shared_memory(tmp_path: Path) -> None:
     """Docker gives 64 MiB of /dev/shm; a batch of photographs is more. One MiB here, one batch is 3."""
     private = ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /dev/shm"]
@@ -252,6 +254,7 @@ def test_only_methods_that_solve_speak_of_convergence(x: torch.Tensor, tmp_path:
 RAN = 'open("ran", "a").write(__name__ + "\\n")\n'
 
 
+@pytest.mark.slow
 def test_only_the_named_module_and_its_own_are_found(tmp_path: Path) -> None:
     for name in ("torch", "numpy", "PIL", "pyarrow", "tqdm", "typing_extensions", "safetensors", "wandb", "net2"):
         (tmp_path / f"{name}.py").write_text(RAN + "raise ImportError('shadow')\n")
