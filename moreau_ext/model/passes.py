@@ -13,6 +13,8 @@ from ..ops.layout import Tensors
 from .memory import may_retry, release
 from .score import Score
 
+_GRADIENTS = {Score.gradient: 1, Score.hvp: 2}
+
 
 class PassRunner:
     """Runs passes of at most ``max_rows`` rows; a pass that runs out of memory is retried at half the size.
@@ -25,11 +27,13 @@ class PassRunner:
     Attributes:
         max_rows: the same, lowered to the size that worked.
         lowered: whether it was.
+        gradients: rows of the passes done, by the gradients that they took: two for a second derivative.
     """
 
     def __init__(self, max_rows: int | None = None) -> None:
         self.max_rows = max_rows
         self.lowered = False
+        self.gradients = 0
         self._warned = False
 
     def __call__(self, run: Callable[..., Tensors], score: Score, *rows: Tensors) -> Tensors:
@@ -56,6 +60,7 @@ class PassRunner:
             try:
                 done.append(one())
                 start += size
+                self.gradients += size * _GRADIENTS.get(run, 0)
                 continue
             except Exception as error:
                 if not may_retry(error, device):

@@ -149,6 +149,9 @@ class AdaptiveProximalGradient:
             solution; 32 more where η is a ratio) and 144, always run; each later one costs half of what was spent
             before it, at least 144, the last what is left of the budget.
         progress: show a progress bar over inputs (needs tqdm).
+        denoise: correct the map for what sampling noise adds to the magnitudes that η is compared with, and to the
+            length of the map (docs/method.md). At the default tolerance it changes next to nothing; where the budget
+            ends with an error of tens of percent, as on ImageNet networks, it takes up to half of that error away.
 
     In the Solution, ``relative_residual`` is that bound, and ``converged`` says whether it is ≤ tol. The bound is the
     solver's own, made from its own samples; ``explainer.certificate`` judges a solution on independent ones.
@@ -173,6 +176,7 @@ class AdaptiveProximalGradient:
     tol: float = 1e-2
     max_gradients: int = 2048
     progress: bool = False
+    denoise: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.tol < math.inf:
@@ -323,7 +327,9 @@ class AdaptiveProximalGradient:
             copy_into(problem.penalty.eta, found.eta)
         state.spend = _level_cost(state.evaluations, self.max_gradients)
         variance = divide(carried.squares, carried.sums[:, DIFFERENCES] * found.samples)
-        answered, maps, displacement = problem.answer(found.gradient, variance)
+        answered, maps, displacement = found.problem(problem), found.maps, found.displacement
+        if self.denoise:
+            answered, maps, displacement = problem.denoised(found.gradient, variance)
         return Answer(
             rho=answered.rho,
             eta=answered.penalty.eta if follows else carried.eta,

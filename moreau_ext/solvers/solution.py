@@ -106,7 +106,8 @@ class Solution:
         one = isinstance(self.p_value, Tensor)
         tails, maps = ((self.p_value,), (self.attribution,)) if one else (self.p_value, self.attribution)
         flat = torch.cat([flat_rows(p) for p in tails], dim=1)
-        found = benjamini_hochberg(flat.nan_to_num(1.0), q).split([flat_rows(p).shape[1] for p in tails], dim=1)
+        sizes = [flat_rows(p).shape[1] for p in tails]
+        found = torch.split(benjamini_hochberg(flat.nan_to_num(1.0), q), sizes, dim=1)
         marked = tuple([f.view(p.shape) & (a != 0) for f, p, a in zip(found, tails, maps, strict=True)])
         return marked[0] if one else marked
 
@@ -149,6 +150,7 @@ class Answer:
         envelope: H, float64 [B].
         residual, relative_residual: float64 [B].
         evaluations: gradients taken, int64 [B].
+        confirmed: bool [B], whether independent samples agree that it is solved; None where the residual says it all.
         variance: of p, per feature; NaN where it is not known.
         freedom: float64 [B], the degrees of freedom of that variance.
         dependence: float64 [B]; see :meth:`moreau_ext.solvers.penalties.Penalty.p_values`.
@@ -168,6 +170,7 @@ class Answer:
     freedom: Tensor
     dependence: Tensor
     error: Errors
+    confirmed: Tensor | None = None
 
 
 def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: float) -> Solution:
@@ -176,6 +179,7 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: floa
     nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
     ones = torch.ones_like(nnz)
     tails = problem.penalty.p_values(answer.gradient, answer.variance, answer.freedom, answer.dependence)
+    solved = answer.relative_residual <= tol
     eta = answer.eta or tuple([torch.zeros_like(r) for r in answer.rho])
     return Solution(
         attribution=attribution,
@@ -187,7 +191,7 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: floa
         relative_residual=answer.relative_residual,
         steps=ones * steps,
         gradient_evaluations=answer.evaluations,
-        converged=answer.relative_residual <= tol,
+        converged=solved if answer.confirmed is None else solved & answer.confirmed,
         nnz=nnz,
         support=(problem.penalty.magnitudes(answer.maps) > 0).sum(1),
         empty=nnz == 0,
