@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import os
@@ -152,9 +151,9 @@ def test_no_forked_process_keeps_the_lock(tmp_path: Path) -> None:
         os._exit(0)
     try:
         locked.__exit__(None, None, None)
-        handle = os.open(tmp_path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(handle)
+        # As soon as the child has run at all.
+        with sink.Output(tmp_path).locked():
+            pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
