@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,16 @@ def test_a_container_with_little_shared_memory(tmp_path: Path) -> None:
     done = subprocess.run(private, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "explained=24" in done.stdout
+
+
+def test_a_loader_whose_workers_need_more_shared_memory(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = torch.utils.data.DataLoader([(row, 1) for row in x], 4, num_workers=2, persistent_workers=True, timeout=9)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=700))  # 16 rows of 48 bytes
+    with pytest.warns(UserWarning, match="need 0 MiB of shared memory .*this process reads"):
+        found = torch.cat([loaded.inputs for _, loaded in open_source(loader).batches(5)])
+    assert torch.equal(found, x)
+    assert not multiprocessing.active_children()
+    assert loader.num_workers == 2
 
 
 # --- the output ----------------------------------------------------------------------------------------------------

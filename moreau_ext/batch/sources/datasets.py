@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
+import warnings
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils import data
+from torch.utils._pytree import tree_leaves
 from torch.utils.data.datapipes.iter.combinatorics import ShufflerIterDataPipe
 
 from ..._errors import SettingError
@@ -124,7 +128,8 @@ class Stream:
         return {"kind": self.kind, "inputs": None, "column": self.column}
 
     def _items(self) -> Iterator[Any]:
-        for item in self._dataset:
+        loader = isinstance(self._dataset, data.DataLoader)
+        for item in _fitting(self._dataset) if loader else self._dataset:
             if not self._batched:
                 yield item
             elif isinstance(item, dict):
@@ -172,6 +177,30 @@ def _check_order(loader: data.DataLoader[Any]) -> None:
     whole = sized and batches is not None and len(loader.dataset) % getattr(batches, "batch_size", 1) == 0  # type: ignore[arg-type]
     if not whole and (loader.drop_last or getattr(batches, "drop_last", False)):
         raise SettingError("source", "the DataLoader leaves out the last rows (drop_last=True); use drop_last=False")
+
+
+def _fitting(loader: data.DataLoader[Any]) -> data.DataLoader[Any]:
+    """The loader, without its workers if their batches do not fit into shared memory.
+
+    torch's workers lose a batch that does not fit, and the loader waits for it for ever. A container has 64 MiB.
+    """
+    if not loader.num_workers or isinstance(loader.dataset, data.IterableDataset):
+        return loader
+    rows = getattr(loader.batch_sampler, "batch_size", 1)
+    ahead = (loader.prefetch_factor or 2) * loader.num_workers
+    needed = rows * ahead * sum(t.nbytes for t in tree_leaves(loader.dataset[0]) if isinstance(t, (Tensor, np.ndarray)))
+    status = os.statvfs("/dev/shm")
+    free = status.f_bavail * status.f_frsize
+    if needed <= free:
+        return loader
+    warnings.warn(
+        f"the DataLoader's workers need {needed >> 20} MiB of shared memory (/dev/shm) and {free >> 20} MiB are free, "
+        "so this process reads; give the data set itself, and workers",
+        stacklevel=2,
+    )
+    alone = copy.copy(loader)
+    vars(alone).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
+    return alone
 
 
 def _columns(batch: list[Any], named: bool = False) -> list[Any]:
