@@ -140,7 +140,8 @@ _RHO_STEPS, _RHO_SAMPLES = 8, 4
 
 
 def convex_rho(problem: Problem) -> tuple[Tensor, Tensor]:
-    """ρ = ½ / max(λ, β/10), float64 [B], and the gradients of each input that it took, int64 [B]: half of the largest ρ for which the
+    """ρ = ½ / max(λ, β/10), float64 [B], and the gradients of each input that it took, int64 [B]: half of the largest ρ
+    for which the
     problem is strongly convex at x.
 
     λ and β are those of the Lanczos process with products of 8 gradients, Hv = (p(x + σv) − p(x − σv))/(2σ): on a bank

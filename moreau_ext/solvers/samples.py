@@ -91,7 +91,8 @@ class NoisyCopies:
         return squares
 
     def variance(self, squares: Tensors, mean: Tensors) -> tuple[Tensors, int]:
-        """V of one sample's gradient, such that V/m is that of the mean of m, and its degrees of freedom; NaN of a single
+        """V of one sample's gradient, such that V/m is that of the mean of m, and its degrees of freedom; NaN of a
+        single
         sample or pair.
 
         Args:

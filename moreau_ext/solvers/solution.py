@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -15,7 +16,13 @@ from .errors import Errors, benjamini_hochberg
 from .problem import Problem
 
 
-@dataclass(frozen=True)
+_PREMISE = (
+    "Errors rest on what the samples saw: steps of the score that fewer than 3 in N of N samples straddle are not in
+    them."
+)
+
+
+@dataclass(frozen=True, repr=False)
 class Solution:
     """The result of an explanation. Fields over features have the form of the inputs (a tensor or a tuple of tensors);
     the others hold one number per input, [B].
@@ -42,7 +49,8 @@ class Solution:
         eta: η that was used (absolute), 0 without a penalty; [B], or one per feature.
         rho: ρ that was used.
         sigma: σ that was used, per tensor of a tuple.
-        standard_error: of the envelope gradient p, by sampling, in the form and dtype of the map; the map's entry errs by
+        standard_error: of the envelope gradient p, by sampling, in the form and dtype of the map; the map's entry
+        errs by
             no more without a penalty or with L1. NaN where it is not known: of a single sample or pair, and of methods
             that are no mean of samples.
         p_value: the probability of a mean gradient as large as this one if the feature, or its group, were just at the
@@ -82,7 +90,8 @@ class Solution:
         return whole
 
     def significant(self, q: float = 0.1) -> Any:
-        """The features that are in the map beyond sampling noise, at a false discovery rate of q: bool, in the form of the
+        """The features that are in the map beyond sampling noise, at a false discovery rate of q: bool, in the form
+        of the
         map; whole groups where there are groups.
 
         Of the features marked for an input, a share of q at most is expected to be zero in the map of infinitely many
@@ -132,6 +141,64 @@ class Solution:
             raise ValueError(f"tol: expected a positive number, got {tol!r}")
         wanted = (self.error.unit_cost / tol**2).ceil().clamp_max(2.0**62)
         return torch.where(wanted.isnan(), -1, wanted.nan_to_num(0.0).clamp_min(1)).long()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def summary(self, limit: int = 8) -> str:
+        """A line per input, at most ``limit``: its error and the parts of it, how much of the map is beyond sampling
+        noise,
+        and what smaller errors would cost.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import SmoothGrad
+            >>> f = SmoothGrad(lambda x: x.square().sum(1), num_samples=64)
+            >>> print(f.attribute(torch.ones(1, 2), return_solution=True).summary().splitlines()[0])
+            Solution of 1 input: 0 converged, 0 empty
+        """
+        count = len(self)
+        lines = [
+            f"Solution of {count} input{'s' * (count != 1)}: {int(self.converged.sum())} converged, "
+            f"{int(self.empty.sum())} empty"
+        ]
+        if count == 0:
+            return lines[0]
+        shown = self.take(torch.arange(min(count, limit), device=self.ids.device))
+        marked = shown.significant()
+        certain = torch.stack(
+            [flat_rows(m).sum(1) for m in ((marked,) if isinstance(marked, Tensor) else marked)]
+        ).sum(0) / shown.nnz.clamp_min(1)
+        costs = [shown.forecast(tol).tolist() for tol in (0.1, 0.01)]
+        for row in range(len(shown)):
+            lines.append(f"  input {int(shown.ids[row])}: {shown._line(row, float(certain[row]), [c[row] for c in
+            costs])}")
+        if count > limit:
+            lines.append(f"  ... and {count - limit} more")
+        return "\n".join([*lines, _PREMISE])
+
+    def _line(self, row: int, certain: float, costs: list[int]) -> str:
+        error, spent = self.error, f"{int(self.gradient_evaluations[row]):,} gradients"
+        total = float(error.total[row])
+        if math.isnan(total):
+            return f"{spent}, error unknown; {int(self.nnz[row]):,} features in the map"
+        parts = ", ".join(
+            f"{name} {float(part[row]):.2%}"
+            for name, part in (
+                ("sampling", error.sampling),
+                ("settling", error.settling),
+                ("nonlinearity", error.nonlinearity),
+            )
+        )
+        said = [f"{spent}, error {total:.1%} ({parts})", f"cosine to the limit {math.sqrt(max(0.0, 1 - total**2)):.3f}"]
+        said.append(f"{certain:.0%} of its {int(self.nnz[row]):,} features beyond noise at q = 0.1")
+        said.append(f"10 % takes about {costs[0]:,} gradients, 1 % {costs[1]:,}")
+        return "; ".join([*said, "converged" if bool(self.converged[row]) else "not converged"])
+
+    __repr__ = __str__ = summary
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
 
     def take(self, index: Tensor) -> Solution:
         """The solution of some of the inputs."""
