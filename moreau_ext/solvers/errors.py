@@ -61,8 +61,8 @@ class Errors:
 
 
 def normal_of_student(t: Tensor, freedom: Tensor) -> Tensor:
-    """The z with P(Z > z) = P(T > t), T of Student's distribution with so many degrees of freedom, to about 1e-3
-    (Wallace 1959)."""
+    """The z with P(Z > z) = P(T > t), T of Student's distribution with so many degrees of freedom, to 4 % of the
+    tail (Wallace 1959)."""
     scaled = (freedom * torch.log1p(t.square() / freedom)).sqrt() * (8 * freedom + 1) / (8 * freedom + 3)
     return torch.copysign(scaled, t)
 

@@ -193,7 +193,8 @@ def _two_sided(p: Tensor, variance: Tensor, eta: Tensor, freedom: Tensor) -> Ten
     tails = [
         upper_tail(normal_of_student((size + sign * eta.double()) / s.clamp_min(1e-300), freedom)) for sign in (-1, 1)
     ]
-    return torch.where(s > 0, tails[0] + tails[1], (size <= eta).double()).clamp_max(1.0)
+    # An unknown variance leaves it unknown: 0·NaN is NaN.
+    return torch.where(s > 0, tails[0] + tails[1], (size <= eta).double()).clamp_max(1.0) + 0 * s
 
 
 def _shrunk(gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:
@@ -326,7 +327,7 @@ class GroupL2(Penalty):
             # Of ‖p + ε‖², and of the estimate of its mean.
             spread = 2 * crossed + 4 * limit2 * radial + 2 * crossed / freedom[:, None]
             tail = upper_tail(normal_of_gamma(norm2, mean, spread))
-            tail = torch.where(noise2 > 0, tail, (norm2 <= limit2).double()).gather(1, labels)
+            tail = (torch.where(noise2 > 0, tail, (norm2 <= limit2).double()) + 0 * noise2).gather(1, labels)
             out = torch.empty_like(p, dtype=torch.float64)
             in_memory_order(out).copy_(tail)
             found.append(out)

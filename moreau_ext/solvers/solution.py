@@ -15,10 +15,8 @@ from ..ops.layout import Tensors, flat_rows, join, take
 from .errors import Errors, benjamini_hochberg
 from .problem import Problem
 
-
 _PREMISE = (
-    "Errors rest on what the samples saw: steps of the score that fewer than 3 in N of N samples straddle are not in
-    them."
+    "Errors rest on what was sampled: a step of the score that fewer than 3 in N of N samples straddle may be missed."
 )
 
 
@@ -49,10 +47,9 @@ class Solution:
         eta: η that was used (absolute), 0 without a penalty; [B], or one per feature.
         rho: ρ that was used.
         sigma: σ that was used, per tensor of a tuple.
-        standard_error: of the envelope gradient p, by sampling, in the form and dtype of the map; the map's entry
-        errs by
-            no more without a penalty or with L1. NaN where it is not known: of a single sample or pair, and of methods
-            that are no mean of samples.
+        standard_error: of the envelope gradient p, by sampling, in the form and dtype of the map; an entry of the map
+            errs by no more without a penalty or with L1. NaN where it is not known: of a single sample or pair, and of
+            methods that are no mean of samples.
         p_value: the probability of a mean gradient as large as this one if the feature, or its group, were just at the
             threshold η, or at 0 without a penalty; see :meth:`significant`. State dtype.
         error: the parts of the map's error, see :class:`Errors`.
@@ -166,13 +163,13 @@ class Solution:
             return lines[0]
         shown = self.take(torch.arange(min(count, limit), device=self.ids.device))
         marked = shown.significant()
-        certain = torch.stack(
-            [flat_rows(m).sum(1) for m in ((marked,) if isinstance(marked, Tensor) else marked)]
-        ).sum(0) / shown.nnz.clamp_min(1)
+        certain = torch.stack([flat_rows(m).sum(1) for m in ((marked,) if isinstance(marked, Tensor) else marked)]).sum(
+            0
+        ) / shown.nnz.clamp_min(1)
         costs = [shown.forecast(tol).tolist() for tol in (0.1, 0.01)]
         for row in range(len(shown)):
-            lines.append(f"  input {int(shown.ids[row])}: {shown._line(row, float(certain[row]), [c[row] for c in
-            costs])}")
+            line = shown._line(row, float(certain[row]), [c[row] for c in costs])
+            lines.append(f"  input {int(shown.ids[row])}: {line}")
         if count > limit:
             lines.append(f"  ... and {count - limit} more")
         return "\n".join([*lines, _PREMISE])
@@ -193,7 +190,9 @@ class Solution:
         said = [f"{spent}, error {total:.1%} ({parts})", f"cosine to the limit {math.sqrt(max(0.0, 1 - total**2)):.3f}"]
         said.append(f"{certain:.0%} of its {int(self.nnz[row]):,} features beyond noise at q = 0.1")
         said.append(f"10 % takes about {costs[0]:,} gradients, 1 % {costs[1]:,}")
-        return "; ".join([*said, "converged" if bool(self.converged[row]) else "not converged"])
+        if not math.isnan(float(self.relative_residual[row])):  # else nothing was solved
+            said.append("converged" if bool(self.converged[row]) else "not converged")
+        return "; ".join(said)
 
     __repr__ = __str__ = summary
 
