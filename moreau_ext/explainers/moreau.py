@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..analysis.curvature import RHO_SAMPLES, convex_rho
 from ..capture.runner import Graphs, Mode, check_mode
+from ..model.restore import leaves_as_found
 from ..model.target import Target
 from ..ops.layout import Tensors, flat_rows
 from ..solvers.adaptive import AdaptiveProximalGradient
@@ -209,6 +210,7 @@ class SparseMoreau(Sparse, MoreauGrad):
                 "another solver"
             )
 
+    @leaves_as_found
     def eta_path(
         self,
         inputs: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,53 @@ import torch
 from torch import Tensor
 
 Target = int | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Callable[[Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """A callable target whose scores depend on the places of the rows, such as a class or a mask for each input.
+
+    It is called with the outputs of all inputs of the call, in their order: those of some rows in the places of their
+    inputs, and the outputs at the inputs themselves elsewhere; once for each copy of an input.
+
+    Args:
+        score: output [B, ...] -> [B].
+        outputs: at the inputs, [B, ...].
+        place: int64 [n], the input that each row is a copy of.
+    """
+
+    score: Callable[[Tensor], Tensor]
+    outputs: Tensor
+    place: Tensor
+
+    def take(self, index: Tensor | slice) -> InOrder:
+        """The same for some of the rows."""
+        return replace(self, place=self.place[index])
+
+    def scores(self, output: Tensor) -> Tensor:
+        """The scores [n] of an output [n, ...]."""
+        place = self.place
+        order = place.argsort(stable=True)
+        first = torch.searchsorted(place[order], place[order])
+        copy = torch.empty_like(place)
+        copy[order] = torch.arange(len(place), device=place.device) - first
+        rows = [(copy == k).nonzero().squeeze(1) for k in range(int(copy.max()) + 1)]
+        outputs = self.outputs.to(output.dtype)
+        found = [row_scores(self.score, outputs.index_copy(0, place[r], output[r]))[place[r]] for r in rows]
+        return torch.cat(found)[torch.cat(rows).argsort()]
+
+
+def row_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    """The scores [n] of a callable target, checked.
+
+    Raises:
+        ValueError: not one score per row.
+    """
+    scores, rows = score(output), output.shape[0]
+    if not isinstance(scores, Tensor) or scores.shape not in ((rows,), (rows, 1)):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"target: the callable must return one score per row, [{rows}], got {got}")
+    return scores.reshape(rows)
 
 
 def target_index(target: Any, batch: int) -> Tensor:
@@ -34,6 +82,8 @@ def target_index(target: Any, batch: int) -> Tensor:
             if values.numel():
                 raise TypeError(f"target: expected integers, got {values.dtype}")
             values = values.to(torch.int64)
+        if values.numel() == 1 and not isinstance(target, list):
+            values = values.reshape(())
         if values.dim() > 2 or (values.dim() == 2 and values.shape[1] != 1):
             raise ValueError(f"target: expected shape [{batch}] or [{batch}, 1], got {tuple(values.shape)}")
         index = values.to(torch.int64).reshape(-1, 1)
