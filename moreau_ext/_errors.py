@@ -51,6 +51,19 @@ class BatchWarning(MoreauWarning):
     """The model takes its inputs in passes of one size only, or its passes cannot be repeated."""
 
 
+class OutputRowsError(ValueError):
+    """A model's output has not one row per input.
+
+    Args:
+        text: what was expected and what came.
+        folded: whether the rows may stand one after the other in a single one.
+    """
+
+    def __init__(self, text: str, folded: bool) -> None:
+        super().__init__(text)
+        self.folded = folded
+
+
 class MixingError(ValueError):
     """A model gives the inputs of a batch no outputs of their own."""
 

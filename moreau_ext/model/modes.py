@@ -81,13 +81,37 @@ class _Found:
             self._weight.restore()
 
 
+# Layers of torch.nn that compute something else in train mode.
+_TWO_MODES = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
+
+
+def _has_modes(module: nn.Module) -> bool:
+    """Whether a module may compute something else in train mode; those within it are asked for themselves."""
+    return isinstance(module, _TWO_MODES) or not type(module).__module__.startswith("torch.nn.modules.")
+
+
 class Evaluating(Change):
-    """One use of a model in eval mode; see :class:`_Evaluation`."""
+    """One use of a model in eval mode; see :class:`_Evaluation`.
+
+    Attributes:
+        modules: that were found.
+        moved: whether a pass has changed a buffer.
+    """
 
     def __init__(self, registry: _Evaluation, model: Callable[..., Any], depth: int) -> None:
         # torch.jit.freeze leaves modules without a mode.
         self.modules = [m for m in modules_of(model) if hasattr(m, "training")]
         self._registry, self._depth = registry, depth
+        # A function may use a layer that has but one mode, whose flag means nothing.
+        self._any = isinstance(model, nn.Module)
         self._stateful: list[_Found] = []
         self.moved = False
 
@@ -98,7 +122,7 @@ class Evaluating(Change):
             for module in self.modules:
                 found = users.get(id(module))
                 if found is None:
-                    training = training or module.training
+                    training = training or (module.training and (self._any or _has_modes(module)))
                     found = users[id(module)] = _Found(module, module.training)
                 found.users.add(self)
                 if found.stateful:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._errors import BatchWarning, MemoryWarning, MixingError, one_line
+from .._errors import BatchWarning, MemoryWarning, MixingError, OutputRowsError, one_line
 from ..ops.layout import Tensors, take
 from .memory import may_retry, release
 from .score import Score
@@ -115,7 +115,9 @@ class PassRunner:
         """
         device, left = rows[0][0].device, rows[0][0].shape[0] - start
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.exact or captured or isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError) or (isinstance(error, OutputRowsError) and not error.folded):
+            return False
+        if self.exact or captured:
             return False
         for exact in sorted({1, self._worked} - {0, size}):
             last = start + min(exact, left) - 1

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._errors import MixingError
+from .._errors import MixingError, OutputRowsError
 from ..ops.layout import Tensors
 from .arguments import Items, take_rows
 from .memory import Footprint, measure_footprint
@@ -115,8 +115,9 @@ class Score:
             )
         rows = inputs[0].shape[0]
         if output.dim() == 0 or output.shape[0] != rows:
-            raise ValueError(
-                f"model: expected an output with one row per input, [{rows}, ...], got {tuple(output.shape)}"
+            raise OutputRowsError(
+                f"model: expected an output with one row per input, [{rows}, ...], got {tuple(output.shape)}",
+                folded=output.dim() > 0 and output.shape[0] == 1 and output.numel() % rows == 0,
             )
         return output.float() if self.precision == "bfloat16" and output.dtype == torch.bfloat16 else output
 
