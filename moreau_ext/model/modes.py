@@ -154,6 +154,9 @@ class Evaluating(Change):
         for found in self._stateful:
             if found.restore_buffers():
                 self.moved = True
+                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                    # A replay would restore them from memory that is gone by then.
+                    raise RuntimeError("the model changes its buffers")
 
 
 class _Evaluation:

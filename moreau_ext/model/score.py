@@ -26,6 +26,9 @@ ScoreName = Literal["logit", "log_prob", "prob", "margin"]
 
 UnusedInputs = Literal["raise", "zero"]
 
+# In torch's message about an operation in place on a leaf.
+_IN_PLACE = "leaf Variable that requires grad"
+
 _SCORES = ("logit", "log_prob", "prob", "margin")
 
 
@@ -125,16 +128,21 @@ class Score:
         """Leaves of a graph, and the output at them: the one way in which the model is run.
 
         A model may compute something else under torch.no_grad (nn.TransformerEncoder's fast path), or need gradients
-        itself, so values come from the graph that gradients come from. It gets copies of the leaves, because it may
-        change its input in place, which autograd refuses for a leaf.
+        itself, so values come from the graph that gradients come from. It may change its input in place; where autograd
+        refuses that for a leaf, the model gets a copy of the leaf.
         """
         leaves = [x.detach().requires_grad_() for x in inputs]
+        try:
+            return leaves, self.output(tuple(leaves))
+        except RuntimeError as error:
+            if _IN_PLACE not in str(error):
+                raise
         return leaves, self.output(tuple([x.clone() for x in leaves]))
 
     def whole_output(self, inputs: Tensors) -> Tensors:
         """The model's output as a tuple, without its graph; see :meth:`output`."""
         with torch.enable_grad(), self.passing(inputs[0].device):
-            return (self._traced(inputs)[1].detach(),)
+            return (self._traced(_copies(inputs))[1].detach(),)
 
     def unmixed_output(self, inputs: Tensors) -> Tensors:
         """The same, checked to give every input an output of its own.
@@ -143,7 +151,7 @@ class Score:
             MixingError: the output of the last input changes with another input.
         """
         with torch.enable_grad(), self.passing(inputs[0].device):
-            leaves, output = self._traced(inputs)
+            leaves, output = self._traced(_copies(inputs))
             if output.shape[0] > 1 and output.requires_grad:
                 last = output[-1].reshape(-1)
                 # Not their sum, which is constant for a softmax.
@@ -181,10 +189,13 @@ class Score:
     def value(self, inputs: Tensors) -> Tensors:
         """f of every row, ([n],), by one pass."""
         with torch.enable_grad(), self.passing(inputs[0].device):
-            return (self.of_output(self._traced(inputs)[1]).detach(),)
+            return (self.of_output(self._traced(_copies(inputs))[1]).detach(),)
 
     def gradient(self, inputs: Tensors) -> Tensors:
-        """(f, *∇f) of every row by one pass: [n], and one tensor per input. Parameters get no gradient."""
+        """(f, *∇f) of every row by one pass: [n], and one tensor per input. Parameters get no gradient.
+
+        The rows belong to the pass: a model may change them.
+        """
         with torch.enable_grad(), self.passing(inputs[0].device):
             leaves, output = self._traced(inputs)
             scores = self.of_output(output)
@@ -238,6 +249,11 @@ class Score:
                     [g for g, _ in slopes], leaves, [v.to(g.dtype) for g, v in slopes], allow_unused=True
                 )
         return tuple(torch.zeros_like(x) if h is None else h for x, h in zip(inputs, found, strict=True))
+
+
+def _copies(inputs: Tensors) -> Tensors:
+    # The inputs of the caller, which the model may change in place.
+    return tuple([x.clone() for x in inputs])
 
 
 def slope_of(scores: Callable[[Tensor], Tensor], output: Tensor) -> tuple[Tensor, Tensor]:
