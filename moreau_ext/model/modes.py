@@ -6,7 +6,6 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -19,66 +18,92 @@ from .modules import modules_of
 from .restore import Change
 
 
-class _Kept:
-    """A tensor that a pass may change, and its numbers before."""
+class _Buffers:
+    """What the passes of a model may change in some of its modules, as it was before."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self._copy, self._version = tensor, tensor.detach().clone(), tensor._version
+    def __init__(self, modules: list[nn.Module]) -> None:
+        # Buffers by name, which a pass may also replace; those of torch.jit's modules are in no dict.
+        self._named: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        tensors: list[Tensor | None] = []
+        custom: set[int] = set()
+        weights: list[Tensor] = []
+        for module in modules:
+            own = module.__dict__.get("_buffers")
+            if isinstance(own, dict):
+                if own:
+                    self._named.append((own, dict(own)))
+                    tensors += own.values()
+                    if not type(module).__module__.startswith("torch.nn."):
+                        custom |= {id(b) for b in own.values()}
+            else:
+                tensors += module.buffers(recurse=False)
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                weights.append(module.weight)  # rescaled in every pass
+        kept = [t for t in tensors if t is not None and _keepable(t)]
+        self._tensors = [t.detach() for t in kept]
+        self._custom = [i for i, t in enumerate(kept) if id(t) in custom and t.layout == torch.strided]
+        self._weights = [t.detach() for t in weights if _keepable(t)]
+        with torch.no_grad():
+            self._copies = _copied(self._tensors)
+            self._weight_copies = _copied(self._weights)
+        self._versions = [t._version for t in self._tensors]
+        self._weight_versions = [t._version for t in self._weights]
 
     def restore(self) -> bool:
-        """Whether it had changed."""
-        if self.tensor._version == self._version:
-            return False
-        with torch.no_grad():
-            self.tensor.copy_(self._copy)
-        self._version = self.tensor._version
-        return True
-
-
-def _keepable(tensor: Tensor | None) -> bool:
-    return tensor is not None and not is_lazy(tensor) and not tensor.is_inference()
-
-
-@dataclass
-class _Found:
-    """A module as it was before the first of its users came: its training flag and its buffers."""
-
-    module: nn.Module
-    training: bool
-    users: set[Any] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        module = self.module
-        # Those of torch.jit's modules are no dict, and cannot be replaced.
-        own = vars(module).get("_buffers")
-        self._buffers = own if isinstance(own, dict) else None
-        self._names = dict(own) if isinstance(own, dict) else {}
-        buffers = self._names.values() if self._buffers is not None else module.buffers(recurse=False)
-        self._kept = [_Kept(b) for b in buffers if b is not None and _keepable(b)]
-        # Embeddings with a maximal norm rescale their weight in every pass.
-        shrinks = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-        self._weight = _Kept(module.weight) if shrinks and _keepable(module.weight) else None
-        # Whether there is anything that a pass could change.
-        self.stateful = self._buffers is None or bool(self._names)
-
-    def restore_buffers(self) -> bool:
-        """Whether a pass had changed one, in place or by another tensor in its place."""
+        """Whether a pass had changed a buffer, in place or by another tensor in its place."""
         changed = False
-        for kept in self._kept:
-            changed |= kept.restore()
-        if self._buffers is not None and (
-            len(self._buffers) != len(self._names) or any(self._buffers[k] is not b for k, b in self._names.items())
-        ):
-            self._buffers.clear()
-            self._buffers.update(self._names)
-            changed = True
-        return changed
+        for own, before in self._named:
+            if len(own) != len(before) or any(own[name] is not b for name, b in before.items()):
+                own.clear()
+                own.update(before)
+                changed = True
+        return _restored(self._tensors, self._copies, self._versions) or changed
 
-    def restore(self) -> None:
-        self.module.training = self.training
-        self.restore_buffers()
-        if self._weight is not None:
-            self._weight.restore()
+    def restore_all(self) -> None:
+        """Buffers, and the weights of embeddings that are rescaled, which is the same in every pass."""
+        self.restore()
+        for i in self._custom:
+            # A change through .data has no version.
+            if not torch.equal(self._tensors[i], self._copies[i]):
+                with torch.no_grad():
+                    self._tensors[i].copy_(self._copies[i])
+        _restored(self._weights, self._weight_copies, self._weight_versions)
+
+
+def _keepable(tensor: Tensor) -> bool:
+    return not is_lazy(tensor) and not tensor.is_inference()
+
+
+def _copied(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies; those of small tensors of one kind cost little more than one."""
+    kinds = (torch.float32, torch.float64, torch.int64)
+    plain = [i for i, t in enumerate(tensors) if t.dtype in kinds and t.layout == torch.strided]
+    copies: list[Any] = [None] * len(tensors)
+    if plain:
+        for i, copied in zip(plain, torch._foreach_mul([tensors[i] for i in plain], 1), strict=True):
+            copies[i] = copied
+    return [t.clone() if c is None else c for t, c in zip(tensors, copies, strict=True)]
+
+
+def _restored(tensors: list[Tensor], copies: list[Tensor], versions: list[int]) -> bool:
+    changed = False
+    for i, (tensor, version) in enumerate(zip(tensors, versions, strict=True)):
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(copies[i])
+            versions[i] = tensor._version
+            changed = True
+    return changed
+
+
+class _Found:
+    """A module as it was before the first of its users came."""
+
+    __slots__ = ("buffers", "module", "training", "users")
+
+    def __init__(self, module: nn.Module, buffers: _Buffers) -> None:
+        self.module, self.training, self.buffers = module, module.training, buffers
+        self.users: set[Any] = set()
 
 
 # Layers of torch.nn that compute something else in train mode.
@@ -112,21 +137,22 @@ class Evaluating(Change):
         self._registry, self._depth = registry, depth
         # A function may use a layer that has but one mode, whose flag means nothing.
         self._any = isinstance(model, nn.Module)
-        self._stateful: list[_Found] = []
+        self._buffers: list[_Buffers] = []
         self.moved = False
 
     def do(self) -> None:
         training = False
         users = self._registry._users
         with self._registry._lock:
+            new = [m for m in self.modules if id(m) not in users]
+            buffers = _Buffers(new)
+            shared = {id(users[id(m)].buffers): users[id(m)].buffers for m in self.modules if id(m) in users}
+            self._buffers = [buffers, *shared.values()]
+            for module in new:
+                training = training or (module.training and (self._any or _has_modes(module)))
+                users[id(module)] = _Found(module, buffers)
             for module in self.modules:
-                found = users.get(id(module))
-                if found is None:
-                    training = training or (module.training and (self._any or _has_modes(module)))
-                    found = users[id(module)] = _Found(module, module.training)
-                found.users.add(self)
-                if found.stateful:
-                    self._stateful.append(found)
+                users[id(module)].users.add(self)
                 # The flag alone: train() may be overridden to do more, and could not be undone exactly.
                 module.training = False
         if training:
@@ -139,20 +165,22 @@ class Evaluating(Change):
     def undo(self) -> None:
         users = self._registry._users
         with self._registry._lock:
-            self._stateful = []
+            for buffers in self._buffers:
+                buffers.restore_all()
+            self._buffers = []
             for module in self.modules:
                 found = users.get(id(module))
                 if found is None:
                     continue
                 found.users.discard(self)
                 if not found.users:
-                    found.restore()
+                    module.training = found.training
                     del users[id(module)]
 
     def restore_buffers(self) -> None:
         """Undoes what a pass did to buffers, so that every pass begins with those that the model was given with."""
-        for found in self._stateful:
-            if found.restore_buffers():
+        for buffers in self._buffers:
+            if buffers.restore():
                 self.moved = True
                 if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                     # A replay would restore them from memory that is gone by then.

@@ -6,7 +6,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -58,6 +58,8 @@ def _visit(value: Any, found: dict[int, nn.Module], seen: dict[int, Any], depth:
             if id(module) in found:
                 continue
             found[id(module)] = module
+            if _standard(type(module)):
+                continue
             for name, held in vars(module).items():
                 if type(held) not in _ATOMS and name not in _OF_ALL_MODULES:
                     _visit(held, found, seen, depth - 1)
@@ -65,6 +67,12 @@ def _visit(value: Any, found: dict[int, nn.Module], seen: dict[int, Any], depth:
     seen[id(value)] = value  # held, so that nothing else gets its address
     for held in _references(value):
         _visit(held, found, seen, depth - 1)
+
+
+@cache
+def _standard(kind: type) -> bool:
+    """A layer of torch.nn holds no modules but registered ones."""
+    return kind.__module__.startswith("torch.nn.modules.")
 
 
 def _references(value: Any) -> Iterable[Any]:
