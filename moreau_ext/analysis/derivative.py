@@ -18,6 +18,8 @@ import math
 import warnings
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -257,8 +259,9 @@ class _Adjoint:
         """(s·w)·∇η with η = ratio·η_max(x)."""
         start = self._hessian(None)
         bank = start.bank
-        p = sum(bank.gradients(*c).double().sum(1) for c in bank.chunks(0, bank.num_samples)) / bank.num_samples
-        q = _steepest(torch.as_tensor(p), self.support.groups)
+        total: Any = sum(bank.gradients(*c).double().sum(1) for c in bank.chunks(0, bank.num_samples))
+        p: Tensor = total / bank.num_samples
+        q = _steepest(p, self.support.groups)
         each = torch.cat(
             [
                 r.double()[:, None].expand(-1, math.prod(x.shape[1:]))

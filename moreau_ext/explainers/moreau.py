@@ -15,7 +15,7 @@ from ..analysis.curvature import RHO_SAMPLES, convex_rho
 from ..capture.runner import Graphs, Mode, check_mode
 from ..model.restore import leaves_as_found
 from ..model.target import Target
-from ..ops.layout import Tensors, flat_rows
+from ..ops.layout import Tensors, flat_rows, tensor_of
 from ..solvers.adaptive import AdaptiveProximalGradient
 from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
@@ -148,7 +148,7 @@ class MoreauGrad(Certified):
                 "each; give rho as a number, or use the adaptive solver"
             )
         # Where the score is flat a step multiplies the displacement by 1 - step_size/rho.
-        rho = torch.as_tensor(self._asked_rho, dtype=torch.float64)
+        rho = tensor_of(self._asked_rho, torch.float64)
         least = float(rho.min()) if rho.numel() else float("inf")
         if solver.max_steps > 1 and solver.step_size >= 2 * least:
             raise ValueError(

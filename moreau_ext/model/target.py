@@ -65,14 +65,14 @@ def target_index(target: Any, batch: int) -> Tensor:
     if isinstance(target, (bool, np.bool_)):
         raise TypeError(f"target: expected a class index, got {target!r}")
     if isinstance(target, (int, np.integer)):
-        return torch.full((batch, 1), int(target), dtype=torch.int64)
+        return torch.full((batch, 1), int(target), dtype=torch.int64, device="cpu")
     if isinstance(target, tuple):
         return _indices([target], "a tuple").expand(batch, -1)
     if isinstance(target, list) and target and isinstance(target[0], tuple):
         index = _indices(target, "a list of tuples")
     else:
         try:
-            values = torch.as_tensor(target)
+            values = target if isinstance(target, Tensor) else torch.as_tensor(target, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, "
@@ -101,4 +101,4 @@ def _indices(tuples: list[Any], what: str) -> Tensor:
         raise TypeError(f"target: expected {what} of integers, got {tuples[0]!r}")
     if len({len(t) for t in tuples}) > 1:
         raise ValueError("target: the tuples of a list must all have the same length")
-    return torch.tensor(tuples, dtype=torch.int64)
+    return torch.tensor(tuples, dtype=torch.int64, device="cpu")
