@@ -289,7 +289,7 @@ class Certified(Noisy):
                     samples={name: -(-n // 4) * 4 for name, n in counts.items()},
                     own_bank=own,
                     method=hessian,
-                    ratio=problem.penalty.eta if follows else None,
+                    follows=follows,
                     levels=None if hold_settings or self.sigma is not None else self._levels(tensors),
                     tol=tol,
                     max_steps=max_steps,

@@ -134,9 +134,11 @@ FINE = {
     ("accumulate", "total", "longer"),
     ("accumulate", "total", "shorter"),
     ("prox_step", "gradients", "longer"),
+    ("group_norms", "v", "another axis"),
     ("group_norms", "v", "longer"),
     ("group_norms", "v", "shorter"),
 }
+HALVES = {("accumulate", "gradients", torch.float16), ("accumulate", "gradients", torch.bfloat16)}
 
 
 @given(data=st.data(), name=st.sampled_from(sorted(OPERATIONS)), how=st.sampled_from(sorted(WRONG)))
@@ -148,7 +150,7 @@ def test_one_wrong_tensor_is_refused(data: Any, name: str, how: str) -> None:
     value = arguments[which]
     one = value[0] if isinstance(value, list) else value
     wrong = WRONG[how](one, data.draw)
-    if (name, which, how) in FINE:
+    if (name, which, how) in FINE or (name, which, wrong.dtype) in HALVES:
         return
     if name == "group_norms" and which == "v" and how == "dtype" and wrong.dtype == torch.float64:
         wrong = wrong.to(torch.float16)
