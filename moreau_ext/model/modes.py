@@ -18,6 +18,10 @@ from .modules import modules_of
 from .restore import Change
 
 
+# Numbers of a buffer whose values are compared after every pass.
+_WATCHED = 4096
+
+
 class _Buffers:
     """What the passes of a model may change in some of its modules, as it was before."""
 
@@ -42,6 +46,8 @@ class _Buffers:
         kept = [t for t in tensors if t is not None and _keepable(t)]
         self._tensors = [t.detach() for t in kept]
         self._custom = [i for i, t in enumerate(kept) if id(t) in custom and t.layout == torch.strided]
+        # Those that are looked at after every pass, where that costs nothing and waits for nothing.
+        self._watched = [i for i in self._custom if kept[i].device.type == "cpu" and kept[i].numel() <= _WATCHED]
         self._weights = [t.detach() for t in weights if _keepable(t)]
         with torch.no_grad():
             self._copies = _copied(self._tensors)
@@ -57,17 +63,25 @@ class _Buffers:
                 own.clear()
                 own.update(before)
                 changed = True
-        return _restored(self._tensors, self._copies, self._versions) or changed
+        changed = _restored(self._tensors, self._copies, self._versions) or changed
+        return self._restore_values(self._watched) or changed
 
     def restore_all(self) -> None:
         """Buffers, and the weights of embeddings that are rescaled, which is the same in every pass."""
         self.restore()
-        for i in self._custom:
+        self._restore_values(self._custom)
+        _restored(self._weights, self._weight_copies, self._weight_versions)
+
+    def _restore_values(self, which: list[int]) -> bool:
+        changed = False
+        for i in which:
             # A change through .data has no version.
             if not torch.equal(self._tensors[i], self._copies[i]):
                 with torch.no_grad():
                     self._tensors[i].copy_(self._copies[i])
-        _restored(self._weights, self._weight_copies, self._weight_versions)
+                self._versions[i] = self._tensors[i]._version
+                changed = True
+        return changed
 
 
 def _keepable(tensor: Tensor) -> bool:
