@@ -203,6 +203,8 @@ class Explainer(ABC):
     ) -> None:
         """Checks that the last input has the same output in passes of any size.
 
+        A single input of a model that mixes rows is explained in passes of one row.
+
         Raises:
             ValueError: it has not, although the same pass gives the same output again.
         """
@@ -216,6 +218,14 @@ class Explainer(ABC):
                 "the model's passes cannot be repeated: it draws random numbers, or changes a state that is not a "
                 "buffer (Likely causes: dropout that is always on, or a module in train mode that could not be found). "
                 "A map is then one draw",
+                BatchWarning,
+                stacklevel=5,
+            )
+            return
+        if inputs[0].shape[0] == 1:
+            passes.exact = 1
+            warnings.warn(
+                "the model mixes the rows of a pass; its one input is explained in passes of one row",
                 BatchWarning,
                 stacklevel=5,
             )

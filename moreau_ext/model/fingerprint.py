@@ -57,7 +57,9 @@ def fingerprint(model: Any) -> dict[str, str]:
 
 def _update(digest: Any, key: str, value: Any, left_out: list[str]) -> None:
     """Adds a value; what has no bytes that are the same in every process is noted instead."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and is_lazy(value):
+        left_out.append(key)
+    elif isinstance(value, Tensor):
         try:
             parts = _tensor_parts(value)
         except (RuntimeError, NotImplementedError, TypeError):
@@ -87,9 +89,9 @@ def _update(digest: Any, key: str, value: Any, left_out: list[str]) -> None:
 
 def _tensor_parts(value: Tensor) -> list[Any]:
     """The bytes of a tensor."""
-    value = value.detach()
-    if is_lazy(value) or value.device.type == "meta":
+    if value.device.type == "meta":
         raise NotImplementedError
+    value = value.detach()
     if value.is_quantized:
         per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
         if not per_channel:

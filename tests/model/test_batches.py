@@ -77,7 +77,7 @@ class Encoding(UserDict[str, Any]):
     pass
 
 
-MASK = (torch.rand(B, D, generator=torch.Generator().manual_seed(4)) > 0.4).float()
+MASK = (torch.rand(B, D, generator=torch.Generator().manual_seed(4)) > 0.4).float() + 0.5
 LENGTHS = [5, 2, 3, 6]
 FOLLOWING: dict[str, tuple[Callable[..., Any], Any, Callable[[int], Any]]] = {
     "tensor": (packed, torch.tensor(LENGTHS), lambda i: torch.tensor(LENGTHS[i : i + 1])),
@@ -90,17 +90,15 @@ FOLLOWING: dict[str, tuple[Callable[..., Any], Any, Callable[[int], Any]]] = {
     "encoding": (lambda x, e: x * e["mask"], Encoding(mask=MASK), lambda i: {"mask": MASK[i : i + 1]}),
     "list of masks": (lambda x, m: x * m[0] + m[1], [MASK, MASK.flip(0)], lambda i: [MASK[i], MASK.flip(0)[i]]),
     "sparse": (lambda x, m: x * m.to_dense(), MASK.to_sparse(), lambda i: MASK[i : i + 1].to_sparse()),
-    "sparse rows": (lambda x, m: x * m.to_dense(), MASK.to_sparse_csr(), lambda i: MASK[i : i + 1]),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_an_argument_per_input(name: str, method: str) -> None:
     model, value, one = FOLLOWING[name]
     x = torch.randn(B, D)
-    want = row_by_row(model, x, 1, one) if name != "sparse rows" else row_by_row(lambda x, m: x * m, x, 1, one)
+    want = row_by_row(model, x, 1, one)
     e = METHODS[method](model)
     torch.testing.assert_close(e.attribute(x, 1, (value,)), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(e.attribute(x, 1, (PerInput(value),)), want, rtol=1e-4, atol=1e-5)
@@ -124,7 +122,7 @@ def test_a_mark_that_cannot_be() -> None:
 
 def test_the_state_of_an_lstm() -> None:
     """[layers, B, H] follows along its second axis: an error that says so, and the way that works."""
-    rnn, x, h = nn.LSTM(3, 5, batch_first=True), torch.randn(3, 4, 3), torch.randn(1, 3, 5)
+    rnn, x, h = nn.LSTM(3, 5, batch_first=True).eval(), torch.randn(3, 4, 3), torch.randn(1, 3, 5)
 
     def model(x: Tensor, h: Tensor, c: Tensor) -> Any:
         return rnn(x, (h, c))[1][0][0]
@@ -243,7 +241,7 @@ FIXED: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:the model does not take")
+@pytest.mark.filterwarnings("ignore:the model is in train mode", "ignore:the model does not take")
 @pytest.mark.parametrize("max_batch", ["auto", 1, 4, 64, None])
 @pytest.mark.parametrize("name", FIXED)
 def test_a_batch_of_one_size(name: str, max_batch: Any) -> None:
@@ -252,7 +250,7 @@ def test_a_batch_of_one_size(name: str, max_batch: Any) -> None:
     want = row_by_row(NET, x, 1)
     for e in (Gradient(make(), max_batch=max_batch), SmoothGrad(make(), sigma=0.0, num_samples=3, max_batch=max_batch)):
         if rows == 4 and max_batch == 1:
-            with pytest.raises(Exception, match=""):
+            with pytest.raises((RuntimeError, AssertionError)):
                 e.attribute(x, 1)
             continue
         torch.testing.assert_close(e.attribute(x, 1), want)
@@ -309,9 +307,23 @@ def test_a_model_that_knows_places_or_numbers(model: Any) -> None:
         Gradient(model).attribute(torch.randn(4, D), 1)
 
 
+@pytest.mark.filterwarnings("ignore:4 of 4 maps are zero everywhere", "ignore:1 of 1 maps")
 def test_what_is_no_mixing() -> None:
     """Rows of the same numbers, rows that do not count, rounding that turns a decision, and one row."""
     x = torch.ones(4, D)
     for model in (NET, lambda x: x.detach() @ torch.ones(D, 3), lambda x: (NET(x) * 8).round() + NET(x), lambda x: x.pow(2)):
         Gradient(model, unused_inputs="zero").attribute(x, 1)
-    Gradient(lambda x: x.softmax(0)).attribute(x[:1], 1, None)
+
+
+def test_one_input_of_a_model_that_mixes() -> None:
+    """It has a map of its own, in passes of one row; with another input it has none."""
+
+    def model(x: Tensor) -> Any:
+        return NET(x - x.mean(0) / 2)
+
+    x = torch.randn(1, D)
+    e = SmoothGrad(model, num_samples=4, sigma=0.0)
+    with pytest.warns(BatchWarning, match="explained in passes of one row"):
+        found = e.attribute(x, 1)
+    torch.testing.assert_close(found, row_by_row(model, x, 1))
+    torch.testing.assert_close(e.attribute(x, 1), found)
