@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from .._errors import BatchWarning, EmptyMapWarning
+from .._errors import BatchWarning, EmptyMapWarning, MixingError
 from ..model.arguments import arguments_of
 from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
 from ..model.memory import BLIND_ROWS, Footprint, budget, same_random_numbers
@@ -23,7 +23,7 @@ from ..model.modes import Evaluating, evaluating
 from ..model.passes import PassRunner
 from ..model.precision import Precision, check_precision, without_autocast
 from ..model.restore import leaves_as_found
-from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings
+from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings, sample_rows
 from ..model.target import Target
 from ..ops.layout import Tensors
 from ..preparation.report import Prepared
@@ -147,17 +147,19 @@ class Explainer(ABC):
                 score = self._unresolved(tensors, None, additional_forward_args, found)
                 return self._fit(score, tensors, found)[0]
 
-    def _footprint(self, score: Score, inputs: Tensors, found: Evaluating, outputs: dict[int, Tensor]) -> Any:
+    def _footprint(
+        self, score: Score, inputs: Tensors, found: Evaluating, outputs: dict[int, Tensor]
+    ) -> Footprint | None:
         with same_random_numbers(inputs[0].device):
-            taken = score.pass_footprint(inputs, outputs, found.restore_buffers)
+            taken: Footprint | None = score.pass_footprint(inputs, outputs, found.restore_buffers)
         state = sum(x[:1].numel() * ops.state_dtype(x.dtype).itemsize for x in inputs)
         return taken and Footprint(
             taken.fixed + self._held * state, taken.per_row + _PER_ROW * state, _PER_INPUT * state
         )
 
     def _fit(self, score: Score, inputs: Tensors, found: Evaluating) -> tuple[int, dict[int, Tensor]]:
-        """Rows per pass for max_batch="auto", measured once for inputs and arguments of one kind; and the outputs of the
-        passes that were measured, by their rows."""
+        """Rows per pass for max_batch="auto", measured once for inputs and arguments of one kind; and the outputs of
+        the passes that were measured, by their rows."""
         kind, fits = _kind(score, inputs), self._known.fits
         outputs: dict[int, Tensor] = {}
         if inputs[0].shape[0] == 0:
@@ -189,6 +191,8 @@ class Explainer(ABC):
         score, value, output = resolved(score, inputs, passes, first)
         if outputs:
             self._compare(score, inputs, output, outputs, found, passes)
+            if inputs[0].shape[0] == 1 and passes.exact is None:
+                self._check_copies(score, inputs, passes)
         known.unmixed.add((kind, inputs[0].shape[0] > 1))
         return passes, score, value
 
@@ -223,17 +227,29 @@ class Explainer(ABC):
             )
             return
         if inputs[0].shape[0] == 1:
-            passes.exact = 1
-            warnings.warn(
-                "the model mixes the rows of a pass; its one input is explained in passes of one row",
-                BatchWarning,
-                stacklevel=5,
-            )
+            self._one_row(passes)
             return
         raise ValueError(
             "model: the output for an input changes with its place in a pass or with the number of rows. Likely "
             "causes: something for each input that the model holds itself (give it in additional_forward_args), a "
             "number of inputs that it divides by, or the nodes of a graph given as a batch"
+        )
+
+    def _check_copies(self, score: Score, inputs: Tensors, passes: PassRunner) -> None:
+        """Looks whether a model mixes two copies of its one input."""
+        index = sample_rows(2, inputs)
+        try:
+            with same_random_numbers(inputs[0].device):
+                passes.once(Score.unmixed_output, score.take(index), tuple([x[index] for x in inputs]))
+        except MixingError:
+            self._one_row(passes)
+
+    def _one_row(self, passes: PassRunner) -> None:
+        passes.exact = 1
+        warnings.warn(
+            "the model mixes the rows of a pass; its one input is explained in passes of one row",
+            BatchWarning,
+            stacklevel=6,
         )
 
     def _remember(self, problem: Problem) -> None:
@@ -249,9 +265,7 @@ class Explainer(ABC):
         layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
         return check_inputs(inputs, self._module, self.precision, layout)
 
-    def _unresolved(
-        self, inputs: Tensors, target: Target, additional_forward_args: Any, found: Evaluating
-    ) -> Score:
+    def _unresolved(self, inputs: Tensors, target: Target, additional_forward_args: Any, found: Evaluating) -> Score:
         batch = inputs[0].shape[0]
         arguments = arguments_of(additional_forward_args, batch)
         score = unresolved(self._module, inputs, target, self.score, arguments, self.unused_inputs, self.precision)
@@ -357,12 +371,18 @@ class Explainer(ABC):
         Args:
             inputs: a tensor [B, *features], or a tuple of them, of floating point; any rank >= 1. Each input's map is
                 its own: it does not depend on the batch beyond the rounding of the model's passes. A model that mixes
-                the inputs of a batch (batch statistics, contrastive heads) is not supported.
+                the inputs of a batch (batch statistics, contrastive heads, the nodes of one graph) is refused.
             target: what to explain: None (the predicted class; the output itself where there is one per input), an
-                int, a tensor or array [B] or [B, 1], a list of B ints or of B tuples, one tuple (outputs of higher
-                rank), or a callable output -> [B].
-            additional_forward_args: passed to the model after the inputs; tensors whose first axis is B follow the
-                inputs.
+                int, a tensor or array [B], [B, 1] or of one element, a list of B ints or of B tuples, one tuple (outputs
+                of higher rank), or a callable output -> [B]. A callable is called with the outputs of noisy copies, in
+                any number and order, if each of its scores depends on its own row alone. If it holds something for each
+                input (a class, a mask), it is called with the outputs of all inputs in their order, once per copy: give
+                that in ``additional_forward_args`` to a model that returns the score, which takes fewer calls. One that
+                mixes rows is refused.
+            additional_forward_args: passed to the model after the inputs, a value or a tuple of them. Tensors, arrays,
+                lists, and dicts or lists of tensors with one entry per input follow the inputs. Where a shared argument
+                happens to have B entries, two small passes of the first call decide; :class:`PerInput` and
+                :class:`Shared` say it.
             ids: int64 [B], each input's name to the noise bank; its position by default. Give them when you split a
                 data set into batches, and an input draws the same noise in any of them.
             return_solution: return a :class:`Solution` instead of the maps alone.
@@ -372,7 +392,8 @@ class Explainer(ABC):
 
         Raises:
             ValueError: NaN or infinity in an input, a target out of range or of the wrong length, groups that do not
-                fit, a score that does not depend on an input, or a gradient that is not finite.
+                fit, a score that does not depend on an input, a gradient that is not finite, or a model that mixes the
+                inputs of a batch or treats them by their places.
             TypeError: inputs that are no floating-point tensors, or targets that are no integers.
         """
         with self._posed(inputs, target, additional_forward_args, ids) as (tensors, problem):

@@ -39,8 +39,9 @@ class MoreauGrad(Certified):
 
     Args:
         model: an nn.Module or any callable that maps inputs [n, ...] to outputs [n, ...]. It is run in eval mode and
-            left as it was found. It must not mix the inputs of a batch. Or what :func:`moreau_ext.prepare` made
-            of one: a faster copy, with the number of rows and the memory layout that were measured fastest.
+            left as it was found, with its buffers, and so are the modules that a function, method, partial or object
+            is found to use. It must not mix the inputs of a batch. Or what :func:`moreau_ext.prepare` made of one: a
+            faster copy, with the number of rows and the memory layout that were measured fastest.
         rho: ρ > 0, a number or one per input [B]: how far to look; 1 by default. Units of x²/score. The problem has one
             solution where ρλ < 1, λ the weak-convexity constant of f_σ. "auto": ρ = ½/max(λ, β/10), with λ and the
             smoothness β measured at each x (upper ends of their intervals, 512 gradients): half of what keeps the
@@ -73,7 +74,7 @@ class MoreauGrad(Certified):
         precision: how float32 models multiply in their passes; displacement, sums and the map are float32 in each.
             "float32", the default, exactly, also on CUDA, where torch's own default lets cuDNN convolve in TF32; "tf32"
             lets cuDNN and cuBLAS use it, 11 bits of each factor, and is "float32" where there is no CUDA; "bfloat16"
-            runs them under torch.autocast, 8 bits. The map, its bound and its certificate are then those of the model
+            runs them under autocast, 8 bits. An autocast of the caller does not count. The map, its bound and its certificate are then those of the model
             as it is run. benchmarks/bench_precision.py measures how far the maps move. The flags are the process's: a
             call that wants other ones waits for the passes under way, and they are restored after each pass.
 

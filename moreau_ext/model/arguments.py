@@ -90,7 +90,7 @@ def _map_items(value: Any, rows: int, change: Callable[[Any], Any]) -> Any:
 
 def _has_items(value: Any, rows: int) -> bool:
     found: list[Any] = []
-    _map_items(value, rows, lambda leaf: found.append(leaf) or leaf)
+    _map_items(value, rows, found.append)
     return bool(found)
 
 
@@ -103,7 +103,8 @@ def take_rows(value: Any, index: Tensor | slice) -> Any:
             index = torch.arange(value.shape[0], device=value.device)[index]
         if value.layout == torch.sparse_coo:
             return value.index_select(0, index)
-        return value.to_sparse_coo().index_select(0, index).to_sparse(layout=value.layout)
+        rows: Any = value
+        return rows.to_sparse_coo().index_select(0, index).to_sparse(layout=value.layout)
     if isinstance(value, Items):
         return value.take(index)
     if isinstance(value, np.ndarray):
@@ -126,7 +127,12 @@ def _options(position: int, value: Any, batch: int) -> list[Follows]:
         return [False]
     if _has_rows(value, batch):
         return [True, False]
-    return [False, *([True] if follows else []), *(["items"] if items else [])]
+    options: list[Follows] = [False]
+    if follows:
+        options.append(True)
+    if items:
+        options.append("items")
+    return options
 
 
 @dataclass(frozen=True)

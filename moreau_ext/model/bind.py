@@ -124,9 +124,7 @@ def agree(one: Tensor, other: Tensor, precision: str, inputs: Tensors) -> bool:
     return bool((near | (one == other) | (one.isnan() & other.isnan())).all())
 
 
-def resolved(
-    score: Score, inputs: Tensors, passes: PassRunner, first: bool = False
-) -> tuple[Score, Tensor, Tensor]:
+def resolved(score: Score, inputs: Tensors, passes: PassRunner, first: bool = False) -> tuple[Score, Tensor, Tensor]:
     """The score with its target checked, f(x) [B], and the outputs; runs the model once on the inputs as they are.
 
     Args:

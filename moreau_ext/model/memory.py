@@ -231,7 +231,7 @@ class _SameRandomNumbers(Change):
 
     def do(self) -> None:
         self._turns.take(self)
-        self._before = [g.get_state() for g in self._generators], random.getstate(), np.random.get_state()
+        self._before = [g.get_state() for g in self._generators], random.getstate(), np.random.get_state()  # noqa: NPY002
         # Not torch.manual_seed, which would reseed every accelerator too.
         for generator in self._generators:
             generator.manual_seed(0)

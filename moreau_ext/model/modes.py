@@ -17,7 +17,6 @@ from .._errors import TrainModeWarning
 from .modules import modules_of
 from .restore import Change
 
-
 # Numbers of a buffer whose values are compared after every pass.
 _WATCHED = 4096
 

@@ -6,7 +6,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -69,7 +69,6 @@ def _visit(value: Any, found: dict[int, nn.Module], seen: dict[int, Any], depth:
         _visit(held, found, seen, depth - 1)
 
 
-@cache
 def _standard(kind: type) -> bool:
     """A layer of torch.nn holds no modules but registered ones."""
     return kind.__module__.startswith("torch.nn.modules.")
@@ -99,7 +98,7 @@ def _references(value: Any) -> Iterable[Any]:
         return ()
     slots = [name for base in kind.__mro__ for name in _names(vars(base).get("__slots__", ()))]
     held = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
-    call = getattr(kind, "__call__", None)
+    call = getattr(kind, "__call__", None)  # noqa: B004  the function is wanted
     return (*held, call) if isinstance(call, types.FunctionType) else held
 
 

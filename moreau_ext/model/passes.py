@@ -95,7 +95,9 @@ class PassRunner:
             self.warn(f"{failed} rows in a pass", f"{self.max_rows}")
         return done[0] if len(done) == 1 else tuple([torch.cat(parts) for parts in zip(*done, strict=True)])
 
-    def _piece(self, run: Callable[..., Tensors], score: Score, rows: tuple[Tensors, ...], start: int, size: int) -> Any:
+    def _piece(
+        self, run: Callable[..., Tensors], score: Score, rows: tuple[Tensors, ...], start: int, size: int
+    ) -> Any:
         """A pass of some rows, filled up with the last of them to ``exact``."""
         if self.exact in (None, size):
             piece = slice(start, start + size)

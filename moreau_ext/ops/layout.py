@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -16,10 +17,8 @@ def tensor_of(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     torch's default device and dtype are."""
     if isinstance(value, Tensor):
         return value if dtype is None else value.to(dtype)
-    try:
+    with suppress(TypeError, RuntimeError):  # of tensors on a GPU, in a list
         value = np.asarray(value)
-    except (TypeError, RuntimeError):  # tensors on a GPU, in a list
-        pass
     return torch.as_tensor(value, dtype=dtype, device="cpu")
 
 

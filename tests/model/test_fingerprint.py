@@ -1,4 +1,4 @@
-"""The identity of a model: equal for equal models in any process, other for other ones, and what it leaves out is said."""
+"""The identity of a model: equal for equal models in any process; what it leaves out is said."""
 
 from __future__ import annotations
 

@@ -37,7 +37,11 @@ def test_values_come_from_the_function_that_is_differentiated(face: str) -> None
     model, x = TwoFaced(FACES[face]).eval(), torch.randn(4, 6)
     y = x.clone().requires_grad_()
     output = model(y)
-    for e in (Gradient(model), SmoothGrad(model, sigma=0.0, num_samples=4), SparseMoreauGrad(model, eta=0.0, sigma=0.0, rho=1e-6, solver=SOLVER)):
+    for e in (
+        Gradient(model),
+        SmoothGrad(model, sigma=0.0, num_samples=4),
+        SparseMoreauGrad(model, eta=0.0, sigma=0.0, rho=1e-6, solver=SOLVER),
+    ):
         s = e.attribute(x, return_solution=True)
         assert torch.equal(s.target.squeeze(1), output.argmax(1))
         torch.testing.assert_close(s.score, output.amax(1).detach())
@@ -134,7 +138,11 @@ def test_models_that_change_their_input(model: Any) -> None:
     y = x.clone().requires_grad_()
     want = torch.autograd.grad(model(y * 1)[:, 1].sum(), y)[0]
     before = x.clone()
-    for e in (Gradient(model), SmoothGrad(model, sigma=0.0, num_samples=4, max_batch=3), MoreauGrad(model, rho=1e-6, sigma=0.0, solver=SOLVER)):
+    for e in (
+        Gradient(model),
+        SmoothGrad(model, sigma=0.0, num_samples=4, max_batch=3),
+        MoreauGrad(model, rho=1e-6, sigma=0.0, solver=SOLVER),
+    ):
         s = e.attribute(x, 1, return_solution=True)
         torch.testing.assert_close(s.attribution, want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(s.score, model(x.clone())[:, 1])

@@ -115,7 +115,7 @@ WRONG: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 def tensors_of(arguments: dict[str, Any]) -> list[str]:
-    return [n for n, v in arguments.items() if isinstance(v, Tensor) or isinstance(v, list)]
+    return [n for n, v in arguments.items() if isinstance(v, (Tensor, list))]
 
 
 def snapshot(arguments: dict[str, Any]) -> list[Tensor]:
