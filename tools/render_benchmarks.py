@@ -401,6 +401,58 @@ the probe chose.
 """
 
 
+def imagenet() -> str:
+    found, about = rows("cpu-imagenet.json"), load("cpu-imagenet.json")["machine"]
+    each = {row["passes"]: row for row in found if "passes" in row}
+    whole = {row["explanation"]: row for row in found if "explanation" in row}
+    chosen = each["prepared, chosen rows"]
+    head = ["passes", "milliseconds a gradient", f"of passes of {each['given, 32 rows']['rows in a pass']} as given"]
+    body = [
+        [
+            name.replace("chosen rows", f"{row['rows in a pass']} rows"),
+            f"{row['milliseconds a gradient']:.0f}",
+            ratio(row["of the given"]),
+        ]
+        for name, row in each.items()
+    ]
+    head_whole = ["explanation of one photograph", "gradients", "seconds", "of bare passes", "of captum, as given"]
+    body_whole = [
+        [
+            name,
+            count(row["gradients"]),
+            f"{row['seconds']:.1f}",
+            ratio(row["of bare passes"]),
+            ratio(row["of captum, as given"]),
+        ]
+        for name, row in whole.items()
+    ]
+    compiled = each.get("compiled, chosen rows")
+    said = (
+        f"`torch.compile` on top took {compiled['seconds to prepare']:.0f} s, and its passes take "
+        f"{ratio(compiled['milliseconds a gradient'] / chosen['milliseconds a gradient'])} times as long as without it."
+        if compiled
+        else ""
+    )
+    return f"""## A network with ImageNet weights
+
+EfficientNet-Lite0, 3 × 224 × 224, on {about["cpu"]}, {about["threads"]} thread; the machine had other work, so
+milliseconds are high and ratios of interleaved runs say more. Forward and backward passes of the model as given, and
+after `prepare`, which took {chosen["seconds to prepare"]:.0f} s and chose {chosen["rows in a pass"]} rows per pass:
+
+{table(head, body)}
+
+{said}
+
+Explanations by the default solver on the prepared model, against bare passes of the same sizes on it, and against
+captum's SmoothGrad (`NoiseTunnel(Saliency)`, 8 rows per pass). Ratios are per gradient, since a solver may end before
+its budget of 256:
+
+{table(head_whole, body_whole)}
+
+`OMP_NUM_THREADS=1 python benchmarks/bench_imagenet.py --compile`. {source("cpu-imagenet.json")}
+"""
+
+
 def precision() -> str:
     found = [row for row in rows("cpu-precision.json") if row["solver"] == "adaptive"]
     body = []
@@ -514,7 +566,7 @@ Measured on {about["cpu"]}, {about["cores"]} shared cores, {about["vectors"]}, {
 are ratios of medians. [benchmarks/README.md](../benchmarks/README.md) lists the commands; `benchmarks/results/` holds
 the raw numbers. A commit is the one that was measured.
 """
-    parts = [intro, solver(), explainers(), ops(), h200(), prepare(), precision(), support(), batch()]
+    parts = [intro, solver(), explainers(), ops(), h200(), prepare(), imagenet(), precision(), support(), batch()]
     return "\n".join(wrapped(part) for part in parts)
 
 

@@ -132,7 +132,7 @@ class Certificate:
         return self.summary()
 
 
-def _residual(
+def measure_residual(
     problem: Problem,
     displacement: Tensors,
     num_samples: int,
@@ -246,7 +246,7 @@ def certify(
     parts = []
     for rows in row_chunks(problem.keys.shape[0], size, problem.keys.device):
         some, where = problem.take(rows), take(displacement, rows)
-        part = _residual(some, where, num_samples, confidence)
+        part = measure_residual(some, where, num_samples, confidence)
         part["size"] = torch.maximum(part["size"], _scale_at_zero(some))
         parts.append(part)
     found: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -12,6 +12,7 @@ from .. import ops
 from .._checks import check_count
 from ..capture.runner import Runner
 from ..ops.layout import Tensors, flat_rows
+from ..solvers.errors import Errors
 from ..solvers.fixed import ProximalGradient
 from ..solvers.loop import check_finite, in_groups, solve
 from ..solvers.problem import Problem
@@ -25,13 +26,14 @@ from .sparse import Sparse
 def at_zero(solution: Solution) -> Solution:
     """What a baseline's Solution describes is the point δ = 0: the displacement is zero, the envelope f_σ(x), the
     residual NaN, and nothing is converged, since nothing is solved."""
-    nan = torch.full_like(solution.residual, math.nan)
+    nan, error = torch.full_like(solution.residual, math.nan), solution.error
     return replace(
         solution,
         displacement=tuple(torch.zeros_like(d) for d in solution.displacement),
         residual=nan,
         relative_residual=nan,
         converged=torch.zeros_like(solution.converged),
+        error=replace(error, settling=torch.zeros_like(error.total), total=error.sampling),
     )
 
 
@@ -57,8 +59,13 @@ def unsolved(
         envelope=nan if value is None else value,
         residual=nan,
         relative_residual=nan,
+        evaluations=torch.full_like(problem.keys, evaluations),
+        variance=tuple([torch.full_like(a, math.nan) for a in maps]),
+        freedom=nan,
+        dependence=nan,
+        error=Errors.unknown(nan),
     )
-    return at_zero(assemble(problem, answer, steps=1, evaluations=evaluations, tol=0.0))
+    return at_zero(assemble(problem, answer, steps=1, tol=0.0))
 
 
 def _one_step(problem: Problem, num_samples: int, antithetic: bool) -> Solution:

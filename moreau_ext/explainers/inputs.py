@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..model.precision import check_dtypes
 from ..ops.layout import Tensors, flat_rows, memory_layout, tensor_of
+from ..solvers.errors import Errors
 from ..solvers.solution import Solution
 
 
@@ -90,7 +91,7 @@ def _own(x: Tensor, layout: torch.memory_format) -> Tensor:
 def in_form(solution: Solution, single: bool) -> Solution:
     """A solver's tuples as the inputs were given: one tensor, or a tuple."""
     if single:
-        form = ("attribution", "displacement", "envelope_gradient", "eta", "sigma")
+        form = ("attribution", "displacement", "envelope_gradient", "eta", "sigma", "standard_error", "p_value")
         return replace(solution, **{name: getattr(solution, name)[0] for name in form})
     if all(e.dim() == 1 for e in solution.eta):
         return replace(solution, eta=solution.eta[0])
@@ -124,6 +125,9 @@ def empty_solution(inputs: Tensors) -> Solution:
         eta=scalars,
         rho=scalars[0],
         sigma=scalars,
+        standard_error=inputs,
+        p_value=states,
+        error=Errors.unknown(numbers),
         target=counts[:, None],
         ids=counts,
     )

@@ -74,8 +74,8 @@ class MoreauGrad(Certified):
         precision: how float32 models multiply in their passes; displacement, sums and the map are float32 in each.
             "float32", the default, exactly, also on CUDA, where torch's own default lets cuDNN convolve in TF32; "tf32"
             lets cuDNN and cuBLAS use it, 11 bits of each factor, and is "float32" where there is no CUDA; "bfloat16"
-            runs them under autocast, 8 bits. An autocast of the caller does not count. The map, its bound and its certificate are then those of the model
-            as it is run. benchmarks/bench_precision.py measures how far the maps move. The flags are the process's: a
+            runs them under autocast, 8 bits. An autocast of the caller does not count. The map, its bound and its
+            certificate are then those of the model as it is run. benchmarks/bench_precision.py measures how far the maps move. The flags are the process's: a
             call that wants other ones waits for the passes under way, and they are restored after each pass.
 
     Raises:
@@ -97,6 +97,7 @@ class MoreauGrad(Certified):
     radius: Scalar | None = field(default=None, kw_only=True)
     radius_ratio: Scalar | None = field(default=None, kw_only=True)
     solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
+    denoise: bool = field(default=True, kw_only=True)
     cuda_graphs: Mode = field(default=False, kw_only=True)
     _graphs: Graphs = field(init=False, repr=False)
     # With one row per pass the adaptive solver holds 32 maps of its one input: 17 are counted elsewhere, 3 are slack.
@@ -161,7 +162,8 @@ class MoreauGrad(Certified):
         problem = super().pose(problem)
         # A ρ that is measured or tuned starts at 1.
         rho = self._asked_rho if self._rho_is_given else 1.0
-        problem = replace(problem, rho=tuple([per_input_setting("rho", rho, x) for x in problem.inputs]))
+        rho = tuple([per_input_setting("rho", rho, x) for x in problem.inputs])
+        problem = replace(problem, rho=rho, denoise=self.denoise)
         radius = self._radius(problem.inputs)
         return problem if radius is None else replace(problem, tuning=Tuning(radius=radius))
 

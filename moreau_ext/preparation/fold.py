@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from ..model.memory import same_random_numbers
@@ -25,18 +26,32 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+# A layer of a subclass is tried on its inputs, and far outside of them: there a clamp shows that no example reaches.
+_FAR = -10.0
+
 # fx swaps nn.Module.__call__ for the whole process while it traces.
 _tracing = threading.Lock()
 
 
-def fold_pairs(module: nn.Module, rows: Rows) -> tuple[bool, str]:
-    """Folds what can be folded in place; the modules' own forward stays, with nn.Identity where a BatchNorm was."""
+def fold_pairs(module: nn.Module, rows: Rows, tolerance: float, subclasses: bool = True) -> tuple[bool, str]:
+    """Folds what can be folded in place; the modules' own forward stays, with nn.Identity where a BatchNorm was.
+
+    A layer whose class is a subclass of Conv or Linear may do more with its weights than torch's own, so it is folded
+    only where the folded layer gives the same numbers.
+
+    Args:
+        module: changed in place.
+        rows: what the layers are tried on.
+        tolerance: of that comparison, relative to the largest number.
+        subclasses: False leaves subclasses alone.
+    """
     norms = {name: m for name, m in module.named_modules() if isinstance(m, _BATCHNORMS)}
     if not norms:
         return False, "no BatchNorm"
     aliases = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
     calls, ranks = _calls(module, rows)
     pairs, refusals, traced = _adjacent(module)
+    differ = _differing(module, pairs, rows, tolerance) if subclasses else {}
     left: dict[str, str] = {}
     folded = 0
     for name, norm in norms.items():
@@ -53,6 +68,8 @@ def fold_pairs(module: nn.Module, rows: Rows) -> tuple[bool, str]:
         elif isinstance(layer, nn.Linear) and ranks[name] != 2:
             # BatchNorm's channels are axis 1, Linear's the last.
             left[name] = "a Linear with more than one axis of features"
+        elif _own_class(layer) and (name in differ or not subclasses):
+            left[name] = differ.get(name, "a class of its own")
         else:
             _fold_pair(layer, norm)
             parent, _, child = name.rpartition(".")
@@ -74,6 +91,70 @@ def _fold_pair(layer: Any, norm: Any) -> None:
     layer.weight, layer.bias = fuse(
         layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, scale, shift
     )
+
+
+def _own_class(layer: nn.Module) -> bool:
+    return type(layer) not in _PAIRS
+
+
+def _norm_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The BatchNorm that fits a layer, by the class of torch that its own class is or derives from."""
+    return next((norm for kind, norm in _PAIRS.items() if isinstance(layer, kind)), None)
+
+
+def _differing(module: nn.Module, pairs: dict[str, str], rows: Rows, tolerance: float) -> dict[str, str]:
+    """Layers of subclasses that cannot be folded, by the name of their BatchNorm, with the reason.
+
+    Both are compared on the layer's own inputs in one pass, and on −10 times these.
+    """
+    watched = again(module)
+    reasons: dict[str, str] = {}
+    seen: dict[str, Tensor] = {}
+
+    def keep(before: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+            if len(args) == 1 and isinstance(args[0], Tensor):
+                seen[before] = args[0].detach()
+
+        return hook
+
+    def judge(name: str, before: str) -> Callable[..., None]:
+        layer, norm = watched.get_submodule(before), watched.get_submodule(name)
+
+        def hook(*_: Any) -> None:
+            given = seen.pop(before, None)
+            if given is None:
+                reasons[name] = "a class of its own that takes more than one tensor"
+                return
+            try:
+                folded = again(layer)
+                _fold_pair(folded, norm)
+                for x in (given, _FAR * given):
+                    # forward, not the call: the hooks here would be called again.
+                    expected, found = norm.forward(layer.forward(x)), folded.forward(x)
+                    if not (found - expected).abs().amax() <= tolerance * expected.abs().amax():
+                        reasons[name] = "a class of its own, and folding would change its output"
+                        break
+            except Exception as error:  # the class is the user's and may do anything
+                reasons[name] = f"a class of its own that failed: {type(error).__name__}"
+
+        return hook
+
+    for name, before in pairs.items():
+        layer = watched.get_submodule(before)
+        if not _own_class(layer) or _hooked(layer):
+            continue
+        weight = layer._parameters.get("weight")
+        if parametrize.is_parametrized(layer) or weight is None or "bias" not in layer._parameters:
+            reasons[name] = "a class of its own whose weights are no plain parameters"
+            continue
+        layer.register_forward_hook(keep(before))
+        watched.get_submodule(name).register_forward_hook(judge(name, before))
+    if any(_own_class(watched.get_submodule(before)) for before in pairs.values()):
+        inputs, args = rows.take(2 if rows.batch > 1 else 1)
+        with torch.no_grad(), same_random_numbers(rows.device):
+            watched(*inputs, *args)
+    return reasons
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -102,13 +183,20 @@ def _calls(module: nn.Module, rows: Rows) -> tuple[Counter[str], dict[str, int]]
     return calls, ranks
 
 
+class _LayerTracer(fx.Tracer):
+    """Layers of subclasses are nodes of the graph too, as torch's own are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _norm_of(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+
 def _adjacent(module: nn.Module) -> tuple[dict[str, str], dict[str, str], bool]:
     """(name of a BatchNorm -> name of the only layer that feeds it and feeds nothing else, why not, whether by fx)."""
     modules = dict(module.named_modules())
     try:
         with _tracing:
             # On a copy: a forward that stores what it computes would leave proxies behind.
-            graph = fx.Tracer().trace(again(module))
+            graph = _LayerTracer().trace(again(module))
     except Exception:  # fx raises whatever the model's own code raises on a proxy
         return _in_sequentials(modules), {}, False
     # A weight that the forward itself reads must stay as it is.
@@ -123,7 +211,7 @@ def _adjacent(module: nn.Module) -> tuple[dict[str, str], dict[str, str], bool]:
         if not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         before = str(source.target)
-        if _PAIRS.get(type(modules[before])) is not type(modules[name]):
+        if _norm_of(modules[before]) is not type(modules[name]):
             continue
         if len(source.users) > 1:
             refusals[name] = f"the output of {before} is used elsewhere"
@@ -143,6 +231,6 @@ def _in_sequentials(modules: dict[str, nn.Module]) -> dict[str, str]:
             continue
         prefix = f"{name}." if name else ""
         for (before, layer), (after, norm) in pairwise(module.named_children()):
-            if _PAIRS.get(type(layer)) is type(norm):
+            if _norm_of(layer) is type(norm):
                 pairs[prefix + after] = prefix + before
     return pairs

@@ -69,8 +69,9 @@ def prepare(
         example: inputs to measure with, [B, ...] of floating point, or a tuple of them, as they will be explained: B of
             a few is enough. Take real ones: dead units and flat scores would pass unseen.
         additional_forward_args: passed after the inputs; tensors whose first axis is B follow the rows.
-        fold_batchnorm: w' = w·γ/√(v + ε), b' = (b − μ)·γ/√(v + ε) + β into the Conv or Linear before it. Not folded:
-            batch statistics, hooks, modules used twice, and a layer whose output is used elsewhere.
+        fold_batchnorm: w' = w·γ/√(v + ε), b' = (b − μ)·γ/√(v + ε) + β into the Conv or Linear before it. A layer of a
+            subclass is folded where the folded layer gives the same numbers. Not folded: batch statistics, hooks,
+            modules used twice, and a layer whose output is used elsewhere.
         channels_last: convolution weights in that layout; "auto": where it is at least 5 % faster.
         freeze: parameters of the copy without gradient, so that what only their gradients need is not kept.
         compile: torch.compile the copy; a mapping is passed on as its arguments. Costs seconds to minutes.
@@ -138,7 +139,7 @@ def prepare(
             taken = footprint_of_rows(subject, rows)
             workshop = _Workshop(clean, subject, rows, tolerance, rows_that_fit(taken, budget))
             if fold_batchnorm:
-                report.append(workshop.try_lever("fold_batchnorm", lambda trial: fold_pairs(trial, rows)))
+                report.append(workshop.try_fold(tolerance))
             else:
                 report.append(Lever("fold_batchnorm", False, "switched off"))
             if channels_last is False:
@@ -263,6 +264,15 @@ class _Workshop:
             return lever
         except Exception as error:  # a model under a lever may fail in any way; it is used without it
             return _failed(name, error)
+
+    def try_fold(self, tolerance: float) -> Lever:
+        """Folds BatchNorm; where the whole differs, without the layers of subclasses, which were tried one by one."""
+        name, rows = "fold_batchnorm", self.rows
+        lever = self.try_lever(name, lambda trial: fold_pairs(trial, rows, tolerance))
+        if lever.applied or lever.output_difference is None:
+            return lever
+        plain = self.try_lever(name, lambda trial: fold_pairs(trial, rows, tolerance, subclasses=False))
+        return plain if plain.applied else lever
 
     def try_channels_last(self, asked: bool) -> Lever:
         name = "channels_last"

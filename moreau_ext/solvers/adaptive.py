@@ -28,9 +28,11 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from ..ops.layout import Tensors, copy_into, inner, over_features, states_like, subtract
+from ..ops.layout import Tensors, copy_into, divide, inner, over_features, states_like, subtract, take
 from .base import Runner, State, Steps
-from .bound import DAMPING, DIFFERENCES, LENGTHS, Averages, Estimate, Window, best_estimate
+from .bound import DAMPING, DIFFERENCES, LENGTHS, Averages, Estimate, Window, best_estimate, dependence
+from .errors import LEVELS, Errors
+from .look import BLOCK, SCORES, keep_scores, look, steps_kept, subset, unexplained2, upper_residual2
 from .problem import Problem
 from .samples import GradientSum, NoisyCopies
 from .solution import Answer
@@ -47,20 +49,36 @@ _STEPS, _LEAST = 16, 128
 _GROWTH = 0.5
 # Windows that are kept: memory, each is two maps.
 _WINDOWS = 4
-# Samples at either end of the difference p(y) - p(mean point).
+# Samples at either end of the difference between p(y) and p nearer to the mean point.
 _FD_SAMPLES = 8
+# Points within so many σ: the gradient is taken for linear. It is smoothed over one.
+_FAR = 2.0
+# ρ·curvature·way, in tolerances, from which the curvature matters: most ways lie along flat directions.
+_STEEP = 4.0
+# A 95 % quantile of the noise that is less than this share of the tolerance.
+_QUIET = 0.25
+# Samples of a look at an answer, at least.
+_FEWEST_LOOKED = 16
+# Inputs are looked at together where they want numbers of samples that differ by less.
+_LOOK_STEP = 64
+# A bound of so many tolerances may become a claim at the end of the next level.
+_CLOSE = 4.0
+# How sure a look must be, in shares of the way from the mean of its noise to the 95 % quantile.
+_CERTAINTY = 0.6
 # p(0) gives eta_max when eta is a fraction of it, and the largest of noisy entries is biased: more samples there.
 _AT_ZERO = 32
 # Before any curvature is known.
 _FIRST_STEP = 0.25
 # Shorter steps, relative to the displacement, give no secant.
 _SHORT = 1e-3
+# The last number of a step within its level.
+_DRAWS = (1 << 20) - 1
 # Halves the burn-in (measured on digits: 0.5 against 0 and 0.7).
 _MOMENTUM = 0.5
 # Successive changes of the displacement that turn back by half mean that the step is too long; noise alone turns back
 # by a third at most.
 _TURNING = -0.5
-_DX_DX, _DX_DG = ops.PRODUCTS.index("dx_dx"), ops.PRODUCTS.index("dx_dg")
+_DX_DX, _DX_DG, _DG_DG = (ops.PRODUCTS.index(name) for name in ("dx_dx", "dx_dg", "dg_dg"))
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -83,7 +101,10 @@ class _Iterate:
     squares: Tensors  # sum of squared successive differences of the gradient, times samples / 2
     sums: Tensor  # float64 [B, 8], see ops.SUMS: of this level; of all in squares; of the open window
     curvature: Tensor  # float64 [B], the largest measured
+    change2: Tensor  # float64 [B], the largest ‖p_t − p_{t−1}‖² of the burn-in, whose noise is common
     score: Tensor  # float64 [B], sum of the samples' scores at `x_prev`
+    each: Tensor  # [B, samples], their scores
+    scores: Tensor  # [B, _SCORES], of the last samples, where they belong modulo _SCORES
     statistics: Tensor
     arrivals: Tensor  # for the kernels; zero between launches
 
@@ -97,9 +118,11 @@ class _Carried:
     squares: Tensors
     sums: Tensor
     curvature: Tensor
+    change2: Tensor
     at_zero: Tensor  # float64 [B], ‖p(0)‖²
     eta: Tensors  # as reported
     steps: Tensor  # int64 [B]
+    looked: Tensor  # int64 [B], gradients that confirmed or refuted an answer
     windows: tuple[Window, ...] = ()  # the steps with fresh noise, oldest first
 
 
@@ -177,10 +200,12 @@ class AdaptiveProximalGradient:
             squares=states_like(problem.inputs),
             sums=zero[:, None].repeat(1, len(ops.SUMS)),
             curvature=zero.clone(),
+            change2=zero.clone(),
             at_zero=zero if problem.start is None else problem.start.gradient2,
             # One of every input, also where a row serves all.
             eta=tuple([e.expand(problem.batch, *e.shape[1:]) if e.dim() > 1 else e for e in eta]),
             steps=torch.zeros_like(problem.keys),
+            looked=torch.zeros_like(problem.keys),
         )
         samples = _TUNED_FEWEST if tuned else _FEWEST
         state = self._state(problem.own_settings(), carried, samples)
@@ -212,7 +237,10 @@ class AdaptiveProximalGradient:
             squares=carried.squares,
             sums=carried.sums,
             curvature=carried.curvature,
+            change2=carried.change2,
             score=numbers[:, 0].clone(),
+            each=problem.value.new_zeros(problem.batch, samples),
+            scores=problem.value.new_zeros(problem.batch, SCORES),
             statistics=numbers,
             arrivals=torch.zeros(problem.batch, dtype=torch.int32, device=numbers.device),
         )
@@ -268,8 +296,10 @@ class AdaptiveProximalGradient:
 
         The bias ‖x̄ − y‖ is that of the mean point x̄; y itself has ‖y + ρS(p(y))‖ = ρ‖S(p(y)) − S(p̄)‖, where
         p(y) = p̄ + H(y − x̄). A bound by ρβ‖x̄ − y‖ would be many times as large: what has not settled lies along flat
-        directions. H along y − x̄ is a difference of gradients whose ends see the same noise, at least σ apart: over a
-        way much shorter than the noise few samples would meet a kink, and most would see none.
+        directions. H along y − x̄ is a difference of gradients whose ends see the same noise, one of them at y, and at
+        least σ apart: over a way much shorter than the noise few samples would meet a kink, and most would see none.
+
+        An answer whose bound is under the tolerance is looked at before it counts; see :meth:`_confirm`.
         """
         if state.level == 1:
             state.spend = _LEAST
@@ -277,28 +307,119 @@ class AdaptiveProximalGradient:
         carried, problem = state.carried, state.problem
         seen = Averages(problem, carried.windows, carried.squares, carried.sums, carried.curvature, carried.at_zero)
         found, fd_scale, points = runner.call(_estimate_and_fd_points, seen)
-        copies = NoisyCopies(problem, _FD_SAMPLES, True, _first_draw(state.level - 1) + state.spend // state.samples)
-        low, high = points
-        ends = _mean_gradient(copies, low, _FD_SAMPLES, runner), _mean_gradient(copies, high, _FD_SAMPLES, runner)
+        draw = _first_draw(state.level - 1) + state.spend // state.samples
+        copies = NoisyCopies(problem, _FD_SAMPLES, True, draw)
+        near, far = points
+        ends = _mean_gradient(copies, near, _FD_SAMPLES, runner), _mean_gradient(copies, far, _FD_SAMPLES, runner)
         state.evaluations += 2 * _FD_SAMPLES
         ended = _LevelEnd(problem, found, fd_scale, ends, state.iterate.x_prev, state.iterate.score, state.samples)
-        state.estimate, envelope = runner.call(_measure_bias, ended)
+        found, envelope = runner.call(_measure_bias, ended)
+        found = self._confirm(state, found, draw + 1, runner)
+        state.estimate = found
         follows = problem.tuning is not None and problem.tuning.support is not None
         if problem.tuning is not None:
-            copy_into(problem.rho, state.estimate.rho)
+            copy_into(problem.rho, found.rho)
         if follows:
-            copy_into(problem.penalty.eta, state.estimate.eta)
+            copy_into(problem.penalty.eta, found.eta)
         state.spend = _level_cost(state.evaluations, self.max_gradients)
+        variance = divide(carried.squares, carried.sums[:, DIFFERENCES] * found.samples)
+        answered, maps, displacement = problem.answer(found.gradient, variance)
         return Answer(
-            rho=state.estimate.rho,
-            eta=state.estimate.eta if follows else carried.eta,
-            maps=state.estimate.maps,
-            displacement=state.estimate.displacement,
-            gradient=state.estimate.gradient,
+            rho=answered.rho,
+            eta=answered.penalty.eta if follows else carried.eta,
+            maps=maps,
+            displacement=displacement,
+            gradient=found.gradient,
             envelope=envelope,
-            residual=state.estimate.residual,
-            relative_residual=state.estimate.bound,
+            residual=found.residual,
+            relative_residual=found.bound,
+            evaluations=state.evaluations + carried.looked,
+            variance=variance,
+            # Successive differences share a gradient: three carry the information of two.
+            freedom=carried.sums[:, DIFFERENCES] / 1.5,
+            dependence=dependence(carried.sums, variance),
+            error=Errors.of(
+                found.scale,
+                found.variance,
+                found.bias2,
+                found.nonlinearity2,
+                LEVELS * found.variance_upper * found.samples,
+            ),
         )
+
+    def _confirm(self, state: _State, found: Estimate, draw: int, runner: Runner) -> Estimate:
+        """The estimate, with the answers under the tolerance looked at; what is found counts as nonlinearity.
+
+        For all of them the scores of the last samples must agree with the gradients. Where the bound rests on more than
+        was seen (:meth:`_doubts`), fresh gradients at the answer must too; an answer without the room for them in the
+        budget is not confirmed.
+        """
+        nonlinearity2, carried = found.nonlinearity2.clone(), state.carried
+        far, _ = self._doubts(state, found)
+        samples, rare = self._look_sizes(state, found)
+        claimed = found.bound <= self.tol
+        for count in sorted(set(samples[claimed].tolist())):
+            rows = (claimed & (samples == count)).nonzero().squeeze(1)
+            some, part = subset(found.problem(state.problem), rows), take(found, rows)
+            squares, sums, more2 = take(carried.squares, rows), carried.sums[rows], part.nonlinearity2
+            rho2 = some.rho_of_input.square()
+            size, steps = state.samples, steps_kept(state.spend // state.samples, state.samples)
+            variance = divide(squares, sums[:, DIFFERENCES])
+            kept = state.iterate.scores[rows]
+            missed2 = unexplained2(some, part.gradient, variance, kept, size, steps, _first_draw(state.level - 1))
+            # Of points that are far apart the scores say that the gradient changes between them.
+            more2 = torch.maximum(more2, torch.where(far[rows], 0.0, rho2 * missed2))
+            if 0 < count < _FEWEST_LOOKED:
+                more2 = torch.maximum(more2, 2 * (self.tol * part.scale).square())
+            elif count > 0:
+                seen = look(some, part.displacement, count, draw, runner)
+                carried.looked[rows] += count
+                # Without noise the differences of a level are those between its points.
+                noisy = (_least_sigma(some) > 0).double()
+                squares = tuple(
+                    [a * over_features(noisy.to(a.dtype), a) + b for a, b in zip(squares, seen.squares, strict=True)]
+                )
+                sums = sums * noisy[:, None] + seen.sums
+                apart2 = upper_residual2(some, part.maps, seen, squares, sums, _CERTAINTY)
+                more2 = torch.maximum(more2, apart2 - part.variance)
+                more2 = more2 + (3 * rare[rows] / (part.samples + count)).square()
+                variance = divide(squares, sums[:, DIFFERENCES])
+                blocks = range(count // BLOCK)
+                missed2 = unexplained2(some, part.gradient, variance, seen.scores, BLOCK, blocks, draw)
+                more2 = torch.maximum(more2, rho2 * missed2)
+            nonlinearity2[rows] = more2
+        return replace(found, nonlinearity2=nonlinearity2)
+
+    def _look_sizes(self, state: _State, found: Estimate) -> tuple[Tensor, Tensor]:
+        """Samples of a look at each answer, int64 [B], 0 where there is no doubt; and by how much rare gradients may
+        change it, as a length of displacement for each gradient that is one.
+
+        A quarter of what was spent before. Where hardly any noise was seen, gradients that differ as much as any did on
+        the way there may still be as rare as 3 in N: of a larger share N samples see one in 95 of 100 cases. There it
+        is as many as exclude them, if no more than were spent before.
+        """
+        far, quiet = self._doubts(state, found)
+        rare = torch.where(
+            quiet & (_least_sigma(state.problem) > 0), state.problem.rho_of_input * state.carried.change2.sqrt(), 0.0
+        )
+        wanted = 3 * rare / (self.tol * found.scale).clamp_min(_TINY) - found.samples
+        # Few different sizes: inputs of one size are looked at together.
+        wanted = ((wanted / _LOOK_STEP).ceil() * _LOOK_STEP).clamp(state.evaluations // 4, state.evaluations).long()
+        # Without noise all samples are one.
+        wanted = torch.where(_least_sigma(state.problem) > 0, wanted, _FEWEST_LOOKED)
+        room = self.max_gradients - state.evaluations - state.carried.looked
+        samples = torch.minimum(wanted, room).clamp_min(1) // BLOCK * BLOCK
+        return torch.where(far | quiet, samples.clamp_min(1), 0), rare
+
+    def _doubts(self, state: _State, found: Estimate) -> tuple[Tensor, Tensor]:
+        """Whether a bound rests on more than was seen, two bool [B]: (points or a way that reach farther than the noise,
+        where the gradient need not be linear, or a way along which the largest curvature would be too much; hardly any
+        noise, of which rare gradients may be all there is)."""
+        problem = state.problem
+        limit2 = (self.tol * found.scale).square()
+        far = found.reach2 > (_FAR * _least_sigma(problem)).square()
+        steep = (problem.rho_of_input * state.carried.curvature).square() * found.way2 > _STEEP**2 * limit2
+        return far | steep, steep | (found.variance_upper < _QUIET**2 * limit2)
 
     def next(self, state: _State, answer: Answer | None) -> Tensor:
         """Powers of two: more samples where noise is the larger part of the residual, else more steps."""
@@ -311,7 +432,12 @@ class AdaptiveProximalGradient:
         usual = max(state.samples, min(most, 1 << (spend // _STEPS).bit_length() - 1))
         samples = torch.where(found.nonlinearity2 > found.variance, max(usual, 2 * state.samples), usual)
         samples = torch.where(found.bias2 > found.variance, state.samples, samples).clamp_max(most)
-        return torch.where(answer.relative_residual <= self.tol, 0, samples)
+        # Gradients of looks differ between inputs: those without room for another level, and for the look that its
+        # answer may need, are done.
+        total = state.evaluations + spend + 2 * _FD_SAMPLES
+        doubtful = (self._look_sizes(state, found)[0] > 0) & (answer.relative_residual <= _CLOSE * self.tol)
+        spent = total + state.carried.looked + torch.where(doubtful, total // 8, 0)
+        return torch.where((answer.relative_residual <= self.tol) | (spent > self.max_gradients), 0, samples)
 
 
 def _step(iterate: _Iterate, *, samples: int, common_noise: bool, settled: bool, tuned: bool, first: bool) -> None:
@@ -326,7 +452,7 @@ def _step(iterate: _Iterate, *, samples: int, common_noise: bool, settled: bool,
         first: of a level: there is no last gradient.
     """
     problem, copies = iterate.problem, iterate.copies
-    gradients: Tensors = copies.gradients(iterate.y, iterate.gradient, iterate.score)
+    gradients: Tensors = copies.gradients(iterate.y, iterate.gradient, iterate.score, each=iterate.each)
     if tuned:
         for g, total in zip(gradients, iterate.gradient, strict=True):
             ops.accumulate(g, total, carry=len(copies.chunks) > 1)
@@ -368,6 +494,7 @@ def _step(iterate: _Iterate, *, samples: int, common_noise: bool, settled: bool,
         arrivals=iterate.arrivals,
     )
     if not common_noise:
+        keep_scores(iterate.scores, iterate.each, copies.step & _DRAWS)
         copies.step += 1
     elif not first:
         # The Barzilai-Borwein secant |⟨Δx, Δg⟩|/‖Δx‖²; over a way of little more than rounding it is none.
@@ -375,6 +502,7 @@ def _step(iterate: _Iterate, *, samples: int, common_noise: bool, settled: bool,
         secant = dx_dg.abs() / dx_dx.clamp_min(_TINY)
         reliable = dx_dx > _SHORT**2 * iterate.statistics[:, 1]
         iterate.curvature.copy_(torch.maximum(iterate.curvature, torch.where(reliable, secant, 0.0)))
+        iterate.change2.copy_(torch.maximum(iterate.change2, products[:, _DG_DG]))
         copy_into(iterate.step_size, _damped(problem, iterate.curvature))
 
 
@@ -392,22 +520,21 @@ def _mean_gradient(copies: NoisyCopies, place: Tensors | None, samples: int, run
     return tuple([g / samples for g in total.gradient])
 
 
-def _estimate_and_fd_points(seen: Averages) -> tuple[Estimate, Tensor, tuple[Tensors, ...]]:
-    """The estimate, and the two places whose gradients are compared: how many times y − x̄ apart, and where."""
+def _least_sigma(problem: Problem) -> Tensor:
+    """The smallest σ of a tuple, float64 [B]."""
+    return torch.stack([s.double() for s in problem.sigma]).amin(0)
+
+
+def _estimate_and_fd_points(seen: Averages) -> tuple[Estimate, Tensor, tuple[Tensors, Tensors]]:
+    """The estimate, and two places whose gradients are compared, y and one towards x̄: how many times y − x̄ apart."""
     found = best_estimate(seen)
     way = subtract(found.displacement, found.point)
-    sigma = torch.stack([s.double() for s in seen.problem.sigma]).amin(0)
     # Below rounding the difference carries no information.
-    fd_scale = (sigma / inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
-    ends = tuple(
-        [
-            tuple(
-                [p + over_features((side * fd_scale).to(p.dtype), p) * w for p, w in zip(found.point, way, strict=True)]
-            )
-            for side in (-0.5, 0.5)
-        ]
+    fd_scale = (_least_sigma(seen.problem) / inner(way, way).sqrt().clamp_min(1e-30)).clamp(1.0, 1e6)
+    towards = tuple(
+        [y - over_features(fd_scale.to(w.dtype), w) * w for y, w in zip(found.displacement, way, strict=True)]
     )
-    return found, fd_scale, ends
+    return found, fd_scale, (found.displacement, towards)
 
 
 @dataclass
@@ -430,7 +557,7 @@ def _measure_bias(ended: _LevelEnd) -> tuple[Estimate, Tensor]:
     p_at_y = tuple(
         [
             p + (b - a) / over_features(ended.fd_scale.to(p.dtype), p)
-            for p, a, b in zip(found.gradient, *ended.fd_gradients, strict=True)
+            for p, b, a in zip(found.gradient, *ended.fd_gradients, strict=True)
         ]
     )
     maps, _ = problem.image(p_at_y)
@@ -441,7 +568,7 @@ def _measure_bias(ended: _LevelEnd) -> tuple[Estimate, Tensor]:
 
 def _first_draw(level: int) -> int:
     """The noise bank's step at the beginning of a level: no two levels of an input share one."""
-    return level << 20
+    return level * (_DRAWS + 1)
 
 
 def _level_cost(spent: int, budget: int) -> int:

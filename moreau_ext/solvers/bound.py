@@ -94,7 +94,10 @@ class Estimate:
         rho, eta: of the problem that is answered; eta is () without a penalty.
         bias2, nonlinearity2, variance: the parts.
         variance_upper: the 95 % quantile of the squared noise whose mean is ``variance``.
-        scale: what the residual is compared with, max(‖x̄‖, ‖y‖, 10⁻³ρ‖p(0)‖).
+        scale: what the residual is compared with, max(‖y‖, 10⁻³ρ‖p(0)‖).
+        samples: N, of the window.
+        way2: ‖x̄ − y‖².
+        reach2: the larger of it and the squared radius of the points about x̄.
     """
 
     point: Tensors
@@ -108,6 +111,9 @@ class Estimate:
     variance: Tensor
     variance_upper: Tensor
     scale: Tensor
+    samples: Tensor
+    way2: Tensor
+    reach2: Tensor
 
     @property
     def residual(self) -> Tensor:
@@ -155,16 +161,9 @@ def estimate(seen: Averages, window: Window) -> Estimate:
     p, point = divide(window.gradients, weight), divide(window.points, weight)
     problem = seen.problem.tuned(p)
     maps, y = problem.image(p)
-    # Variance of rho * S(p̄) per feature.
-    per_feature = tuple(
-        [
-            (q * c).double() * over_features(r.double().square() / (seen.sums[:, DIFFERENCES] * weight), q)
-            for c, q, r in zip(problem.penalty.gain(p, maps), seen.squares, problem.rho, strict=True)
-        ]
-    )
-    variance = total(per_feature)
+    variance, variance_upper = sampling_noise(problem, p, maps, seen.squares, seen.sums, weight)
     gap = subtract(point, y)
-    point2, y2 = inner(point, point), inner(y, y)
+    gap2, spread2 = inner(gap, gap), (lengths / weight - inner(point, point)).clamp_min(0)
     # Noise alone spreads the points by (γ/ρ) times its variance in a step; a gradient is nearly linear over that.
     scatter = DAMPING / (1 + problem.rho_of_input * seen.curvature) * variance * steps
     return Estimate(
@@ -174,12 +173,38 @@ def estimate(seen: Averages, window: Window) -> Estimate:
         displacement=y,
         rho=problem.rho,
         eta=problem.penalty.eta,
-        bias2=inner(gap, gap),
-        nonlinearity2=_ALLOWANCE**2 * (lengths / weight - point2 - scatter).clamp_min(0),
+        bias2=gap2,
+        nonlinearity2=_ALLOWANCE**2 * (spread2 - scatter).clamp_min(0),
         variance=variance,
-        variance_upper=variance_quantile(seen.sums, variance, inner(per_feature, per_feature)),
-        scale=torch.maximum(torch.maximum(point2, y2).sqrt(), problem.residual_floor(seen.at_zero)),
+        variance_upper=variance_upper,
+        scale=torch.maximum(inner(y, y).sqrt(), problem.residual_floor(seen.at_zero)),
+        samples=weight,
+        way2=gap2,
+        reach2=torch.maximum(gap2, spread2),
     )
+
+
+def sampling_noise(
+    problem: Problem, gradient: Tensors, maps: Tensors, squares: Tensors, sums: Tensor, samples: Tensor
+) -> tuple[Tensor, Tensor]:
+    """E‖ρS_η(p + ε) − ρS_η(p)‖² for the mean of so many samples, and its 95 % quantile; float64 [B].
+
+    Args:
+        problem: the problem.
+        gradient, maps: p and S_η(p).
+        squares: Σ m/2·(p_t − p_{t−1})², per feature.
+        sums: float64 [B, 8], see ops.SUMS; as in :func:`variance_quantile`.
+        samples: float64 [B].
+    """
+    of_mean = divide(squares, sums[:, DIFFERENCES] * samples)
+    per_feature = tuple(
+        [
+            (v * c).double() * over_features(r.double().square(), v)
+            for c, v, r in zip(problem.penalty.gain(gradient, maps, of_mean), of_mean, problem.rho, strict=True)
+        ]
+    )
+    variance = total(per_feature)
+    return variance, variance_quantile(sums, variance, inner(per_feature, per_feature))
 
 
 def variance_quantile(sums: Tensor, variance: Tensor, crossed: Tensor) -> Tensor:
@@ -195,14 +220,25 @@ def variance_quantile(sums: Tensor, variance: Tensor, crossed: Tensor) -> Tensor
         variance: float64 [B], the mean of ‖ρε̄‖².
         crossed: float64 [B], the sum of the squares of the features' variances.
     """
-    count, norms, norms2 = sums[:, DIFFERENCES : DIFFERENCES + 3].unbind(1)
-    mean = norms / count
-    norms_variance = (norms2 - count * mean.square()) / (count - 1)
+    count = sums[:, DIFFERENCES]
     independent = variance.square() / crossed.clamp_min(_TINY)
-    rank = torch.where(norms_variance > 0, 2 * mean.square() / norms_variance.clamp_min(_TINY), independent)
-    rank = torch.minimum(rank, independent).clamp_min(1)
+    rank = torch.minimum(_rank(sums, independent), independent).clamp_min(1)
     ninth = 2 / (9 * rank)
     quantile = (1 - ninth + _QUANTILE * ninth.sqrt()) ** 3
     # Successive differences share a gradient: three carry the information of two.
     freedom = (rank * count / 1.5).clamp_min(4)
     return variance * quantile * freedom / (freedom - 2)
+
+
+def _rank(sums: Tensor, otherwise: Tensor) -> Tensor:
+    """2·mean²/variance of the squared norms of the differences: how many features seem to move by themselves."""
+    count, norms, norms2 = sums[:, DIFFERENCES : DIFFERENCES + 3].unbind(1)
+    mean = norms / count
+    norms_variance = (norms2 - count * mean.square()) / (count - 1)
+    return torch.where(norms_variance > 0, 2 * mean.square() / norms_variance.clamp_min(_TINY), otherwise)
+
+
+def dependence(sums: Tensor, variance: Tensors) -> Tensor:
+    """How many times as many features move together as would if all were independent, float64 [B], at least 1."""
+    independent = total(variance).square() / inner(variance, variance).clamp_min(_TINY)
+    return (independent / _rank(sums, independent).clamp_min(1)).clamp_min(1)

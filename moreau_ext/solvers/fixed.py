@@ -12,14 +12,18 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from ..ops.layout import Tensors, copy_into, divide, inner, over_features, rows_like, states_like, subtract
+from ..ops.layout import Tensors, copy_into, divide, inner, over_features, rows_like, states_like, subtract, take, total
 from .base import Runner, State, Steps
+from .errors import Errors
+from .look import BLOCK, look, subset, upper_residual2
 from .problem import Problem, relative_residual
 from .samples import GradientSum, NoisyCopies
 from .solution import Answer
 
 # Steps between residual checks; each waits for the device once.
 _CHECK_EVERY = 10
+# Samples of a look at an answer.
+_LOOK = 128
 
 
 @dataclass
@@ -33,6 +37,7 @@ class _Iterate:
     last: Tensors  # the displacement at which the last step took its gradients
     gradient: Tensors
     total: Tensors  # of what is averaged; () where nothing is
+    squares: Tensors  # sum of the squared gradients of the last step before an estimate
     score: Tensor  # float64 [B], sum of the samples' scores at `last`
     statistics: Tensor
     step_size: Tensors  # [B]
@@ -46,9 +51,13 @@ class _Carried:
     displacement: Tensors
     gradient: Tensors
     total: Tensors
+    squares: Tensors
     floor: Tensor  # float64 [B], the floor of the relative residual's denominator
     eta: Tensors  # as reported
     steps: Tensor  # int64 [B]
+    looked: Tensor  # int64 [B], gradients that confirmed or refuted an answer
+    looked_at: Tensor  # int64 [B], gradients of the steps before the last look
+    refuted: Tensor  # float64 [B], the bound that it found
 
 
 def _of_every_input(eta: Tensor, batch: int) -> Tensor:
@@ -142,7 +151,9 @@ class ProximalGradient:
         displacement = states_like(problem.inputs) if start is None else tuple([d.clone() for d in start.displacement])
         copies = NoisyCopies(problem, self.num_samples, self.antithetic)
         gradient, score = states_like(problem.inputs), torch.zeros_like(problem.value, dtype=torch.float64)
-        runner.repeat(GradientSum.run, GradientSum(copies, displacement, gradient, score), 1)
+        squares = states_like(problem.inputs)
+        first = GradientSum(copies, displacement, gradient, score, squares=squares)
+        runner.repeat(GradientSum.run, first, 1)
         p = divide(gradient, torch.full_like(score, self.num_samples))
         penalty, eta = problem.penalty.resolve(p)
         problem = replace(problem, penalty=penalty).tuned(p)
@@ -151,9 +162,13 @@ class ProximalGradient:
             displacement=displacement,
             gradient=gradient,
             total=states_like(problem.inputs) if averages else (),
+            squares=squares,
             floor=torch.zeros_like(score),
             eta=tuple([_of_every_input(e, problem.batch) for e in eta]),
             steps=torch.zeros_like(problem.keys),
+            looked=torch.zeros_like(problem.keys),
+            looked_at=torch.zeros_like(problem.keys),
+            refuted=torch.zeros_like(score),
         )
         state = self._state(problem, carried, copies)
         state.iterate.score.copy_(score)
@@ -180,6 +195,7 @@ class ProximalGradient:
             last=tuple([torch.empty_like(d) for d in carried.displacement]),
             gradient=carried.gradient,
             total=carried.total,
+            squares=carried.squares,
             score=numbers[:, 0].clone(),
             statistics=numbers,
             step_size=tuple([torch.full_like(r, self.step_size) for r in problem.rho]),
@@ -192,11 +208,11 @@ class ProximalGradient:
         start = state.evaluations // self.num_samples
         stop = min((start // _CHECK_EVERY + 1) * _CHECK_EVERY, self.max_steps)
         averaging_from = max(0, self.max_steps - self.average_last)
-        edges = sorted({start, stop} | {t for t in (1, averaging_from) if start < t < stop})
+        edges = sorted({start, stop} | {t for t in (1, averaging_from, stop - 1) if start < t < stop})
         for begin, end in pairwise(edges):
             averaging = bool(state.carried.total) and begin >= averaging_from
             if begin > 0:
-                yield Steps(self.step, end - begin, {"averaging": averaging})
+                yield Steps(self.step, end - begin, {"averaging": averaging, "measure": end == stop})
                 continue
             # Its gradients are there already; nothing is left that a capture could save.
             self.step(state.iterate, averaging=averaging, first=True)
@@ -207,7 +223,7 @@ class ProximalGradient:
         state.carried.steps.fill_(stop)
         state.evaluations = stop * self.num_samples
 
-    def step(self, iterate: _Iterate, *, averaging: bool, first: bool = False) -> None:
+    def step(self, iterate: _Iterate, *, averaging: bool, first: bool = False, measure: bool = False) -> None:
         """One fused step, δ⁺ = S_{γη}((1 − γ/ρ)·δ − γ·p), which draws the next noisy copies.
 
         After the last step nobody needs those, but it is a step like any other, and one of many.
@@ -216,11 +232,18 @@ class ProximalGradient:
             iterate: changed in place.
             averaging: add p, or δ⁺, to the total.
             first: the sum of the gradients is there already.
+            measure: keep the sum of the squared gradients.
         """
         copies, problem = iterate.copies, iterate.problem
         gradients: Tensors = ()
         if not first:
-            gradients = copies.gradients(iterate.displacement, iterate.gradient, iterate.score, iterate.rows)
+            gradients = copies.gradients(
+                iterate.displacement,
+                iterate.gradient,
+                iterate.score,
+                iterate.rows,
+                squares=iterate.squares if measure else (),
+            )
         if self.noise == "fresh":
             copies.step += 1
         copy_into(iterate.last, iterate.displacement)
@@ -251,10 +274,14 @@ class ProximalGradient:
         steps = state.evaluations // self.num_samples
         if not (steps == self.max_steps or self.tol > 0 or state.problem.tuning is not None):
             return None
-        iterate, problem = state.iterate, state.problem
+        iterate, problem, carried = state.iterate, state.problem, state.carried
         averaged = steps - max(0, self.max_steps - self.average_last)
         mean = tuple([t / averaged for t in iterate.total]) if averaged > 0 else ()
-        p = mean if mean and self.average_of == "gradient" else tuple([g.clone() for g in iterate.gradient])
+        last = tuple([g.clone() for g in iterate.gradient])
+        p = mean if mean and self.average_of == "gradient" else last
+        of_one, freedom = iterate.copies.variance(iterate.squares, last)
+        count = self.num_samples * (max(1, averaged) if mean and self.noise == "fresh" else 1)
+        variance = tuple([v / count for v in of_one])
         squares = iterate.statistics[:, :3].unbind(1)
         if mean and self.average_of == "displacement":
             # 0 - 0 is +0.
@@ -267,19 +294,79 @@ class ProximalGradient:
                 y = problem.image(iterate.gradient)[1]
                 gap = subtract(iterate.last, y)
                 squares = inner(gap, gap), inner(iterate.last, iterate.last), inner(y, y)
-            maps, displacement = problem.image(p)
+            problem, maps, displacement = problem.answer(p, variance)
         residual = squares[0].sqrt()
+        relative = relative_residual(residual, squares[1:], carried.floor)
+        relative = self._confirmed(state, problem, maps, displacement, relative, runner)
         tuned = problem.tuning is not None
         return Answer(
             rho=problem.rho,
-            eta=tuple([e.clone() for e in problem.penalty.eta]) if tuned else state.carried.eta,
+            eta=tuple([e.clone() for e in problem.penalty.eta]) if tuned else carried.eta,
             maps=maps,
             displacement=displacement,
             gradient=p,
-            envelope=problem.objective(iterate.last, iterate.score / self.num_samples),
+            envelope=state.problem.objective(iterate.last, iterate.score / self.num_samples),
             residual=residual,
-            relative_residual=relative_residual(residual, squares[1:], state.carried.floor),
+            relative_residual=relative,
+            evaluations=state.evaluations + carried.looked,
+            variance=variance,
+            freedom=torch.full_like(residual, max(1, freedom)),
+            # Samples do not tell which features move together.
+            dependence=torch.full_like(residual, torch.inf),
+            error=self._errors(
+                problem,
+                p,
+                maps,
+                variance,
+                count,
+                squares[0],
+                torch.maximum(inner(displacement, displacement).sqrt(), carried.floor),
+                state.evaluations,
+            ),
         )
+
+    def _errors(
+        self,
+        problem: Problem,
+        p: Tensors,
+        maps: Tensors,
+        variance: Tensors,
+        count: int,
+        residual2: Tensor,
+        scale: Tensor,
+        evaluations: int,
+    ) -> Errors:
+        """The parts of the error; what the residual of the last step holds beyond the noise of its samples is settling."""
+        gain = problem.penalty.gain(p, maps, variance)
+        let_through = total(tuple([g * v for g, v in zip(gain, variance, strict=True)]))
+        sampling2 = problem.rho_of_input.square() * let_through
+        of_step2 = sampling2 * (count / self.num_samples) if self.noise == "fresh" else 0.0
+        settling2 = (residual2 - of_step2).clamp_min(0)
+        return Errors.of(scale, sampling2, settling2, torch.zeros_like(scale), sampling2 * evaluations)
+
+    def _confirmed(
+        self, state: State, problem: Problem, maps: Tensors, displacement: Tensors, relative: Tensor, runner: Runner
+    ) -> Tensor:
+        """The relative residuals; where they are ≤ tol, the larger of them and a 95 % bound from fresh gradients at the
+        answer.
+
+        A residual of few noisy samples is small by chance now and then, and one on a fixed bank says nothing about the
+        bank's own error. An answer that a look refuted is looked at again when twice as many gradients were taken.
+        """
+        carried = state.carried
+        claimed = (relative <= self.tol) & (self.tol > 0)
+        rows = (claimed & (state.evaluations >= 2 * carried.looked_at)).nonzero().squeeze(1)
+        if len(rows):
+            count = max(2 * BLOCK, min(max(_LOOK, 4 * self.num_samples), state.evaluations) // BLOCK * BLOCK)
+            some, at = subset(problem, rows), take(displacement, rows)
+            # Steps of the noise bank that no step of the solver reaches.
+            seen = look(some, at, count, (1 << 40) + state.evaluations, runner)
+            upper2 = upper_residual2(some, take(maps, rows), seen, seen.squares, seen.sums, 1.0).clamp_min(0)
+            length2, floor = inner(at, at), carried.floor[rows]
+            carried.refuted[rows] = relative_residual(upper2.sqrt(), (length2,), floor)
+            carried.looked[rows] += count
+            carried.looked_at[rows] = state.evaluations
+        return torch.where(claimed, torch.maximum(relative, carried.refuted), relative)
 
     def next(self, state: State, answer: Answer | None) -> Tensor:
         more = torch.full_like(state.problem.keys, self.num_samples * (state.evaluations < self.gradients))

@@ -64,8 +64,7 @@ def _solve_group(problem: Problem, solver: Solver, runner: Runner, bar: Any) -> 
                 if count or answer is None:
                     pieces.setdefault(count, []).append((group, rows))
                     continue
-                steps, evaluations = state.carried.steps, state.evaluations
-                solution = assemble(state.problem, answer, steps=steps, evaluations=evaluations, tol=solver.tol)
+                solution = assemble(state.problem, answer, steps=state.carried.steps, tol=solver.tol)
                 if len(rows) == state.problem.batch:
                     finished.append((group.where, solution))
                 else:

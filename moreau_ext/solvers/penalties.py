@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.layout import Tensors, flat_rows, in_memory_order, over_features
+from ..ops.layout import Tensors, flat_rows, in_memory_order, inner, over_features, total
 from ..ops.partition import Partition
+from .errors import normal_of_gamma, normal_of_student, upper_tail
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,41 @@ class Penalty(ABC):
         """Features, or groups, of every input, int64 [B]."""
 
     @abstractmethod
-    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
-        """(J²)_jj of J = ∂S_η/∂p at p, given maps = S_η(p), shaped as p: independent noise of variance V_j in p becomes
-        Σ_j V_j·gain_j in ‖S_η(p)‖²; 0 off the support."""
+    def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
+        """The share of the noise of p that S_η lets through, shaped as p: independent noise of variance V_j in p becomes
+        about Σ_j V_j·gain_j in ‖S_η(p)‖².
+
+        On the support it is (J²)_jj of J = ∂S_η/∂p. Off it, the expected square of what noise lifts over the threshold:
+        (1 + z²)Φ(−z) − zφ(z) for a magnitude z standard deviations below it.
+
+        Args:
+            gradient: p.
+            maps: S_η(p).
+            variance: V, of the mean p.
+        """
+
+    @abstractmethod
+    def p_values(self, gradient: Tensors, variance: Tensors, freedom: Tensor, dependence: Tensor) -> Tensors:
+        """P(a mean as large as p̄ | the true magnitude is at the threshold), shaped as p: small where a feature, or a group,
+        is in the map beyond sampling noise.
+
+        Args:
+            gradient: p̄, a mean of samples.
+            variance: V, of that mean.
+            freedom: float64 [B], the degrees of freedom with which V is known.
+            dependence: float64 [B], how many times as many features move together as would if all were independent.
+        """
+
+    @abstractmethod
+    def denoised(self, gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:
+        """(u, c): a mean gradient with magnitudes that noise does not lift, and what S_η(u) is to be multiplied by.
+
+        Both factors go to 1 as the samples grow.
+
+        Args:
+            gradient: p̄, a mean of samples.
+            variance: V, of that mean.
+        """
 
     @abstractmethod
     def magnitudes(self, gradient: Tensors) -> Tensor:
@@ -119,14 +152,54 @@ class NoPenalty(Penalty):
     def count(self, like: Tensors) -> Tensor:
         return _feature_count(like)
 
-    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
+    def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
         return tuple([torch.ones_like(p) for p in gradient])
+
+    def p_values(self, gradient: Tensors, variance: Tensors, freedom: Tensor, dependence: Tensor) -> Tensors:
+        return tuple(
+            [
+                _two_sided(p, v, torch.zeros((), dtype=p.dtype, device=p.device), freedom)
+                for p, v in zip(gradient, variance, strict=True)
+            ]
+        )
+
+    def denoised(self, gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:
+        return _shrunk(gradient, variance)
 
     def magnitudes(self, gradient: Tensors) -> Tensor:
         return _absolute(gradient)
 
     def resolve(self, gradient: Tensors) -> tuple[Penalty, Tensors]:
         return self, ()
+
+
+def _lifted(gap: Tensor, variance: Tensor) -> Tensor:
+    """E(s·ξ − gap)₊²/s² for a standard normal ξ and s² the variance; 0 where there is none, or the gap is infinite."""
+    z = gap / variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+    tail = torch.special.ndtr(-z)
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    found = ((1 + z.square()) * tail - z * density).clamp(0, 1)
+    return torch.where((variance > 0) & (z < 30), found, 0.0)
+
+
+def _two_sided(p: Tensor, variance: Tensor, eta: Tensor, freedom: Tensor) -> Tensor:
+    """P(|p + ε| ≥ |p̄|) for a true |p| = η, by Student's distribution; float64."""
+    s = variance.double().sqrt()
+    size, freedom = p.double().abs(), over_features(freedom, p)
+    tails = [
+        upper_tail(normal_of_student((size + sign * eta.double()) / s.clamp_min(1e-300), freedom)) for sign in (-1, 1)
+    ]
+    return torch.where(s > 0, tails[0] + tails[1], (size <= eta).double()).clamp_max(1.0)
+
+
+def _shrunk(gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:
+    """p̄·(1 − Σ V/‖p̄‖²)₊ (James and Stein), over all features of all tensors."""
+    square, noise = inner(gradient, gradient), total(variance)
+    factor = torch.where(square > 0, 1 - noise / square.clamp_min(torch.finfo(torch.float64).tiny), 1.0).clamp_min(0)
+    return (
+        tuple([p * over_features(factor.to(p.dtype), p) for p in gradient]),
+        tuple([torch.ones_like(p[:1]) for p in gradient]),
+    )
 
 
 def _feature_count(like: Tensors) -> Tensor:
@@ -164,8 +237,22 @@ class L1(Penalty):
     def count(self, like: Tensors) -> Tensor:
         return _feature_count(like)
 
-    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
-        return tuple((a != 0).to(p.dtype) for a, p in zip(maps, gradient, strict=True))
+    def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
+        return tuple(
+            torch.where(a != 0, 1.0, _lifted(over_features(e, p) - p.abs(), v)).to(p.dtype)
+            for a, p, e, v in zip(maps, gradient, self.eta, variance, strict=True)
+        )
+
+    def p_values(self, gradient: Tensors, variance: Tensors, freedom: Tensor, dependence: Tensor) -> Tensors:
+        return tuple(
+            [
+                _two_sided(p, v, over_features(e, p), freedom)
+                for p, v, e in zip(gradient, variance, self.eta, strict=True)
+            ]
+        )
+
+    def denoised(self, gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:
+        return _shrunk(gradient, variance)
 
     def magnitudes(self, gradient: Tensors) -> Tensor:
         return _absolute(gradient)
@@ -198,18 +285,61 @@ class GroupL2(Penalty):
         found = torch.stack([g.labels.amax(1).long() + 1 for g in self.groups]).sum(0)
         return found.expand(like[0].shape[0])
 
-    def gain(self, gradient: Tensors, maps: Tensors) -> Tensors:
+    def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
         # J = φI + (1 − φ)uuᵀ within a group, u = p_g/‖p_g‖ and φ the factor that shrinks it.
         found = []
-        for p, a, groups in zip(gradient, maps, self.groups, strict=True):
+        for p, a, e, v, groups in zip(gradient, maps, self.eta, variance, self.groups, strict=True):
             flat, out = in_memory_order(p), torch.empty_like(p)
-            norms = ops.group_norms(p, groups).to(p.dtype).gather(1, groups.labels.long().expand(flat.shape[0], -1))
+            labels = groups.labels.long().expand(flat.shape[0], -1)
+            each = ops.group_norms(p, groups).to(p.dtype)
+            norms = each.gather(1, labels)
             on = in_memory_order(a) != 0
             factor2 = torch.where(on, in_memory_order(a) / flat, 0).square()
-            radial = torch.where(on, flat / norms, 0).square()
-            in_memory_order(out).copy_((factor2 + (1 - factor2) * radial).where(on, 0))
+            radial = torch.where(norms > 0, flat / norms, 0).square()
+            # The variance of a group's norm, to first order.
+            of_norm = torch.zeros_like(each).scatter_add_(1, labels, radial * in_memory_order(v).to(p.dtype))
+            lifted = _lifted(e[:, None] * groups.weights - each, of_norm).to(p.dtype).gather(1, labels)
+            in_memory_order(out).copy_(torch.where(on, factor2 + (1 - factor2) * radial, lifted * radial))
             found.append(out)
         return tuple(found)
+
+    def p_values(self, gradient: Tensors, variance: Tensors, freedom: Tensor, dependence: Tensor) -> Tensors:
+        found = []
+        for p, v, e, groups in zip(gradient, variance, self.eta, self.groups, strict=True):
+            labels = groups.labels.long().expand(p.shape[0], -1)
+            g, s2 = in_memory_order(p).double(), in_memory_order(v).double()
+
+            def of_group(
+                values: Tensor, labels: Tensor = labels, like: Tensor = e, count: int = groups.count
+            ) -> Tensor:
+                return values.new_zeros(like.shape[0], count).scatter_add_(1, labels, values)
+
+            norm2, noise2, crossed = of_group(g.square()), of_group(s2), of_group(s2.square())
+            radial = torch.where(norm2 > 0, of_group(g.square() * s2) / norm2, 0.0)
+            limit2 = (e[:, None] * groups.weights).double().square()
+            crossed = torch.minimum(crossed * dependence[:, None], noise2.square())
+            mean = limit2 + noise2
+            # Of ‖p + ε‖², and of the estimate of its mean.
+            spread = 2 * crossed + 4 * limit2 * radial + 2 * crossed / freedom[:, None]
+            tail = upper_tail(normal_of_gamma(norm2, mean, spread))
+            tail = torch.where(noise2 > 0, tail, (norm2 <= limit2).double()).gather(1, labels)
+            out = torch.empty_like(p, dtype=torch.float64)
+            in_memory_order(out).copy_(tail)
+            found.append(out)
+        return tuple(found)
+
+    def denoised(self, gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:
+        lifted, after = [], []
+        for p, v, groups in zip(gradient, variance, self.groups, strict=True):
+            labels = groups.labels.long().expand(p.shape[0], -1)
+            norms = ops.group_norms(p, groups).to(p.dtype)
+            noise2 = torch.zeros_like(norms).scatter_add_(1, labels, in_memory_order(v).to(p.dtype))
+            kept = torch.where(norms > 0, 1 - noise2 / norms.square(), 1.0).clamp_min(0).sqrt().gather(1, labels)
+            factor = torch.empty_like(p)
+            in_memory_order(factor).copy_(kept)
+            lifted.append(p * factor)
+            after.append(factor)
+        return tuple(lifted), tuple(after)
 
     def magnitudes(self, gradient: Tensors) -> Tensor:
         both = [ops.group_norms(p, g).to(p.dtype) / g.weights for p, g in zip(gradient, self.groups, strict=True)]

@@ -66,6 +66,7 @@ class Problem:
         penalty: η·Ω.
         tuning: what η and ρ follow, or None where they are as given.
         start: where to begin, or None for δ = 0; then the penalty is absolute.
+        denoise: whether answers are corrected for the sampling noise of p, see :meth:`answer`.
         passes: runs the passes of the model; owned by the call.
     """
 
@@ -79,6 +80,7 @@ class Problem:
     penalty: Penalty = field(default_factory=NoPenalty)
     tuning: Tuning | None = None
     start: Start | None = None
+    denoise: bool = False
     passes: PassRunner = field(default_factory=PassRunner, compare=False, repr=False)
 
     def take(self, index: Tensor) -> Problem:
@@ -111,6 +113,36 @@ class Problem:
         maps = self.penalty.prox(gradient)
         return maps, tuple(-over_features(r, a) * a for a, r in zip(maps, self.rho, strict=True))
 
+    def answer(self, gradient: Tensors, variance: Tensors) -> tuple[Problem, Tensors, Tensors]:
+        """The problem that is answered, with its η and ρ, and (A, y) of a mean gradient with its sampling noise corrected.
+
+        Noise adds to magnitudes, E‖p̄_g‖² = ‖p_g‖² + Σ V_j: it lifts features and groups over the threshold, and makes the
+        map longer. So magnitudes are taken without it, and directions shrunk, see :meth:`Penalty.denoised`. Both fade out
+        as V does. Where the variance is not known (NaN), nothing is corrected.
+
+        Args:
+            gradient: p̄.
+            variance: V, of this mean.
+        """
+        if not self.denoise:
+            tuned = self.tuned(gradient)
+            return tuned, *tuned.image(gradient)
+        u, after = self.penalty.denoised(gradient, tuple([v.nan_to_num(0.0) for v in variance]))
+        tuned = self.tuned(u)
+        maps = tuple([c * a for c, a in zip(after, tuned.penalty.prox(u), strict=True)])
+        if self.tuning is not None:
+            tuned = tuned.of_radius(maps)
+        return tuned, maps, tuple([-over_features(r, a) * a for a, r in zip(maps, tuned.rho, strict=True)])
+
+    def of_radius(self, maps: Tensors) -> Problem:
+        """The problem with the ρ for which a map's displacement has the length that was asked for, if one was."""
+        if self.tuning is None or self.tuning.radius is None:
+            return self
+        length = inner(maps, maps).sqrt()
+        # A map of zeros cannot be made longer: it keeps the rho it has.
+        rho = [torch.where(length > 0, self.tuning.radius / length.clamp_min(_TINY), r).to(r.dtype) for r in self.rho]
+        return replace(self, rho=tuple(rho))
+
     def objective(self, displacement: Tensors, score: Tensor) -> Tensor:
         """H = f_σ(x+δ) + ‖δ‖²/(2ρ) + η·Ω(δ), float64 [B], given f_σ(x+δ)."""
         pull = [
@@ -132,15 +164,7 @@ class Problem:
             eta = penalty.threshold(gradient, self.tuning.support)
             penalty = replace(penalty, eta=tuple([eta.to(r.dtype) for r in self.rho]))
             problem = replace(problem, penalty=penalty)
-        if self.tuning.radius is not None:
-            maps = penalty.prox(gradient)
-            length = inner(maps, maps).sqrt()
-            # A map of zeros cannot be made longer: it keeps the rho it has.
-            rho = [
-                torch.where(length > 0, self.tuning.radius / length.clamp_min(_TINY), r).to(r.dtype) for r in self.rho
-            ]
-            problem = replace(problem, rho=tuple(rho))
-        return problem
+        return problem.of_radius(penalty.prox(gradient)) if self.tuning.radius is not None else problem
 
     def retune(self, gradient: Tensors) -> None:
         """The same in place, for a problem whose η and ρ belong to the solver."""

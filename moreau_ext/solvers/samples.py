@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..model.passes import PassRunner
 from ..model.score import Score
-from ..ops.layout import Tensors, like_layout, rows_like
+from ..ops.layout import Tensors, like_layout, over_features, rows_like
 from ..ops.noise import Noise
 from .problem import Problem
 
@@ -77,8 +77,47 @@ class NoisyCopies:
         scores, *found = self.passes(Score.gradient, self._scores[size], rows)
         return scores.view(-1, size), tuple([like_layout(g, x) for g, x in zip(found, rows, strict=True)])
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the two samples of every pair z, −z are in one chunk."""
+        return self._noise[0].antithetic and all(size % 2 == 0 for _, size in self.chunks)
+
+    def _squares(self, gradients: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """Σ g² over the samples of a chunk, or Σ ((g₊ + g₋)/2)² over its pairs; [B, *features]."""
+        each = gradients.unflatten(0, (-1, size))
+        if self.pairs:
+            each = (each[:, 0::2] + each[:, 1::2]) / 2
+        return each.to(dtype).square().sum(1)
+
+    def variance(self, squares: Tensors, mean: Tensors) -> tuple[Tensors, int]:
+        """V of one sample's gradient, such that V/m is that of the mean of m, and its degrees of freedom; NaN of a single
+        sample or pair.
+
+        Args:
+            squares: as :meth:`gradients` wrote them.
+            mean: the mean gradient of the same samples.
+        """
+        samples = sum(size for _, size in self.chunks)
+        of_one = 2 if self.pairs else 1
+        count = samples // of_one
+        scale = of_one / (count - 1) if count > 1 else torch.nan
+        found = [((s - count * p.square()) * scale).clamp_min(0) for s, p in zip(squares, mean, strict=True)]
+        still = [n.sigma is not None and torch.as_tensor(n.sigma) == 0 for n in self._noise]
+        return tuple(
+            [
+                torch.where(over_features(torch.as_tensor(none, device=v.device), v), 0.0, v)
+                for v, none in zip(found, still, strict=True)
+            ]
+        ), count - 1
+
     def gradients(
-        self, displacement: Tensors | None, into: Tensors, score: Tensor, first: Tensors | None = None
+        self,
+        displacement: Tensors | None,
+        into: Tensors,
+        score: Tensor,
+        first: Tensors | None = None,
+        each: Tensor | None = None,
+        squares: Tensors = (),
     ) -> Tensors:
         """The gradients of the last chunk at a displacement.
 
@@ -87,11 +126,19 @@ class NoisyCopies:
             into: state dtype; the sum of the gradients of the chunks before the last is written here.
             score: float64 [B]; the sum of all scores is written here.
             first: the copies of the first chunk, where they are drawn already.
+            each: [B, samples]; the score of every sample is written here.
+            squares: state dtype; the sum of the squared gradients is written here, of pairs where samples are pairs.
         """
         last = len(self.chunks) - 1
         for chunk in range(last + 1):
             rows = first if first is not None and chunk == 0 else self.draw(chunk, displacement)
             scores, gradients = self.gradient(chunk, rows)
+            if each is not None:
+                start, size = self.chunks[chunk]
+                each[:, start : start + size] = scores
+            for total, g in zip(squares, gradients, strict=bool(squares)):
+                added = self._squares(g, self.chunks[chunk][1], total.dtype)
+                total.copy_(added if chunk == 0 else total + added)
             if chunk == 0:
                 torch.sum(scores, 1, dtype=torch.float64, out=score)
             else:
@@ -106,15 +153,18 @@ class NoisyCopies:
 class GradientSum:
     """The sum of the gradients at one displacement, in place: it may be captured.
 
-    ``run`` writes the sum of the gradients to ``gradient`` and that of the scores, float64 [B], to ``score``.
+    ``run`` writes the sum of the gradients to ``gradient`` and that of the scores, float64 [B], to ``score``; the score
+    of every sample to ``each``, [B, samples], and the sum of the squares to ``squares``, where they are given.
     """
 
     copies: NoisyCopies
     displacement: Tensors | None
     gradient: Tensors
     score: Tensor
+    each: Tensor | None = None
+    squares: Tensors = ()
 
     def run(self) -> None:
-        last = self.copies.gradients(self.displacement, self.gradient, self.score)
+        last = self.copies.gradients(self.displacement, self.gradient, self.score, each=self.each, squares=self.squares)
         for g, total in zip(last, self.gradient, strict=True):
             ops.accumulate(g, total, carry=len(self.copies.chunks) > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.layout import Tensors, flat_rows, join, take
+from .errors import Errors, benjamini_hochberg
 from .problem import Problem
 
 
@@ -40,6 +42,12 @@ class Solution:
         eta: η that was used (absolute), 0 without a penalty; [B], or one per feature.
         rho: ρ that was used.
         sigma: σ that was used, per tensor of a tuple.
+        standard_error: of the envelope gradient p, by sampling, in the form and dtype of the map; the map's entry errs by
+            no more without a penalty or with L1. NaN where it is not known: of a single sample or pair, and of methods
+            that are no mean of samples.
+        p_value: the probability of a mean gradient as large as this one if the feature, or its group, were just at the
+            threshold η, or at 0 without a penalty; see :meth:`significant`. State dtype.
+        error: the parts of the map's error, see :class:`Errors`.
         target: what was explained, int64 [B, k], k indices into the axes of the output behind the batch; None for a
             callable target, and for a model with one output per input.
         ids: int64 [B], the names of the inputs to the noise bank.
@@ -61,6 +69,9 @@ class Solution:
     eta: Any
     rho: Tensor
     sigma: Any
+    standard_error: Any
+    p_value: Any
+    error: Errors
     target: Tensor | None
     ids: Tensor
 
@@ -69,6 +80,57 @@ class Solution:
         """One solution of many, in their order."""
         whole: Solution = join(list(parts))
         return whole
+
+    def significant(self, q: float = 0.1) -> Any:
+        """The features that are in the map beyond sampling noise, at a false discovery rate of q: bool, in the form of the
+        map; whole groups where there are groups.
+
+        Of the features marked for an input, a share of q at most is expected to be zero in the map of infinitely many
+        samples (Benjamini and Hochberg 1995, on ``p_value``). It says nothing about the other parts of ``error``.
+
+        Args:
+            q: in (0, 1).
+
+        Raises:
+            ValueError: q out of range.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import SmoothGrad
+            >>> f = SmoothGrad(lambda x: (x * torch.tensor([3.0, 0.0])).sum(1), num_samples=8)
+            >>> f.attribute(torch.ones(1, 2), return_solution=True).significant()
+            tensor([[ True, False]])
+        """
+        if not 0 < q < 1:
+            raise ValueError(f"q: expected a number between 0 and 1, got {q!r}")
+        one = isinstance(self.p_value, Tensor)
+        tails, maps = ((self.p_value,), (self.attribution,)) if one else (self.p_value, self.attribution)
+        flat = torch.cat([flat_rows(p) for p in tails], dim=1)
+        found = benjamini_hochberg(flat.nan_to_num(1.0), q).split([flat_rows(p).shape[1] for p in tails], dim=1)
+        marked = tuple([f.view(p.shape) & (a != 0) for f, p, a in zip(found, tails, maps, strict=True)])
+        return marked[0] if one else marked
+
+    def forecast(self, tol: float) -> Tensor:
+        """The gradients that a sampling error of ``tol`` would take, int64 [B]; −1 where it is not known.
+
+        It falls with the square root of their number, so a tenth of the error costs a hundred times as many. Settling
+        and nonlinearity are not in it.
+
+        Args:
+            tol: relative error, > 0.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import SmoothGrad
+            >>> f = SmoothGrad(lambda x: x.square().sum(1), num_samples=64)
+            >>> n = f.attribute(torch.ones(1, 2), return_solution=True).forecast(0.01)
+            >>> bool(64 < n)
+            True
+        """
+        if not 0 < tol < math.inf:
+            raise ValueError(f"tol: expected a positive number, got {tol!r}")
+        wanted = (self.error.unit_cost / tol**2).ceil().clamp_max(2.0**62)
+        return torch.where(wanted.isnan(), -1, wanted.nan_to_num(0.0).clamp_min(1)).long()
 
     def take(self, index: Tensor) -> Solution:
         """The solution of some of the inputs."""
@@ -86,6 +148,11 @@ class Answer:
         gradient: p.
         envelope: H, float64 [B].
         residual, relative_residual: float64 [B].
+        evaluations: gradients taken, int64 [B].
+        variance: of p, per feature; NaN where it is not known.
+        freedom: float64 [B], the degrees of freedom of that variance.
+        dependence: float64 [B]; see :meth:`moreau_ext.solvers.penalties.Penalty.p_values`.
+        error: the parts of the error.
     """
 
     rho: Tensors
@@ -96,13 +163,19 @@ class Answer:
     envelope: Tensor
     residual: Tensor
     relative_residual: Tensor
+    evaluations: Tensor
+    variance: Tensors
+    freedom: Tensor
+    dependence: Tensor
+    error: Errors
 
 
-def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, evaluations: int, tol: float) -> Solution:
+def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: float) -> Solution:
     """The Solution of an answer, with what follows from it."""
     attribution = tuple([a.to(x.dtype) for a, x in zip(answer.maps, problem.inputs, strict=True)])
     nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
     ones = torch.ones_like(nnz)
+    tails = problem.penalty.p_values(answer.gradient, answer.variance, answer.freedom, answer.dependence)
     eta = answer.eta or tuple([torch.zeros_like(r) for r in answer.rho])
     return Solution(
         attribution=attribution,
@@ -113,7 +186,7 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, evaluatio
         residual=answer.residual,
         relative_residual=answer.relative_residual,
         steps=ones * steps,
-        gradient_evaluations=ones * evaluations,
+        gradient_evaluations=answer.evaluations,
         converged=answer.relative_residual <= tol,
         nnz=nnz,
         support=(problem.penalty.magnitudes(answer.maps) > 0).sum(1),
@@ -122,10 +195,13 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, evaluatio
         eta=tuple([e.expand(problem.batch, *e.shape[1:]) if e.dim() > 1 else e for e in eta]),
         rho=answer.rho[0],
         sigma=problem.sigma,
+        standard_error=tuple([v.sqrt().to(x.dtype) for v, x in zip(answer.variance, problem.inputs, strict=True)]),
+        p_value=tuple([p.to(a.dtype) for p, a in zip(tails, answer.maps, strict=True)]),
+        error=answer.error,
         target=problem.score.target if isinstance(problem.score.target, Tensor) else None,
         ids=problem.ids,
     )
 
 
 # A Solution is tensors and numbers: torch.load takes it at its default.
-torch.serialization.add_safe_globals([Solution])
+torch.serialization.add_safe_globals([Solution, Errors])

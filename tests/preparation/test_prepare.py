@@ -382,6 +382,140 @@ def test_what_is_left_alone(make: Callable[[], nn.Module], why: str) -> None:
     assert lever.output_difference is lever.time_ratio is None
 
 
+# --- layers of subclasses ---------------------------------------------------------------------------------------------
+
+
+class SamePadding(nn.Conv2d):
+    """Pads by itself, as timm's and EfficientNet's convolutions do: linear in its weights, so it can be folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class Rectified(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Clamped(nn.Conv2d):
+    """No input of the example comes near the limit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-8, 8)
+
+
+class Standardised(nn.Conv2d):
+    """Normalises its weights, so that scaling them changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.flatten(1)
+        weight = ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).view_as(self.weight)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight / 2, self.bias)
+
+
+class FailsFarOut(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().min()) < -5:
+            raise ValueError("pixels below -5")
+        return super().forward(x)
+
+
+class DiffersInLargePasses(nn.Conv2d):
+    """Right on the few rows that a layer is tried on, wrong on more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if len(x) < 3 else Standardised.forward(self, x)  # type: ignore[arg-type]
+
+
+class TwoTensors(nn.Conv2d):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x) * scale
+
+
+class CallsWithTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = TwoTensors(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x, x.mean())).flatten(1)
+
+
+def with_norm(layer: nn.Conv2d) -> nn.Module:
+    """Behind it a plain pair, so that something is folded in any case."""
+    plain = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    return shaken(nn.Sequential(layer, nn.BatchNorm2d(4), nn.ReLU(), *plain, nn.Flatten()))
+
+
+def parametrized() -> nn.Conv2d:
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+
+
+def test_a_subclass_that_pads_is_folded() -> None:
+    model = with_norm(SamePadding(3, 4, 2, stride=2, bias=False))
+    lever, left = folded(model, IMAGES)
+    assert (lever.applied, lever.reason, left) == (True, "2 of 2 folded", 0)
+    assert_equal_maps(model, prepare(model, IMAGES, max_batch=4), IMAGES)
+
+
+def test_a_subclass_of_linear_is_folded_where_it_is_linear() -> None:
+    model, x = shaken(nn.Sequential(Halved(5, 4, bias=False), nn.BatchNorm1d(4))), torch.rand(3, 5)
+    assert folded(model, x)[0].reason == "1 of 1 folded"
+    assert_equal_maps(model, prepare(model, x, max_batch=2), x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (Rectified(3, 4, 3), "folding would change its output"),
+        (Clamped(3, 4, 3), "folding would change its output"),
+        (Standardised(3, 4, 3), "folding would change its output"),
+        (FailsFarOut(3, 4, 3), "failed: ValueError"),
+        (parametrized(), "no plain parameters"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+)
+def test_a_subclass_that_does_more_is_not_folded(layer: nn.Conv2d, why: str) -> None:
+    model = with_norm(layer)
+    lever, left = folded(model, IMAGES)
+    assert (lever.applied, left) == (True, 1)
+    assert lever.reason.startswith("1 of 2 folded; left alone 1: a class of its own")
+    assert why in lever.reason
+    assert_equal_maps(model, prepare(model, IMAGES, max_batch=4), IMAGES)
+
+
+def test_a_subclass_with_two_inputs_is_not_folded() -> None:
+    lever, left = folded(shaken(CallsWithTwo()), IMAGES)
+    assert (lever.applied, left) == (False, 1)
+    assert "takes more than one tensor" in lever.reason
+
+
+def test_where_the_whole_differs_plain_layers_are_folded_all_the_same() -> None:
+    model = with_norm(DiffersInLargePasses(3, 4, 3))
+    lever, left = folded(model, IMAGES)
+    assert (lever.applied, left) == (True, 1)
+    assert lever.reason == "1 of 2 folded; left alone 1: a class of its own"
+    assert_equal_maps(model, prepare(model, IMAGES, max_batch=4), IMAGES)
+
+
+@pytest.mark.slow
+def test_a_net_with_imagenet_weights_is_folded_whole() -> None:
+    net, data = zoo.efficientnet_lite0(), zoo.photographs(96)
+    prepared = prepare(net, data.inputs[:2], channels_last=False, probe=False)
+    lever = by_name(prepared)["fold_batchnorm"]
+    assert (lever.reason, norms(prepared.model), norms(net)) == ("49 of 49 folded", 0, 49)
+    with torch.no_grad():
+        expected = net(data.inputs)
+        torch.testing.assert_close(
+            prepared.model(data.inputs), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
+
+
 def test_no_batchnorm() -> None:
     lever, _ = folded(nn.Linear(3, 2), torch.rand(2, 3))
     assert (lever.applied, lever.reason) == (False, "no BatchNorm")
