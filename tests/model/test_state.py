@@ -209,7 +209,7 @@ def surroundings() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), flags, cast, len(modes_on)
 
 
-@pytest.mark.filterwarnings("ignore:the model is in train mode")
+@pytest.mark.filterwarnings("ignore:the model is in train mode", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_moment() -> None:
     """Ctrl-C by a timer, in models in train mode with buffers that move, of every kind of call."""
     model = nn.Sequential(Stateful(CHANGES["in place"]), *[nn.Identity() for _ in range(100)]).train()
