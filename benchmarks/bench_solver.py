@@ -98,10 +98,10 @@ class Recorded(AdaptiveProximalGradient):
 
     looks: list[tuple[Tensor, int, Tensor]]
 
-    def _solution(self, state: Any, answer: Any, scores: Tensor, before: Any) -> Solution:
-        found = super()._solution(state, answer, scores, before)
-        self.looks.append((state.problem.ids, state.evaluations, found.attribution[0]))
-        return found
+    def next(self, state: Any, answer: Any) -> Tensor:
+        if answer is not None:
+            self.looks.append((state.problem.ids, state.evaluations, answer.maps[0]))
+        return super().next(state, answer)
 
 
 class Bench:

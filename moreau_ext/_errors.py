@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class SettingError(ValueError):
     """A setting that cannot be carried out.
@@ -76,6 +79,35 @@ class MixingError(ValueError):
         )
 
 
+@contextlib.contextmanager
+def before_work(*but: type[Exception]) -> Iterator[None]:
+    """Marks errors that come before any work of a job is done: the command line refuses the call (exit status 2).
+
+    Args:
+        but: errors that are failures all the same.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, but):
+            error.before_work = True  # type: ignore[attr-defined]
+        raise
+
+
 def one_line(error: BaseException) -> str:
     """The class and the text of an error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def printable(text: str) -> str:
+    """Text with what a terminal would obey (control characters, changes of direction) as escapes.
+
+    Example:
+        >>> from moreau_ext._errors import printable
+        >>> print(printable("a\\x1b[2Jb"))
+        a\\x1b[2Jb
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in text
+    )

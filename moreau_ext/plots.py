@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bands", "bars", "gallery"]
 
+# Names of files, classes and methods are text: no formulas between dollars, no TeX.
+_PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}
 _PANEL = 1.15  # inches, edge of one image
 _LABEL = 0.75  # inches, for the row titles
 _HEAD = 0.45  # inches, for the column titles
@@ -32,6 +34,11 @@ def _image(batch: Tensor, name: str, rows: int) -> Tensor:
     if len(bad):
         raise ValueError(f"{name}: input {int(bad[0])} holds NaN or infinity, which no colour can show")
     return image.sum(1) if image.dim() == 4 else image
+
+
+def _plain(legend: Any) -> None:
+    for text in legend.get_texts():
+        text.set(**_PLAIN)
 
 
 def gallery(
@@ -110,18 +117,20 @@ def gallery(
     for row in range(rows):
         panels[row, 0].imshow(grays[row].numpy(), cmap="gray", interpolation="nearest")
         if titles is not None:
-            panels[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=9)
+            panels[row, 0].set_ylabel(titles[row], rotation=0, ha="right", va="center", fontsize=9, **_PLAIN)
         for column, image in enumerate(images.values(), 1):
             _draw(panels[row, column], image[row], diverging)
     for axes, title in zip(panels[0], ["input", *maps], strict=True):
-        axes.set_title(title, fontsize=8.5)
+        axes.set_title(title, fontsize=8.5, **_PLAIN)
     for axes in panels.flat:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_color("0.7")
     if lines:
         text = "\n".join(lines)
-        figure.text(0.1 / width, 0.07 / height, text, fontsize=7.5, va="bottom", color="0.25", linespacing=1.25)
+        figure.text(
+            0.1 / width, 0.07 / height, text, fontsize=7.5, va="bottom", color="0.25", linespacing=1.25, **_PLAIN
+        )
     return figure
 
 
@@ -205,16 +214,16 @@ def bands(
                 axes.xaxis.set_minor_locator(NullLocator())
                 axes.set_xticklabels([f"{v:g}" for v in x])
             if axes in grid[0]:
-                axes.set_title(attack, fontsize=10, color=ink)
+                axes.set_title(attack, fontsize=10, color=ink, **_PLAIN)
             if axes in grid[-1]:
-                axes.set_xlabel(axis, fontsize=9, color=ink)
+                axes.set_xlabel(axis, fontsize=9, color=ink, **_PLAIN)
             if column == 0:
-                axes.set_ylabel(metric, fontsize=9, color=ink)
+                axes.set_ylabel(metric, fontsize=9, color=ink, **_PLAIN)
             axes.tick_params(colors=ink, labelsize=8)
             axes.spines[:].set_color(ink)
             axes.grid(alpha=0.25, lw=0.5)
     if lines:
-        figure.legend(
+        legend = figure.legend(
             lines.values(),
             [labels[m] for m in lines],
             loc="outside right upper",
@@ -222,6 +231,7 @@ def bands(
             frameon=False,
             labelcolor=ink,
         )
+        _plain(legend)
     return figure
 
 
@@ -265,10 +275,11 @@ def bars(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, floa
                 axes.plot([low, high], [at, at], color=colour, lw=2)
                 (point,) = axes.plot([mean], [at], "o", color=colour, ms=4)
                 lines.setdefault(group, point)
-        axes.set_xlabel(metric, fontsize=9)
+        axes.set_xlabel(metric, fontsize=9, **_PLAIN)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3, lw=0.5)
-        axes.set_yticks(range(len(names)), names, fontsize=8.5)
+        axes.set_yticks(range(len(names)), names, fontsize=8.5, **_PLAIN)
     row[0].invert_yaxis()
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
+    legend = figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
+    _plain(legend)
     return figure

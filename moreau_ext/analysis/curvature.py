@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from statistics import NormalDist
 
@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..model.precision import resolution
 from ..ops.layout import Tensors, take
 from ..ops.noise import noise_keys
 from ..solvers.problem import Problem
-from .hessian import BLOCKS, SEED_START, Bank, Method, SmoothedHessian, by_method
+from ..solvers.samples import GradientSum, NoisyCopies
+from .hessian import (
+    BLOCKS,
+    SEED_START,
+    Bank,
+    Method,
+    SmoothedHessian,
+    by_method,
+    columns,
+    independent_keys,
+    tensors_of,
+)
 from .krylov import extreme_eigenvalues
 
 
@@ -123,38 +135,35 @@ def _ends(hessian: SmoothedHessian, steps: int, confidence: float) -> dict[str, 
     }
 
 
-# Gradients from which convex_rho measures: on the zoo, the upper end of λ is within a third of that of 4,096.
-RHO_SAMPLES, _RHO_STEPS = 512, 10
+# Lanczos products of convex_rho, and samples at either end of each: 64 gradients.
+_RHO_STEPS, _RHO_SAMPLES = 8, 4
 
 
-def convex_rho(problem: Problem) -> Tensor:
-    """ρ = ½ / max(λ, β/10), float64 [B]: half of the largest ρ for which the problem is strongly convex at x.
+def convex_rho(problem: Problem) -> tuple[Tensor, Tensor]:
+    """ρ = ½ / max(λ, β/10), float64 [B], and the gradients of each input that it took, int64 [B]: half of the largest ρ
+    for which the
+    problem is strongly convex at x.
 
-    λ and β are the upper ends of what :func:`measure_curvature` finds at δ = 0 on a bank of its own, by Stein's
-    identity from 512 gradients. At x the problem's second derivative is then at least 1/(2ρ) in every direction;
-    elsewhere it may be less, which a certificate at the solution tells. The second term keeps ρβ ≤ 5 where the score is
-    convex, and 1 is taken where it is linear, when the map is the same for every ρ.
+    λ and β are those of the Lanczos process with products of 8 gradients, Hv = (p(x + σv) − p(x − σv))/(2σ): on a bank
+    of 4 samples of its own, where both are on average larger than those of the expectation. At x the problem's second
+    derivative is then about 1/(2ρ) or more in every direction; elsewhere it may be less, which a certificate at the
+    solution tells. The second term keeps ρβ ≤ 5 where the score is convex, and 1 is taken where it is linear, when the
+    map is the same for every ρ. Inputs without noise have second derivatives instead, by autograd, which are counted as
+    two gradients each.
 
     Raises:
         ValueError: an input without noise whose score has kinks: it has no curvature.
     """
-    nowhere = tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in problem.inputs)
     noisy = torch.stack(problem.sigma).amin(0) > 0
-    out = torch.ones_like(problem.value, dtype=torch.float64)
-    methods: tuple[tuple[Method, Tensor], ...] = (("stein", noisy), ("auto", ~noisy))
-    for method, where in methods:
+    out, cost = torch.ones_like(problem.value, dtype=torch.float64), torch.zeros_like(problem.keys)
+    for measure, where in ((_by_differences, noisy), (_by_autograd, ~noisy)):
         rows = where.nonzero().squeeze(1)
         if not len(rows):
             continue
-        found = measure_curvature(
-            problem.take(rows),
-            take(nowhere, rows),
-            num_samples=RHO_SAMPLES,
-            num_hvp_samples=64,
-            steps=_RHO_STEPS,
-            method=method,
-        )
-        limit = torch.maximum(found.weak_convexity_high, found.smoothness_high / 10)
+        before = problem.passes.gradients
+        weak, smooth = measure(problem.take(rows))
+        cost[rows] = (problem.passes.gradients - before) // len(rows)
+        limit = torch.maximum(weak, smooth / 10)
         unknown = limit.isnan()
         if bool(unknown.any()):
             which = int(problem.ids[rows[unknown]][0])
@@ -163,4 +172,38 @@ def convex_rho(problem: Problem) -> Tensor:
                 "its score has kinks. Likely cause: a constant input, whose range is 0; give sigma, or a number for rho"
             )
         out[rows] = torch.where(limit > 0, 0.5 / limit.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-    return out
+    return out, cost
+
+
+def _by_differences(problem: Problem) -> tuple[Tensor, Tensor]:
+    """λ and β at x, float64 [B] each, from differences of gradients over ±σ."""
+    nowhere = tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in problem.inputs)
+    own = replace(problem, keys=independent_keys(problem.keys))
+    copies = NoisyCopies(own, _RHO_SAMPLES, True)
+    start = Bank(problem, None, 1, keys=noise_keys(SEED_START, problem.keys), antithetic=False).normals(0, 1)[:, 0]
+    reach = torch.stack([s.double() for s in problem.sigma]).amin(0)[:, None]
+
+    def product(vectors: Tensor) -> Tensor:
+        ends = []
+        for side in (1.0, -1.0):
+            place = tensors_of(side * reach * vectors, nowhere)
+            where = tuple(torch.empty_like(n).copy_(p) for n, p in zip(nowhere, place, strict=True))
+            total = GradientSum(copies, where, tuple(torch.zeros_like(n) for n in nowhere), torch.zeros_like(out))
+            total.run()
+            ends.append(columns(total.gradient, torch.float64) / _RHO_SAMPLES)
+        size.copy_(torch.maximum(size, ends[0].norm(dim=1)))
+        return (ends[0] - ends[1]) / (2 * reach)
+
+    out, size = torch.zeros(2, problem.batch, dtype=torch.float64, device=problem.keys.device)
+    values, _, _ = extreme_eigenvalues(product, start, _RHO_STEPS)
+    # Differences of gradients that are equal leave their rounding.
+    eps = max(resolution(problem.score.precision, x) for x in problem.inputs)
+    values = torch.where(values.abs() <= (64 * eps * size / reach[:, 0])[:, None], 0.0, values)
+    return (-values[:, 0]).clamp_min(0), values.abs().amax(1)
+
+
+def _by_autograd(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The same for inputs without noise."""
+    nowhere = tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in problem.inputs)
+    found = measure_curvature(problem, nowhere, num_samples=64, num_hvp_samples=64, steps=_RHO_STEPS)
+    return found.weak_convexity_high, found.smoothness_high

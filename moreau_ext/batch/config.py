@@ -40,6 +40,8 @@ _METHODS_WITH: dict[str, tuple[str, ...]] = {
 }
 # Settings of the explainers, passed on as they are.
 _EXPLAINER = ("rho", "radius", "eta", "eta_ratio", "support", "sigma", "noise_level")
+# Gradients of the adaptive solver's first levels, and of the search for η_max.
+_LEAST, _ETA_MAX = 192, 32
 # The published step size is this fraction of rho.
 _STEP = 0.1
 
@@ -129,6 +131,12 @@ class Config:
             )
         if self.fixed_steps and self.max_gradients:
             raise SettingError("max_gradients", "steps and samples fix the number of gradients; leave it out, or them")
+        follows = self.method in ("sparse", "group") and self.eta is None
+        least = _LEAST + _ETA_MAX * follows
+        if self.max_gradients is not None and self.max_gradients < least:
+            raise SettingError(
+                "max_gradients", f"expected at least {least}, which the first levels take, got {self.max_gradients}"
+            )
         if not -(2**63) <= self.seed < 2**63:
             raise SettingError("seed", f"expected 64 bits, got {self.seed}")
         check_precision(self.precision)
@@ -156,7 +164,12 @@ class Config:
         Raises:
             ValueError, ImportError, FileNotFoundError: see :func:`load_model`; no such device.
         """
-        device = torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise SettingError("device", f"expected cpu, cuda or cuda:N, got {self.device!r}") from error
+        if device.type not in ("cpu", "cuda"):
+            raise SettingError("device", f"expected cpu, cuda or cuda:N, got {self.device!r}")
         if device.type == "cuda" and (
             not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
         ):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
+import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from .._checks import check_count
-from .._errors import EmptyMapWarning, SettingError, TrainModeWarning
+from .._errors import EmptyMapWarning, SettingError, TrainModeWarning, one_line
 from ..explainers.base import Explainer
 from ..preparation.report import Prepared
 from .engine import EXAMPLE, Engine, example_of
@@ -46,9 +47,11 @@ class Summary:
         explained: rows explained by this call.
         skipped: rows finished by earlier runs.
         errors: rows with an error, of all runs.
+        failed: rows with an error among those of this call.
         converged: share of the rows explained by this call.
         seconds: from the first batch to the last byte.
         bytes: of the shards written by this call.
+        left_out: number of the source's entries that are no rows, such as files that are no images, by the reason.
     """
 
     inputs: int
@@ -58,6 +61,8 @@ class Summary:
     converged: float
     seconds: float
     bytes: int
+    left_out: dict[str, int] = field(default_factory=dict)
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,23 @@ class Job:
         """(number, first row, last row + 1) of the shards that are missing or damaged."""
         starts = range(0, len(source), self.shard_rows)
         shards = [(key, start, min(start + self.shard_rows, len(source))) for key, start in enumerate(starts)]
-        return [(key, start, stop) for key, start, stop in shards if self.output.rows_in(key) != stop - start]
+        return [(key, start, stop) for key, start, stop in shards if self.rows_in(key) != stop - start]
+
+    def rows_in(self, key: int) -> int | None:
+        """The number of rows of a shard; None if it is missing or damaged."""
+        return self.output.rows_in(key, self.manifest)
+
+    def finish(self, rows: int) -> int:
+        """Writes errors.parquet, and returns the number of the rows with an error.
+
+        Args:
+            rows: of all shards.
+
+        Raises:
+            OSError: the folder or a shard was deleted meanwhile.
+        """
+        self.output.check_complete(-(-rows // self.shard_rows))
+        return self.output.write_errors()
 
 
 def open_job(
@@ -119,12 +140,45 @@ def open_job(
         raise SettingError(
             "source", f"its first input has shape {shape}, and had {tuple(manifest['shape'])} in the first run"
         )
-    explainer, choices = make_explainer(example, None if manifest is None else manifest["prepared"])
+    try:
+        explainer, choices = make_explainer(example, None if manifest is None else manifest["prepared"])
+    except Exception as error:
+        cure = _cure(error)
+        if cure is None or isinstance(error, SettingError):
+            raise
+        raise SettingError(
+            cure[0], f"the model fails on the first inputs, of shape {shape}: {one_line(error)[:300]}. {cure[1]}"
+        ) from error
     if manifest is None:
         rows = shard_size(shard_rows, batch, shape)
         manifest = output.begin(configuration, {"shape": shape, "shard_rows": rows, "prepared": choices})
     engine = Engine(explainer, target, shape, configuration["map_dtype"])
     return Job(output, manifest, engine, batch, manifest["shard_rows"])
+
+
+def _cure(error: Exception) -> tuple[str, str] | None:
+    """(setting, cure) of an error of a model that gets its first inputs; None if the cause is not plain."""
+    text = str(error)
+    if channels := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
+        wanted, got = channels.groups()
+        if {wanted, got} == {"1", "3"}:
+            colour = "gray" if wanted == "1" else "colour"
+            return "preprocess", f'It takes {colour} images: set mode = "{"L" if wanted == "1" else "RGB"}"'
+    if "Guard failed" in text or re.search(r"to be equal to \d+, but got", text):
+        return "model", (
+            "It was exported for fixed sizes: export it with dynamic_shapes for the batch, and bring inputs to its "
+            "size (resize of preprocess)"
+        )
+    words = (
+        "mat1 and mat2",
+        "must match the size",
+        "size mismatch",
+        "doesn't match model",
+        "is invalid for input of size",
+    )
+    if any(word in text for word in words):
+        return "preprocess", "Likely cause: inputs of another size than the model takes: set resize and crop"
+    return None
 
 
 def _write_unreadable(source: Source, output: Output) -> None:
@@ -220,15 +274,25 @@ def locked(out: str | Path) -> Iterator[Output]:
         OSError: it cannot be written; the text says why in words.
     """
     folder = Path(out)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    begun = False
     try:
         output = Output(folder)
         with output.locked():
+            begun = True
             yield output
     except OSError as error:
         in_words = output_error(error, folder)
         if in_words is None:
             raise
+        if not begun:
+            in_words.before_work = True  # type: ignore[attr-defined]
         raise in_words from error
+    finally:
+        # A job that was refused leaves no empty folder.
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -7,59 +7,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from ..data.manifest import Differs
 from ..data.progress import progress_bar
 from .job import Job, Summary, about_job, batches_of
+from .readers import read_batches
 from .sink import Rows
-from .sources.base import Loaded, Source
+from .sources.base import Source
 from .sources.datasets import Stream
-
-
-class _Batches(torch.utils.data.Dataset[Any]):
-    """Batches of a source as the items of a data set, so that a DataLoader's workers read whole batches."""
-
-    def __init__(self, source: Source, batches: list[tuple[int, int]]):
-        self._source, self._batches = source, batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> tuple[int, Loaded]:
-        start, stop = self._batches[index]
-        return start, self._source.load(start, stop)
-
-
-def _ignore_interrupt(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def read_batches(
-    source: Source, batches: list[tuple[int, int]], workers: int, pin: bool
-) -> Iterator[tuple[int, Loaded]]:
-    """Reads batches in order.
-
-    Args:
-        source: of the rows.
-        batches: (first row, last row + 1) of each.
-        workers: processes that read ahead, two batches each; 0 reads in this one.
-        pin: copy the inputs to pinned memory, for a GPU.
-    """
-    loader: Any = torch.utils.data.DataLoader(
-        _Batches(source, batches),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_ignore_interrupt,
-        prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork" if workers else None,
-    )
-    yield from loader
 
 
 class _Writer:
@@ -145,8 +102,9 @@ def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -
         pieces = [piece for _, start, stop in todo for piece in batches_of(start, stop, job.batch)]
         batches = read_batches(source, pieces, workers, engine.device.type == "cuda")
     writer = _Writer(lambda key, rows: job.output.write(key, rows, job.manifest, about))
-    began, explained, converged, inputs = time.perf_counter(), 0, 0, 0
+    began, explained, failed, converged, inputs = time.perf_counter(), 0, 0, 0, 0
     shard: list[Rows] = []
+    solves = False  # the method has a residual
     finished: int | None = None  # rows of the stream's current shard, if an earlier run wrote it
     with (
         _Interruption() as interruption,
@@ -157,7 +115,7 @@ def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -
                 key, stop = start // job.shard_rows, start + len(loaded)
                 inputs = stop
                 if isinstance(source, Stream) and not shard and start % job.shard_rows == 0:
-                    finished = job.output.rows_in(key)
+                    finished = job.rows_in(key)
                 if finished is not None:
                     end = key * job.shard_rows + finished
                     if stop > end:
@@ -167,8 +125,10 @@ def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -
                 rows = engine.rows(loaded)
                 shard.append(rows)
                 explained += len(rows)
+                failed += sum(error is not None for error in rows.columns["error"])
                 converged += sum(map(bool, rows.columns["converged"]))
-                advance(len(rows), f"{converged / explained:.0%} converged")
+                solves |= any(value is not None for value in rows.columns["residual"])
+                advance(len(rows), f"{converged / explained:.0%} converged" if solves else "")
                 if stop % job.shard_rows == 0 or stop == total:
                     writer.put(key, Rows.concatenate(shard))
                     shard = []
@@ -176,10 +136,14 @@ def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -
                         raise KeyboardInterrupt
             if shard:  # the last one of a stream
                 writer.put((inputs - 1) // job.shard_rows, Rows.concatenate(shard))
-        finally:
-            # After an error too, so that explained shards are written.
+        except BaseException:
+            # Explained shards are written.
             writer.close()
-            errors = job.output.write_errors()
+            job.output.check_place()
+            job.output.write_errors()
+            raise
+        writer.close()
+        errors = job.finish(inputs if total is None else total)
     return Summary(
         inputs=inputs if total is None else total,
         explained=explained,
@@ -188,4 +152,6 @@ def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -
         converged=converged / explained if explained else 0.0,
         seconds=time.perf_counter() - began,
         bytes=writer.bytes,
+        left_out=dict(source.left_out),
+        failed=failed,
     )

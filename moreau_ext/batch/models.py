@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-import io
 import json
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,12 @@ from torch import Tensor, nn
 
 from .._errors import SettingError, SettingFileNotFoundError, one_line
 from ..model.fingerprint import fingerprint as fingerprint
+from .exported import load_exported
 from .preprocess import Preprocess
+from .workdir import import_named
 
 _CALL = re.compile(r"^(?P<module>[\w.]+):(?P<name>[\w.]+)(?P<arguments>\(.*\))?$", re.DOTALL)
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _EXPECTED = {
     "model": "package.module:factory, a .pt2 file or hf:FOLDER",
     "preprocess": "a TOML or JSON file, or package.module:name",
@@ -39,6 +40,12 @@ def load_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module,
         FileNotFoundError: no such file or folder.
         ImportError: safetensors or transformers is needed and missing.
     """
+    if Path(spec).suffix in _WEIGHTS and (Path(spec).is_file() or ":" not in spec):
+        raise SettingError(
+            "model",
+            f"{spec} holds weights and no model. Name a factory, as package.module:factory, and give the file as "
+            "weights",
+        )
     if spec.startswith("hf:"):
         model, preprocess = _hugging_face(Path(spec.removeprefix("hf:")))
     elif spec.endswith(".pt2"):
@@ -96,10 +103,12 @@ def _named(spec: str, setting: str) -> Any:
     if match is None:
         raise SettingError(setting, f"expected {_EXPECTED[setting]}, got {spec!r}")
     try:
-        named = importlib.import_module(match["module"])
+        named: Any = import_named(match["module"])
     except ImportError as error:
         hint = "; a module is named without .py" if match["module"].endswith(".py") else ""
         raise SettingError(setting, f"cannot import {match['module']} ({error}){hint}") from error
+    except Exception as error:
+        raise SettingError(setting, f"{match['module']} fails when it is imported: {one_line(error)}") from error
     for part in match["name"].split("."):
         if not hasattr(named, part):
             raise SettingError(setting, f"{match['module']} has no {match['name']}")
@@ -158,6 +167,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise SettingError("weights", f"{path}: expected tensors by name (a state_dict), got {type(state).__name__}")
+    wanted = set(model.state_dict())
+    for prefix, source in (("module.", "DataParallel"), ("_orig_mod.", "torch.compile"), ("model.", "Lightning")):
+        if state and set(state) != wanted and {name.removeprefix(prefix) for name in state} == wanted:
+            raise SettingError(
+                "weights",
+                f"{path}: all names begin with {prefix!r} ({source}); save the state_dict of the model inside, or take "
+                "the prefix from the names",
+            )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -170,26 +187,11 @@ def _exported(path: Path) -> nn.Module:
     if not path.is_file():
         raise SettingFileNotFoundError("model", f"{path} is not there")
     try:
-        _check_archive(path)
-        # The guards of torch._check stay in the graph, so a batch size that was not exported raises an error.
-        return torch.export.load(path).module()
+        return load_exported(path)
     except Exception as error:
         raise SettingError(
             "model", f"{path} is no exported program that can be loaded: {one_line(error)[:400]}"
         ) from error
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses an archive that asks torch.export.load to unpickle more than tensors."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.namelist():
-            # Pickled weights, constants and objects are declared in the archive's own tables.
-            if entry.endswith(".json") and '"use_pickle":true' in archive.read(entry).decode().replace(" ", ""):
-                raise ValueError(f"{entry} asks for a pickle")
-            if "custom_obj" in entry or "opaque_obj" in entry:
-                raise ValueError(f"{entry} is a pickled object")
-            if entry.endswith(".pt"):
-                torch.load(io.BytesIO(archive.read(entry)), weights_only=True)
 
 
 def _hugging_face(folder: Path) -> tuple[nn.Module, Preprocess | None]:
@@ -202,8 +204,26 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, Preprocess | None]:
             f"models of Hugging Face need transformers ({error}); install it with: pip install transformers"
         ) from error
     # No pickles, no network, no code from the folder.
-    model: nn.Module = AutoModelForImageClassification.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    try:
+        model: nn.Module = AutoModelForImageClassification.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if "Unrecognized configuration class" in str(error):
+            raise SettingError(
+                "model",
+                f"hf:{folder} is a {kind}, which is no image classifier; explain models of text in Python, from their "
+                "embeddings",
+            ) from error
+        raise SettingError(
+            "model", f"hf:{folder} cannot be loaded from its safetensors: {one_line(error)[:300]}"
+        ) from error
     path = folder / "preprocessor_config.json"
-    return model, Preprocess.of_hugging_face(json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return model, None
+    auto: Any = importlib.import_module("transformers.models.auto.image_processing_auto")
+    # The processor of a kind of model, for files that do not name it.
+    kinds = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(json.loads((folder / "config.json").read_text()).get("model_type"))
+    kind = next(iter(kinds.values()), None) if isinstance(kinds, dict) else None
+    return model, Preprocess.of_hugging_face(json.loads(path.read_text()), kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,13 +15,17 @@ import torch
 from torch import Tensor
 
 from .._errors import SettingError
+from ..data.images import check_pixels
+from . import metadata
+from .metadata import FILTERS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# Pillow's own names and numbers, which Hugging Face's files use.
-_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-_MODES = ("RGB", "L")
+_MODES = ("RGB", "L", "BGR")
+_OFFSETS = ("round", "floor")
+# The value of white.
+_WHITE = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}
 Size = int | tuple[int, int]
 
 
@@ -41,15 +46,16 @@ class Preprocess:
     """The steps from an image to an input of the model, in this order.
 
     Args:
-        mode: "RGB" or "L", converted by Pillow. CMYK and palettes become RGB without a colour profile; transparency is
-            dropped. 16-bit gray is mapped exactly to [0, 1] in every channel.
+        mode: "RGB", "L", or "BGR" (RGB with the channels reversed), converted by Pillow. CMYK and palettes become RGB
+            without a colour profile; transparency is dropped. 16-bit gray is mapped exactly to [0, 1] in every channel.
         resize: the shorter edge in pixels, or (height, width).
         interpolation: nearest, box, bilinear, hamming, bicubic or lanczos.
         crop: the centre, as its edge or (height, width); smaller images are padded with zeros.
+        crop_offset: rounding of the crop's corner: "round" as torchvision and timm, "floor" as Hugging Face.
         scale: factor of pixel values 0 ... 255.
         mean, std: per channel, in units after ``scale``: x = (pixel·scale − mean)/std.
 
-    Tensors that are not images (.npy, .npz, tensor columns) are scaled if they hold integers, and normalised.
+    Tensors that are not images (.npy, .npz, tensor columns) are normalised; see :meth:`tensor` for their scale.
 
     Raises:
         ValueError: a value out of range, by name.
@@ -64,6 +70,7 @@ class Preprocess:
     resize: Size | None = None
     interpolation: str = "bilinear"
     crop: Size | None = None
+    crop_offset: str = "round"
     scale: float = 1 / 255
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -71,13 +78,23 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
             raise SettingError("preprocess", f"mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
-        if self.interpolation not in _FILTERS:
+        if self.interpolation not in FILTERS:
             raise SettingError(
-                "preprocess", f"interpolation: expected one of {', '.join(_FILTERS)}, got {self.interpolation!r}"
+                "preprocess", f"interpolation: expected one of {', '.join(FILTERS)}, got {self.interpolation!r}"
+            )
+        if self.crop_offset not in _OFFSETS:
+            raise SettingError(
+                "preprocess", f"crop_offset: expected one of {', '.join(_OFFSETS)}, got {self.crop_offset!r}"
             )
         for name in ("resize", "crop"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _size(name, getattr(self, name)))
+                size = _size(name, getattr(self, name))
+                object.__setattr__(self, name, size)
+                edges = (size, size) if isinstance(size, int) else size
+                try:
+                    check_pixels(edges[1], edges[0], f"{name}: asks for")
+                except ValueError as error:
+                    raise SettingError("preprocess", str(error)) from error
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not 0 < self.scale < 1e9:
             raise SettingError("preprocess", f"scale: expected a positive number, got {self.scale!r}")
         for name in ("mean", "std"):
@@ -100,19 +117,35 @@ class Preprocess:
         wide = image.mode.startswith(("I", "F"))
         if wide:
             image = self._sixteen_bit(image)
-        elif image.mode != self.mode:
-            image = image.convert(self.mode)
+        elif image.mode != ("L" if self.mode == "L" else "RGB"):
+            image = image.convert("L" if self.mode == "L" else "RGB")
         image = self._crop(self._resize(image))
         pixels = torch.from_numpy(np.array(image, dtype=np.float32))
         pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
         pixels = pixels * (255 * self.scale / 65535 if wide else self.scale)
-        if wide and self.mode == "RGB":
+        if wide and self.mode != "L":
             pixels = pixels.expand(3, -1, -1)
+        if self.mode == "BGR":
+            pixels = pixels.flip(0)
         return self._normalise(pixels).contiguous()
 
     def tensor(self, values: Tensor) -> Tensor:
-        """A tensor as a normalised input; integers are scaled to floating point."""
-        return self._normalise(values if values.is_floating_point() else values.to(torch.float32) * self.scale)
+        """A tensor as a normalised input: floating point as it is, pixels scaled as in :meth:`image`.
+
+        Args:
+            values: floating point; uint8; uint16, whose 65535 is white; or bool, whose True is white.
+
+        Raises:
+            TypeError: other integers, which may be token ids, labels or measurements: their scale is not known.
+        """
+        if not values.is_floating_point():
+            if values.dtype not in _WHITE:
+                raise TypeError(
+                    f"holds {str(values.dtype).removeprefix('torch.')}, whose scale is not known; convert pixels to "
+                    "uint8 or uint16, other numbers to floating point"
+                )
+            values = values.to(torch.float32) * (255 * self.scale / _WHITE[values.dtype])
+        return self._normalise(values)
 
     def _normalise(self, values: Tensor) -> Tensor:
         for name, numbers in (("mean", self.mean), ("std", self.std)):
@@ -144,14 +177,20 @@ class Preprocess:
             width, height = (int(self.resize * edge / short) for edge in image.size)
         else:
             height, width = self.resize
-        resample: Any = _FILTERS[self.interpolation]
-        return image if image.size == (width, height) else image.resize((max(1, width), max(1, height)), resample)
+        width, height = max(1, width), max(1, height)
+        check_pixels(width, height, "would be resized to")
+        resample: Any = FILTERS[self.interpolation]
+        return image if image.size == (width, height) else image.resize((width, height), resample)
 
     def _crop(self, image: Image.Image) -> Image.Image:
         if self.crop is None:
             return image
         height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        # More padding on the right, where it is uneven, but for "floor".
+        left, top = (
+            math.floor(more / 2) if self.crop_offset == "floor" else -(-more // 2) if more < 0 else round(more / 2)
+            for more in (image.width - width, image.height - height)
+        )
         return image.crop((left, top, left + width, top + height))
 
     def record(self) -> dict[str, Any]:
@@ -192,57 +231,16 @@ class Preprocess:
         return cls.of(settings, str(path))
 
     @classmethod
-    def of_hugging_face(cls, settings: Mapping[str, Any]) -> Preprocess:
-        """From the ``preprocessor_config.json`` of an image classifier of Hugging Face."""
-        filters = {number: name for name, number in _FILTERS.items()}
-
-        def edge(size: Any) -> Any:
-            if not isinstance(size, Mapping):
-                return size
-            if "shortest_edge" in size:
-                return size["shortest_edge"]
-            return (size["height"], size["width"])
-
-        def when(flag: str, name: str, default: Any = None) -> Any:
-            return settings.get(name) if settings.get(flag, name in settings) else default
-
-        try:
-            return cls(
-                resize=edge(when("do_resize", "size")),
-                interpolation=filters[settings.get("resample", 2)],
-                crop=edge(when("do_center_crop", "crop_size")),
-                scale=when("do_rescale", "rescale_factor") or (1 / 255 if settings.get("do_rescale", True) else 1.0),
-                mean=when("do_normalize", "image_mean"),
-                std=when("do_normalize", "image_std"),
-            )
-        except KeyError as error:
-            raise SettingError(
-                "preprocess", f"preprocessor_config.json has a value that is unknown here, {error}; give a file"
-            ) from error
+    def of_hugging_face(cls, settings: Mapping[str, Any], kind: str | None = None) -> Preprocess:
+        """From the ``preprocessor_config.json`` of a Hugging Face model; see :func:`metadata.hugging_face`."""
+        return cls(**metadata.hugging_face(settings, kind))
 
     @classmethod
     def of_timm(cls, settings: Mapping[str, Any]) -> Preprocess:
         """From timm's ``pretrained_cfg``: the shorter edge becomes ⌊size/crop_pct⌋, then the centre is cut out."""
-        channels, *size = settings["input_size"]
-        fraction = settings.get("crop_pct") or 1.0
-        height, width = (int(edge / fraction) for edge in size)
-        return cls(
-            mode="L" if channels == 1 else "RGB",
-            resize=height if size[0] == size[1] else (height, width),
-            interpolation=settings.get("interpolation") or "bilinear",
-            crop=(int(size[0]), int(size[1])),
-            mean=settings.get("mean"),
-            std=settings.get("std"),
-        )
+        return cls(**metadata.timm(settings))
 
     @classmethod
     def of_torchvision(cls, transform: Any) -> Preprocess:
         """From ``transforms()`` of torchvision's weights (``ImageClassification``)."""
-        (resize,), (crop,) = transform.resize_size, transform.crop_size
-        return cls(
-            resize=resize,
-            interpolation=str(getattr(transform.interpolation, "value", transform.interpolation)),
-            crop=crop,
-            mean=tuple(transform.mean),
-            std=tuple(transform.std),
-        )
+        return cls(**metadata.torchvision(transform))

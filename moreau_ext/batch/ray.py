@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import SettingError
-from ..data.progress import progress_bar
+from .._errors import SettingError, before_work
+from ..data.progress import progress_bar, report
 from .config import Config
 from .engine import Engine, example_of
 from .job import (
@@ -35,7 +35,7 @@ from .job import (
     without_warnings,
 )
 from .sink import Output, Rows
-from .sources.base import Source
+from .sources.base import Source, Unreadable
 from .sources.datasets import Stream
 from .sources.open import open_source
 
@@ -57,7 +57,7 @@ class _Actor:
         self._engine = Engine(explainer, config.target, tuple(manifest["shape"]), configuration["map_dtype"])
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        done: dict[str, list[Any]] = {"shard": [], "rows": [], "converged": [], "bytes": []}
+        done: dict[str, list[Any]] = {n: [] for n in ("shard", "rows", "failed", "converged", "bytes")}
         for shard, start, stop in zip(*(batch[n].tolist() for n in ("shard", "start", "stop")), strict=True):
             with without_warnings(), ThreadPoolExecutor(1) as reader:
                 pieces = batches_of(start, stop, self._batch)
@@ -73,6 +73,7 @@ class _Actor:
             size = self._output.write(shard, rows, self._manifest, about_job(self._engine.device))
             done["shard"].append(shard)
             done["rows"].append(len(rows))
+            done["failed"].append(sum(error is not None for error in rows.columns["error"]))
             done["converged"].append(sum(map(bool, rows.columns["converged"])))
             done["bytes"].append(size)
         return done
@@ -127,20 +128,22 @@ def explain(
         raise TypeError("dataset: a Ray Dataset has no stable row numbers to key the noise; give the paths it reads")
     check_job(batch, shard_rows, map_dtype, map_format, 0)
     with without_warnings(), locked(out) as output:
-        model, preprocess = config.load()
-        source = open_source(dataset, preprocess=preprocess, column=column, target=config.target_column)
-        if isinstance(source, Stream):
-            raise TypeError("dataset: a stream has one order; give paths, arrays or a map-style Dataset")
-        settings = config.record(model, preprocess)
-        configuration = configuration_of(settings, source, batch, map_dtype, map_format)
+        with before_work(Unreadable):
+            report(f"loading {config.model}", progress)
+            model, preprocess = config.load()
+            source = open_source(dataset, preprocess=preprocess, column=column, target=config.target_column)
+            if isinstance(source, Stream):
+                raise TypeError("dataset: a stream has one order; give paths, arrays or a map-style Dataset")
+            settings = config.record(model, preprocess)
+            configuration = configuration_of(settings, source, batch, map_dtype, map_format)
 
-        def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
-            return config.prepared_explainer(model, example, choices)
+            def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+                return config.prepared_explainer(model, example, choices)
 
-        job = open_job(source, output, make, configuration, config.target, shard_rows)
+            job = open_job(source, output, make, configuration, config.target, shard_rows)
         todo = job.pending(source)
         if not todo:
-            return Summary(len(source), 0, len(source), output.write_errors(), 0.0, 0.0, 0)
+            return Summary(len(source), 0, len(source), job.finish(len(source)), 0.0, 0.0, 0, dict(source.left_out))
         started = not ray.is_initialized()
         if started:
             ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
@@ -189,22 +192,25 @@ def _run(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}},
     )
     total = len(source)
-    explained = converged = size = 0
+    explained = failed = converged = size = 0
     began = time.perf_counter()
     skipped = total - sum(stop - start for _, start, stop in todo)
     bar = progress_bar(total, show=progress, extra="batch", initial=skipped, unit="image", smoothing=0.05)
     with bar as advance:
         for row in results.iter_rows():
             explained, converged, size = explained + row["rows"], converged + row["converged"], size + row["bytes"]
-            advance(row["rows"], f"{converged / explained:.0%} converged")
+            failed += row["failed"]
+            advance(row["rows"], f"{converged / explained:.0%} converged" if config.solves else "")
     return Summary(
         inputs=total,
         explained=explained,
         skipped=total - explained,
-        errors=job.output.write_errors(),
+        errors=job.finish(total),
         converged=converged / explained if explained else 0.0,
         seconds=time.perf_counter() - began,
         bytes=size,
+        left_out=dict(source.left_out),
+        failed=failed,
     )
 
 

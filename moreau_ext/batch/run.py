@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .._errors import before_work
+from ..data.progress import report
 from ..explainers.base import Explainer
 from .config import Config, fix_max_batch
 from .engine import Engine
@@ -25,9 +27,10 @@ from .job import (
     open_job,
     without_warnings,
 )
-from .local import read_batches, run_local
+from .local import run_local
 from .preprocess import Preprocess
-from .sources.base import Source
+from .readers import read_batches
+from .sources.base import Source, Unreadable
 from .sources.datasets import Stream
 from .sources.open import open_source
 
@@ -56,15 +59,21 @@ def explain_config(
     """
     check_job(batch, shard_rows, map_dtype, map_format, workers)
     with without_warnings(), locked(out) as output:
-        model, preprocess = config.load()
-        opened = open_source(source, preprocess=preprocess, column=column, target=config.target_column)
-        settings = config.record(model, preprocess)
-        configuration = configuration_of(settings, opened, batch, map_dtype, map_format)
+        with before_work(Unreadable):
+            report(f"loading {config.model}", progress)
+            model, preprocess = config.load()
+            opened = open_source(source, preprocess=preprocess, column=column, target=config.target_column)
+            settings = config.record(model, preprocess)
+            configuration = configuration_of(settings, opened, batch, map_dtype, map_format)
 
-        def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
-            return config.prepared_explainer(model, example, choices)
+            def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+                report(
+                    f"{len(opened)} inputs; preparing the model" if isinstance(opened, Source) else "preparing",
+                    progress,
+                )
+                return config.prepared_explainer(model, example, choices)
 
-        job = open_job(opened, output, make, configuration, config.target, shard_rows)
+            job = open_job(opened, output, make, configuration, config.target, shard_rows)
         return run_local(opened, job, workers, progress)
 
 

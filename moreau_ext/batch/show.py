@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._errors import SettingError
+from .._errors import SettingError, printable
 from .preprocess import Preprocess
 from .sink import dense, manifest, read
 from .sources.base import image_input
@@ -15,6 +16,8 @@ from .sources.base import image_input
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Names of files are text: no formulas between dollars, no TeX.
+_PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}
 _WIDTH = 2.6  # inches of one picture
 # Quantile of |map| that has full colour: the few largest values would leave the others invisible.
 _BRIGHTEST = 0.995
@@ -74,6 +77,7 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
         raise SettingError("out", f"the maps of {out} have shape {shape}, which is no image")
     settings = manifest(out)["configuration"].get("preprocess") or {}
     plain = Preprocess.of({k: v for k, v in settings.items() if k not in ("mean", "std", "scale")}, "manifest")
+    plain = dataclasses.replace(plain, mode="RGB" if plain.mode == "BGR" else plain.mode)
     height, width = _WIDTH * shape[-2] / shape[-1], _WIDTH
     figure = Figure(figsize=(3 * width + 0.2, len(rows) * (height + 0.45) + 0.1))
     FigureCanvasAgg(figure)
@@ -91,12 +95,14 @@ def overlays(rows: list[dict[str, Any]], shape: tuple[int, ...], source: Path | 
         axes[0].imshow(np.broadcast_to(gray[..., None], over.shape) if image is None else image)
         axes[1].imshow(signed, cmap=colours, vmin=-1, vmax=1, interpolation="nearest")
         axes[2].imshow(np.clip(over, 0, 1), interpolation="nearest")
-        axes[0].set_title(f"{row['source']}: class {row['target']}", fontsize=8)
+        axes[0].set_title(f"{printable(row['source'])}: class {row['target']}", fontsize=8, **_PLAIN)
         state = "" if row["residual"] is None else f", residual {row['relative_residual']:.1%}"
         axes[1].set_title(
-            f"{row['nnz'] / values.size / (shape[0] if len(shape) == 3 else 1):.0%} non-zero{state}", fontsize=8
+            f"{row['nnz'] / values.size / (shape[0] if len(shape) == 3 else 1):.0%} non-zero{state}",
+            fontsize=8,
+            **_PLAIN,
         )
-        axes[2].set_title("over the image", fontsize=8)
+        axes[2].set_title("over the image", fontsize=8, **_PLAIN)
     for axes in panels.flat:
         axes.set_axis_off()
     figure.tight_layout(pad=0.4)

@@ -28,8 +28,11 @@ from ..data import manifest as manifests
 FORMAT = 1
 ERRORS = "errors.parquet"
 _PATTERN = "shard-*.parquet"
-# Seconds to wait for a lock. Reader processes of a killed job hold it until they notice, some 5 seconds later.
+# Seconds to wait for a lock: the kernel needs some to end a killed job.
 _PATIENCE = 10.0
+# Locked folders of this process. A lock is shared with forked processes (readers, a model's own), and would outlive
+# this one with them.
+_LOCKED: set[int] = set()
 _ERRORS = ["id", "source", "reason"]
 
 # Arrow types of all columns but the map's.
@@ -123,7 +126,35 @@ def _write_table(path: Path, made: Any) -> None:
     # zstd takes 1 % of the time of the gradients. It saves a little on dense maps and nearly all zeros of sparse ones.
     # Only names repeat between rows; a dictionary of a map's values would be as large as the map.
     names = [name for name, kind in COLUMNS.items() if kind == "string"]
-    write(path, lambda file: pq.write_table(made, file, compression="zstd", use_dictionary=names))
+    how: dict[str, Any] = {"compression": "zstd", "use_dictionary": names, "write_page_checksum": True}
+    write(path, lambda file: pq.write_table(made, file, **how))
+
+
+def read_shard(path: Path, columns: list[str] | None = None) -> Any:
+    """Reads a shard and verifies the checksums of its pages.
+
+    Raises:
+        OSError, pyarrow.ArrowException: it is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=columns, page_checksum_verification=True)
+
+
+def _place_of(folder: Path) -> tuple[int, int]:
+    """The identity of a folder, whatever its name."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _release_in_child() -> None:
+    for handle in _LOCKED:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _LOCKED.clear()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _lock(handle: int) -> None:
@@ -152,17 +183,19 @@ class Output:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._place = _place_of(self.folder)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Locks the folder against other jobs, and removes temporary files of killed ones.
 
-        The kernel releases the lock when this process and its reader processes have ended, in whatever way.
+        The kernel releases the lock when this process has ended, in whatever way.
 
         Raises:
             SettingError: another process is writing there, or the folder holds something else.
         """
         handle = os.open(self.folder, os.O_RDONLY)
+        _LOCKED.add(handle)
         try:
             try:
                 _lock(handle)
@@ -174,7 +207,29 @@ class Output:
             self.sweep()
             yield
         finally:
+            _LOCKED.discard(handle)
             os.close(handle)
+
+    def check_place(self) -> None:
+        """Raises OSError if the folder was deleted or replaced since it was opened: earlier shards went with it."""
+        if not self.folder.is_dir() or _place_of(self.folder) != self._place:
+            raise OSError(errno.ESTALE, "was deleted or replaced while the job ran; start it again", str(self.folder))
+
+    def check_complete(self, count: int) -> None:
+        """Raises OSError unless the manifest and the first ``count`` shards are there.
+
+        Args:
+            count: shards of the finished job.
+        """
+        self.check_place()
+        paths = [self.folder / manifests.NAME, *map(self.shard, range(count))]
+        missing = [path.name for path in paths if not path.exists()]
+        if missing:
+            raise OSError(
+                errno.ESTALE,
+                f"{missing[0]} was deleted while the job ran ({len(missing)} files); run it again to make them",
+                str(self.folder),
+            )
 
     def _check_foreign(self) -> None:
         if (self.folder / manifests.NAME).exists():
@@ -230,17 +285,34 @@ class Output:
         """The paths of the finished shards, in order."""
         return sorted(self.folder.glob(_PATTERN))
 
-    def rows_in(self, key: int) -> int | None:
-        """The number of rows of a shard; None if it is missing or, with a warning, damaged."""
+    def rows_in(self, key: int, manifest: Mapping[str, Any]) -> int | None:
+        """The number of rows of a shard; None if it is missing or, with a warning, damaged.
+
+        All pages are read, and their checksums verified.
+
+        Args:
+            key: its number.
+            manifest: of the job.
+        """
         import pyarrow.parquet as pq
 
         path = self.shard(key)
         if not path.exists():
             return None
         try:
-            return int(pq.read_metadata(path).num_rows)
+            found = read_shard(path)
+            configuration, shape = manifest["configuration"], manifest["shape"]
+            expected = schema(tuple(shape), configuration["map_dtype"], configuration["map_format"] == "sparse")
+            if not found.schema.equals(expected):
+                raise ValueError("its columns are not those of this job")
+            # The file holds the metadata twice, and readers differ in which they take.
+            for metadata in (found.schema.metadata, pq.read_metadata(path).metadata):
+                about = json.loads(metadata[b"moreau_ext"])
+                if {**about, "run": None} != {**manifest, "run": None, "map_shape": shape}:
+                    raise ValueError("its manifest is not that of this job")
+            return int(found.num_rows)
         except Exception as error:
-            warnings.warn(f"{path} is damaged and is made again ({one_line(error)})", stacklevel=2)
+            warnings.warn(f"{path} is damaged and is made again ({one_line(error)[:200]})", stacklevel=2)
             return None
 
     def write(self, key: int, rows: Rows, manifest: Mapping[str, Any], about: Mapping[str, Any]) -> int:
@@ -254,6 +326,7 @@ class Output:
         """
         configuration = manifest["configuration"]
         metadata = {"moreau_ext": json.dumps({**manifest, "run": dict(about), "map_shape": rows.maps.shape[1:]})}
+        self.check_place()
         made = table(rows, configuration["map_dtype"], configuration["map_format"] == "sparse", metadata)
         _write_table(self.shard(key), made)
         return self.shard(key).stat().st_size
@@ -266,12 +339,11 @@ class Output:
         """
         import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         ids, names, reasons = zip(*more, strict=True) if more else ((), (), ())
         found = [pa.table([pa.array(ids, pa.int64()), *(pa.array(v, pa.string()) for v in (names, reasons))], _ERRORS)]
         for path in self.shards():
-            part = pq.read_table(path, columns=["id", "source", "error"])
+            part = _read_or_name(path, ["id", "source", "error"])
             failed = part.filter(pc.is_valid(part["error"]))
             found.append(pa.table(failed.columns, _ERRORS))
         errors = pa.concat_tables(found)
@@ -294,6 +366,8 @@ def read(out: str | Path, columns: list[str] | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no finished shard.
+        ValueError: a shard is damaged: the checksum of a page is wrong, or it is no Parquet file. The same job makes it
+            again.
 
     Example:
         >>> import tempfile, torch
@@ -305,14 +379,26 @@ def read(out: str | Path, columns: list[str] | None = None) -> Any:
         array([2., 2., 2.], dtype=float32)
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     folder = Path(out)
-    paths = Output(folder).shards() if folder.is_dir() else []
+    paths = sorted(folder.glob(_PATTERN)) if folder.is_dir() else []
     if not paths:
         raise SettingFileNotFoundError("out", f"{out} holds no finished shard")
-    parts = [pq.read_table(path, columns=columns) for path in paths]
+    parts = [_read_or_name(path, columns) for path in paths]
     return pa.concat_tables([p.replace_schema_metadata(parts[0].schema.metadata) for p in parts])
+
+
+def _read_or_name(path: Path, columns: list[str] | None) -> Any:
+    """A shard; the error of a damaged one names it."""
+    try:
+        return read_shard(path, columns)
+    except Exception as error:
+        if isinstance(error, (FileNotFoundError, MemoryError)):
+            raise
+        raise SettingError(
+            "out",
+            f"{path} is damaged ({one_line(error)[:200]}); the job that wrote it makes it again if it is repeated",
+        ) from error
 
 
 def manifest(out: str | Path) -> dict[str, Any]:

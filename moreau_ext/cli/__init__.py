@@ -1,7 +1,7 @@
 """The command line, ``moreau-ext``: one module per command.
 
-Exit status: 0 done; 2 refused, because the arguments cannot be carried out; 1 failed later; 130 interrupted. Every
-error is one line on stderr.
+Exit status: 0 done; 2 refused before any work, because the arguments cannot be carried out; 1 failed later, or some
+inputs failed; 130 interrupted. An error is one line on stderr; ``--debug`` adds the traceback.
 
 No module here imports torch before :func:`main` has chosen OpenMP's wait policy, which is read when torch is loaded.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from .._errors import SettingError
 from . import demo, evaluate, explain, info, show, study
-from .common import Refused
+from .common import Refused, place_in_users_code, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,27 +32,32 @@ def main(argv: list[str] | None = None) -> int:
         # Spinning threads make a small model's passes 70 times slower where the cores are shared (136 ms for 2).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     commands = _Commands()
+    arguments = argparse.Namespace(command=None, debug=False)
     try:
-        arguments = commands.parser.parse_args(argv)
+        commands.parser.parse_args(argv, arguments)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            run: Callable[[argparse.Namespace], None] = arguments.run
-            run(arguments)
-    except Refused as error:
-        return _complain(str(error), 2)
-    except SettingError as error:
-        return _complain(f"{commands.option(arguments.command, error.name)}: {error.text}", 2)
+            run: Callable[[argparse.Namespace], int | None] = arguments.run
+            return run(arguments) or 0
     except KeyboardInterrupt:
         return _complain("interrupted", 130, "")
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        return _complain(str(error), 1)
     except Exception as error:
-        return _complain(f"{type(error).__name__}: {error}", 1)
-    return 0
+        if arguments.debug:
+            traceback.print_exc()
+        if isinstance(error, SettingError):
+            text = f"{commands.option(arguments.command, error.name)}: {error.text}"
+        elif isinstance(error, (Refused, ValueError, TypeError, ImportError, OSError)):
+            text = str(error) or type(error).__name__
+        else:
+            text = f"{type(error).__name__}: {error}"
+        refused = isinstance(error, (Refused, SettingError)) or hasattr(error, "before_work")
+        if getattr(arguments, "model", None):
+            text += place_in_users_code(error)
+        return _complain(text, 2 if refused else 1)
 
 
 def _complain(message: str, status: int, kind: str = "error: ") -> int:
-    print(f"moreau-ext: {kind}{' '.join(message.split())}", file=sys.stderr)
+    say(f"moreau-ext: {kind}{' '.join(message.split())}", error=True)
     return status
 
 
@@ -63,14 +69,14 @@ def _show_warning(
     file: Any = None,
     line: str | None = None,
 ) -> None:
-    print(f"moreau-ext: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"moreau-ext: warning: {' '.join(str(message).split())}", error=True)
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        raise Refused(f"{message} (moreau-ext --help shows how to call it)")
+        raise Refused(f"{message} ({self.prog} --help shows how to call it)")
 
 
 class _Commands:
@@ -84,10 +90,12 @@ class _Commands:
         self._commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         for command in (demo, explain, show, evaluate, study, info):
             command.add_parser(self._commands)
+        for parser in self._commands.choices.values():
+            parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
     def option(self, command: str, name: str) -> str:
         """The option of a command that gives a setting of the library; the name itself if there is none."""
         for action in self._commands.choices[command]._actions:  # argparse has no public list
-            if action.dest == name and action.option_strings:
-                return str(action.option_strings[-1])
+            if action.dest == name:
+                return str(action.option_strings[-1] if action.option_strings else action.metavar)
         return name

@@ -1,13 +1,19 @@
-"""Shared by the commands: refusals, types of arguments, checks of packages and folders, versions."""
+"""Shared by the commands: refusals, types of arguments, checks of packages and folders, printing, versions."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
+import os
 import platform
+import sys
+import sysconfig
 import tempfile
+import traceback
 from pathlib import Path
 
+from .._errors import printable
 from .._files import write as write
 
 
@@ -23,6 +29,25 @@ def positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
+
+
+def integer(text: str) -> int:
+    """An integer, for argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+
+
+def number(text: str) -> float:
+    """A finite number of at least 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value
 
 
@@ -52,6 +77,30 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise Refused(f"--out {folder}: cannot write there ({error.strerror or error})") from error
+
+
+def say(text: str, error: bool = False) -> None:
+    """Prints text, which may hold names of files, on stdout or stderr."""
+    stream = sys.stderr if error else sys.stdout
+    line = printable(text)
+    encoding = stream.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def place_in_users_code(error: BaseException) -> str:
+    """The file and line of the user's own code that an error came through, as " (net.py, line 12)"; "" if none."""
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    ours = str(Path(__file__).resolve().parents[1])
+    found = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame in traceback.extract_tb(cause.__traceback__):
+            name = os.path.realpath(frame.filename)
+            foreign = "site-packages" in name or "dist-packages" in name or frame.filename.startswith("<")
+            if not foreign and not name.startswith((ours, *(os.path.realpath(path) + os.sep for path in installed))):
+                found = f" ({frame.filename}, line {frame.lineno})"
+        cause = cause.__cause__ or cause.__context__
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+import math
 from pathlib import Path
 from typing import Any
 
-from .common import add_prepare, need, positive
+from .._errors import SettingError
+from .common import Refused, add_prepare, integer, need, number, positive, say
 
 # Options that are settings of Config under the same name.
 _SETTINGS = (
@@ -34,6 +34,9 @@ _SETTINGS = (
     "device",
     "prepare",
 )
+
+# Reasons of failed inputs that are printed.
+_REASONS = 3
 
 
 def add_parser(commands: Any) -> None:
@@ -68,7 +71,7 @@ def add_parser(commands: Any) -> None:
         "--method",
         default="sparse",
         choices=("gradient", "smoothgrad", "moreau", "sparse", "group"),
-        help="%(default)s",
+        help="the explainer. default: %(default)s",
     )
     far = parser.add_mutually_exclusive_group()
     far.add_argument(
@@ -76,11 +79,11 @@ def add_parser(commands: Any) -> None:
         type=_rho,
         help="how far to look, in units of x²/score, or auto: by the curvature at each input. default: 1",
     )
-    far.add_argument("--radius", type=float, help="how far to look, as the length of the displacement")
+    far.add_argument("--radius", type=number, help="how far to look, as the length of the displacement")
     strength = parser.add_mutually_exclusive_group()
-    strength.add_argument("--eta", type=float, help="sparsity, absolute")
+    strength.add_argument("--eta", type=number, help="sparsity, absolute")
     strength.add_argument(
-        "--eta-ratio", type=float, help="sparsity, as a fraction of each input's eta_max. default: 0.1"
+        "--eta-ratio", type=number, help="sparsity, as a fraction of each input's eta_max. default: 0.1"
     )
     strength.add_argument(
         "--support",
@@ -89,19 +92,37 @@ def add_parser(commands: Any) -> None:
         help="sparsity, as how many features or groups are not zero: 20, or 0.05 of them",
     )
     noise = parser.add_mutually_exclusive_group()
-    noise.add_argument("--sigma", type=float, help="noise, absolute")
-    noise.add_argument("--noise-level", type=float, help="noise, as a fraction of each input's range. default: 0.1")
+    noise.add_argument("--sigma", type=number, help="noise, absolute")
+    noise.add_argument("--noise-level", type=number, help="noise, as a fraction of each input's range. default: 0.1")
     parser.add_argument("--tile", type=positive, metavar="PIXELS", help="edge of group's tiles. default: single pixels")
-    parser.add_argument("--score", default="logit", choices=("logit", "log_prob", "prob", "margin"), help="%(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise. default: %(default)s")
-    parser.add_argument("--steps", type=positive, metavar="T", help="fixed steps, instead of the solver that adapts")
-    parser.add_argument("--samples", type=positive, metavar="N", help="noisy copies per step")
-    parser.add_argument("--tol", type=float, help="relative residual at which an input is done. default: 0.01")
+    parser.add_argument(
+        "--score",
+        default="logit",
+        choices=("logit", "log_prob", "prob", "margin"),
+        help="the number that is explained. default: %(default)s",
+    )
+    parser.add_argument("--seed", type=integer, default=0, help="key of the noise. default: %(default)s")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="T",
+        help="take at most T steps of size rho/10, in place of the solver that adapts",
+    )
+    parser.add_argument(
+        "--samples", type=positive, metavar="N", help="noisy copies per step; for smoothgrad, copies in all"
+    )
+    parser.add_argument(
+        "--tol",
+        type=number,
+        help="an input is done when its relative residual is at most TOL, before the last step or gradient. default: "
+        "0.01",
+    )
     parser.add_argument(
         "--max-gradients",
         type=positive,
         metavar="N",
-        help="budget per input, beside what rho auto takes. default: 2048",
+        help="most gradients per input, beside what rho auto takes; at least the first levels, which take 192 or, "
+        "where eta is a ratio, 224. default: 2048",
     )
     parser.add_argument(
         "--target",
@@ -124,13 +145,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--shard-rows", type=positive, metavar="N", help="rows of a file. default: 64 MiB or 256 rows")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=integer,
         metavar="N",
-        help="processes that read images; with --ray, actors that explain. default: 1, or one per GPU or core",
+        help="processes that read images, at most four per core; 0 reads in the process that explains. With --ray, "
+        "actors that explain. default: 1, or one per GPU or core",
     )
-    parser.add_argument("--map-dtype", default="float32", choices=("float32", "float16"), help="%(default)s")
     parser.add_argument(
-        "--map-format", default="dense", choices=("dense", "sparse"), help="sparse: indices and values. %(default)s"
+        "--map-dtype", default="float32", choices=("float32", "float16"), help="type of the maps. default: %(default)s"
+    )
+    parser.add_argument(
+        "--map-format",
+        default="dense",
+        choices=("dense", "sparse"),
+        help="dense: every value; sparse: indices and values that are not zero. default: %(default)s",
     )
     parser.add_argument(
         "--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster; without ADDRESS, one of this machine"
@@ -139,14 +166,12 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_explain)
 
 
-def _explain(arguments: argparse.Namespace) -> None:
+def _explain(arguments: argparse.Namespace) -> int:
     need("explain", "batch", "PIL", "pyarrow", "safetensors", "tqdm")
     if arguments.ray is not None:
         need("explain --ray", "ray", "ray")
-    # As with python -m: a model in the working folder is found.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     from ..batch import Config, explain_config
+    from ..batch.sources.base import in_words
 
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     config = Config(**settings, target=_target(arguments.target))
@@ -167,28 +192,60 @@ def _explain(arguments: argparse.Namespace) -> None:
 
             address, actors = arguments.ray or None, arguments.workers
             done = explain(arguments.source, config, arguments.out, address=address, concurrency=actors, **job)
+    except SettingError as error:
+        # The number of actors and their shares of a cluster.
+        name = "workers" if error.name in ("concurrency", "num_cpus", "num_gpus") else error.name
+        raise SettingError(name, error.text) from error
     except OSError as error:
         if error.filename != str(arguments.out):
             raise
-        raise OSError(f"--out {error.filename}: {error.strerror}") from error
-    print(
-        f"{done.inputs} inputs: {done.explained} explained now, {done.skipped} before, {done.errors} with an error"
-        + (f" (see {arguments.out / 'errors.parquet'})" if done.errors else "")
+        text = f"--out {error.filename}: {error.strerror}"
+        raise (Refused(text) if hasattr(error, "before_work") else OSError(text)) from error
+    say(
+        f"{done.inputs} inputs: {done.explained - done.failed} explained now, {done.skipped} before, {done.errors} "
+        "with an error" + (f" (see {arguments.out / 'errors.parquet'})" if done.errors else "")
     )
+    if done.left_out:
+        say(in_words(done.left_out))
     if done.explained:
-        print(
+        say(
             f"{done.explained / done.seconds:.1f} images/s, "
             + (f"{done.converged:.0%} converged, " if config.solves else "")
             + f"{done.bytes / done.explained:,.0f} bytes per image, in {arguments.out}"
         )
+    if not done.errors:
+        return 0
+    _first_reasons(arguments.out, done.errors)
+    return 1
+
+
+def _first_reasons(out: Path, count: int) -> None:
+    """Prints the first rows of errors.parquet."""
+    import pyarrow.parquet as pq
+
+    for row in pq.read_table(out / "errors.parquet").slice(0, _REASONS).to_pylist():
+        say(f"moreau-ext: error: {row['source']}: {row['reason']}", error=True)
+    if count > _REASONS:
+        say(f"moreau-ext: error: and {count - _REASONS} more", error=True)
 
 
 def _rho(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    if text == "auto":
+        return text
+    try:
+        return number(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, or auto, got {text!r}") from None
 
 
 def _count_or_share(text: str) -> int | float:
-    return int(text) if text.isdigit() else float(text)
+    try:
+        value = int(text) if text.isdigit() else float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf or (isinstance(value, float) and value > 1):
+        raise argparse.ArgumentTypeError(f"expected a number of features, such as 20, or a share up to 1, got {text!r}")
+    return value
 
 
 def _target(text: str) -> str | int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import need, positive, write
+from .common import integer, need, positive, say, write
 
 
 def add_parser(commands: Any) -> None:
@@ -17,7 +17,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the output of moreau-ext explain")
     parser.add_argument(
-        "--id", type=int, action="append", dest="ids", metavar="ID", help="a row; may be repeated. default: the first"
+        "--id",
+        type=integer,
+        action="append",
+        dest="ids",
+        metavar="ID",
+        help="a row; may be repeated. default: the first",
     )
     parser.add_argument(
         "--limit", type=positive, default=4, metavar="N", help="rows without --id. default: %(default)s"
@@ -34,4 +39,4 @@ def _show(arguments: argparse.Namespace) -> None:
     rows, shape = pick(arguments.out, arguments.ids, arguments.limit)
     figure = overlays(rows, shape, arguments.source, arguments.out)
     write(arguments.to, lambda file: figure.savefig(file, format="png", dpi=90))
-    print(f"wrote {arguments.to}: {', '.join(row['source'] for row in rows)}")
+    say(f"wrote {arguments.to}: {', '.join(row['source'] for row in rows)}")

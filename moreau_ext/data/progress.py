@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .._errors import printable
+
 Advance = Callable[..., None]
+
+
+def report(text: str, show: bool) -> None:
+    """Says on stderr what comes next and may take a while."""
+    if show:
+        print(f"moreau-ext: {printable(text)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..analysis.curvature import RHO_SAMPLES, convex_rho
+from ..analysis.curvature import convex_rho
 from ..capture.runner import Graphs, Mode, check_mode
 from ..model.restore import leaves_as_found
 from ..model.target import Target
@@ -97,7 +97,6 @@ class MoreauGrad(Certified):
     radius: Scalar | None = field(default=None, kw_only=True)
     radius_ratio: Scalar | None = field(default=None, kw_only=True)
     solver: Solver | Literal["auto"] = field(default="auto", kw_only=True)
-    denoise: bool = field(default=True, kw_only=True)
     cuda_graphs: Mode = field(default=False, kw_only=True)
     _graphs: Graphs = field(init=False, repr=False)
     # With one row per pass the adaptive solver holds 32 maps of its one input: 17 are counted elsewhere, 3 are slack.
@@ -162,8 +161,7 @@ class MoreauGrad(Certified):
         problem = super().pose(problem)
         # A ρ that is measured or tuned starts at 1.
         rho = self._asked_rho if self._rho_is_given else 1.0
-        rho = tuple([per_input_setting("rho", rho, x) for x in problem.inputs])
-        problem = replace(problem, rho=rho, denoise=self.denoise)
+        problem = replace(problem, rho=tuple([per_input_setting("rho", rho, x) for x in problem.inputs]))
         radius = self._radius(problem.inputs)
         return problem if radius is None else replace(problem, tuning=Tuning(radius=radius))
 
@@ -181,22 +179,17 @@ class MoreauGrad(Certified):
         return per_input_setting("radius_ratio", self.radius_ratio, inputs[0]).double() * (largest - least)
 
     def _solve(self, problem: Problem) -> Solution:
-        problem = self._with_rho(problem)
+        problem, cost = self._with_rho(problem)
         with self._graphs.runner(problem.score.model, problem.keys.device) as runner:
-            return self._with_cost(solve(problem, self._method, runner))
+            solution = solve(problem, self._method, runner)
+        return replace(solution, gradient_evaluations=solution.gradient_evaluations + cost)
 
-    def _with_rho(self, problem: Problem) -> Problem:
-        """The problem with its rho measured, where that was asked for."""
+    def _with_rho(self, problem: Problem) -> tuple[Problem, int | Tensor]:
+        """The problem with its rho measured, where that was asked for, and the gradients that it took."""
         if not isinstance(self.rho, str):
-            return problem
-        rho = convex_rho(problem)
-        return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho))
-
-    def _with_cost(self, solution: Solution) -> Solution:
-        """The solution with the gradients that measuring its rho took."""
-        if not isinstance(self.rho, str):
-            return solution
-        return replace(solution, gradient_evaluations=solution.gradient_evaluations + RHO_SAMPLES)
+            return problem, 0
+        rho, cost = convex_rho(problem)
+        return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho)), cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,11 +252,13 @@ class SparseMoreau(Sparse, MoreauGrad):
             if problem is None:
                 found = [empty_solution(tensors)] * len(steps)
             else:
-                problem = replace(self._with_rho(problem), tuning=None)
+                problem, cost = self._with_rho(problem)
+                problem = replace(problem, tuning=None)
                 with self._graphs.runner(problem.score.model, problem.keys.device) as runner:
                     found = solve_path(problem, steps, self._method, runner)
                 first = steps.index(max(steps))
-                found[first] = self._with_cost(found[first])
+                spent = found[first].gradient_evaluations + cost
+                found[first] = replace(found[first], gradient_evaluations=spent)
         return tuple([in_form(solution, isinstance(inputs, Tensor)) for solution in found])
 
 

@@ -13,6 +13,8 @@ from ..ops.layout import Tensors, take
 from .memory import may_retry, release
 from .score import Score
 
+_GRADIENTS = {Score.gradient: 1, Score.hvp: 2}
+
 
 def _nothing() -> None:
     pass
@@ -32,6 +34,7 @@ class PassRunner:
         max_rows: the same, lowered to the size that worked.
         exact: the same, or what was found when a pass of another size failed.
         lowered: whether it was.
+        gradients: rows of the passes done, by the gradients that they took: two for a second derivative.
     """
 
     def __init__(self, max_rows: int | None = None, *, exact: int | None = None, after: Callable[[], None] = _nothing):
@@ -39,6 +42,7 @@ class PassRunner:
         self.exact = exact
         self.lowered = False
         self._after = after
+        self.gradients = 0
         self._warned = False
         self._worked = 0
 
@@ -72,6 +76,7 @@ class PassRunner:
                     done.append(self._piece(run, score, rows, start, size))
                 self._worked = max(self._worked, size)
                 start += size
+                self.gradients += size * _GRADIENTS.get(run, 0)
                 continue
             except MixingError:
                 raise

@@ -50,7 +50,8 @@ class Errors:
 
         parts = [share(part2, length2).sqrt() for part2 in (sampling2, settling2, nonlinearity2)]
         total = torch.stack([part.square() for part in parts]).sum(0).sqrt()
-        return cls(*parts, total, share(unit_cost2, clean2))
+        sampling, settling, nonlinearity = parts
+        return cls(sampling, settling, nonlinearity, total, share(unit_cost2, clean2))
 
     @classmethod
     def unknown(cls, like: Tensor) -> Errors:
@@ -60,8 +61,8 @@ class Errors:
 
 
 def normal_of_student(t: Tensor, freedom: Tensor) -> Tensor:
-    """The z with P(Z > z) = P(T > t), T of Student's distribution with so many degrees of freedom, to about 1e-3
-    (Wallace 1959)."""
+    """The z with P(Z > z) = P(T > t), T of Student's distribution with so many degrees of freedom, to 4 % of the
+    tail (Wallace 1959)."""
     scaled = (freedom * torch.log1p(t.square() / freedom)).sqrt() * (8 * freedom + 1) / (8 * freedom + 3)
     return torch.copysign(scaled, t)
 
@@ -75,7 +76,8 @@ def normal_of_gamma(value: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def upper_tail(z: Tensor) -> Tensor:
     """P(Z > z)."""
-    return torch.special.ndtr(-z)
+    tail: Tensor = torch.special.ndtr(-z)
+    return tail
 
 
 def benjamini_hochberg(p_values: Tensor, q: float) -> Tensor:

@@ -83,8 +83,11 @@ class ProximalGradient:
             residuals can fall to rounding (for models with continuous gradients).
         antithetic: samples in pairs z, −z: about half the variance.
         average_last: steps whose p is averaged for the map.
-        tol: an input leaves the batch once its relative residual is ≤ tol (checked every 10 steps), and counts as
-            converged. With fresh noise the residual includes the noise of m samples. 0 never stops early.
+        tol: an input leaves the batch once its relative residual is ≤ tol (checked every 10 steps). With fresh noise
+            the residual includes the noise of m samples, is small by chance now and then, and counts once fresh
+            gradients at the answer confirm it: 128, or four times m, at most as many as the steps took, and again when
+            twice as many were taken. On a fixed bank the residual says nothing about the bank's own error: an input
+            leaves, and counts as converged only if fresh gradients say so. 0 never stops early.
         progress: show a progress bar (needs tqdm).
 
     Raises:
@@ -294,10 +297,10 @@ class ProximalGradient:
                 y = problem.image(iterate.gradient)[1]
                 gap = subtract(iterate.last, y)
                 squares = inner(gap, gap), inner(iterate.last, iterate.last), inner(y, y)
-            problem, maps, displacement = problem.answer(p, variance)
+            maps, displacement = problem.image(p)
         residual = squares[0].sqrt()
         relative = relative_residual(residual, squares[1:], carried.floor)
-        relative = self._confirmed(state, problem, maps, displacement, relative, runner)
+        confirmed = self._confirmed(state, problem, maps, displacement, relative, runner)
         tuned = problem.tuning is not None
         return Answer(
             rho=problem.rho,
@@ -308,6 +311,7 @@ class ProximalGradient:
             envelope=state.problem.objective(iterate.last, iterate.score / self.num_samples),
             residual=residual,
             relative_residual=relative,
+            confirmed=confirmed,
             evaluations=state.evaluations + carried.looked,
             variance=variance,
             freedom=torch.full_like(residual, max(1, freedom)),
@@ -336,7 +340,8 @@ class ProximalGradient:
         scale: Tensor,
         evaluations: int,
     ) -> Errors:
-        """The parts of the error; what the residual of the last step holds beyond the noise of its samples is settling."""
+        """The parts of the error; what the residual of the last step holds beyond the noise of its samples is
+        settling."""
         gain = problem.penalty.gain(p, maps, variance)
         let_through = total(tuple([g * v for g, v in zip(gain, variance, strict=True)]))
         sampling2 = problem.rho_of_input.square() * let_through
@@ -346,15 +351,16 @@ class ProximalGradient:
 
     def _confirmed(
         self, state: State, problem: Problem, maps: Tensors, displacement: Tensors, relative: Tensor, runner: Runner
-    ) -> Tensor:
-        """The relative residuals; where they are ≤ tol, the larger of them and a 95 % bound from fresh gradients at the
-        answer.
+    ) -> Tensor | None:
+        """Whether fresh gradients at the answer bound its relative residual by tol, with 95 %; bool [B], None where
+        nothing was asked for. Only those answers are looked at whose residual is ≤ tol.
 
         A residual of few noisy samples is small by chance now and then, and one on a fixed bank says nothing about the
         bank's own error. An answer that a look refuted is looked at again when twice as many gradients were taken.
         """
-        carried = state.carried
-        claimed = (relative <= self.tol) & (self.tol > 0)
+        if self.tol == 0:
+            return None
+        carried, claimed = state.carried, relative <= self.tol
         rows = (claimed & (state.evaluations >= 2 * carried.looked_at)).nonzero().squeeze(1)
         if len(rows):
             count = max(2 * BLOCK, min(max(_LOOK, 4 * self.num_samples), state.evaluations) // BLOCK * BLOCK)
@@ -366,8 +372,15 @@ class ProximalGradient:
             carried.refuted[rows] = relative_residual(upper2.sqrt(), (length2,), floor)
             carried.looked[rows] += count
             carried.looked_at[rows] = state.evaluations
-        return torch.where(claimed, torch.maximum(relative, carried.refuted), relative)
+        confirmed: Tensor = claimed & (carried.refuted <= self.tol)
+        return confirmed
 
     def next(self, state: State, answer: Answer | None) -> Tensor:
         more = torch.full_like(state.problem.keys, self.num_samples * (state.evaluations < self.gradients))
-        return more if answer is None else torch.where((answer.relative_residual <= self.tol) & (self.tol > 0), 0, more)
+        if answer is None or self.tol == 0:
+            return more
+        # On a fixed bank an answer that is solved stays as it is, confirmed or not.
+        done = answer.relative_residual <= self.tol
+        return torch.where(
+            done if self.noise == "fixed" or answer.confirmed is None else done & answer.confirmed, 0, more
+        )

@@ -115,7 +115,8 @@ def upper_residual2(
         maps: S_η(p̄).
         seen: the look at y.
         squares, sums: of differences between gradients, those of the look and of others: the noise follows from them.
-        certainty: moved up by this share of the way from the mean of the noise to its 95 % quantile; 1: a 95 % bound.
+        certainty: moved up by this share of the way from the mean of the noise to its 95 % quantile; 1: a 95 % bound
+            of residuals that are no larger than the noise.
     """
     image = problem.image(seen.gradient)[0]
     gap = subtract(image, maps)

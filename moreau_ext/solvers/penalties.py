@@ -48,7 +48,8 @@ class Penalty(ABC):
 
     @abstractmethod
     def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
-        """The share of the noise of p that S_η lets through, shaped as p: independent noise of variance V_j in p becomes
+        """The share of the noise of p that S_η lets through, shaped as p: independent noise of variance V_j in p
+        becomes
         about Σ_j V_j·gain_j in ‖S_η(p)‖².
 
         On the support it is (J²)_jj of J = ∂S_η/∂p. Off it, the expected square of what noise lifts over the threshold:
@@ -62,7 +63,8 @@ class Penalty(ABC):
 
     @abstractmethod
     def p_values(self, gradient: Tensors, variance: Tensors, freedom: Tensor, dependence: Tensor) -> Tensors:
-        """P(a mean as large as p̄ | the true magnitude is at the threshold), shaped as p: small where a feature, or a group,
+        """P(a mean as large as p̄ | the true magnitude is at the threshold), shaped as p: small where a feature, or
+        a group,
         is in the map beyond sampling noise.
 
         Args:
@@ -113,15 +115,17 @@ class Penalty(ABC):
         """The groups of one tensor, where there are groups."""
         return None
 
-    def resolve(self, gradient: Tensors) -> tuple[Penalty, Tensors]:
-        """The penalty with an absolute η from p(0), and the η to report.
+    def resolve(self, gradient: Tensors, variance: Tensors | None = None) -> tuple[Penalty, Tensors]:
+        """The penalty with an absolute η from p(0), and the η to report; given the variance of p(0), without the
+        noise that
+        lengthens groups.
 
         At a ratio ≥ 1 the answer is zero by definition: the threshold used is infinite, since rounding of η_max and of
         the norms it is compared with would leave specks.
         """
         if not self.relative:
             return self, self.eta
-        limit = self.eta_max(gradient)
+        limit = self.eta_max(gradient if variance is None else self.denoised(gradient, variance)[0])
         reported = tuple(r * over_features(limit.to(r.dtype), r) for r in self.eta)  # the tensors of a tuple may differ
         used = tuple(e.masked_fill(r >= 1, float("inf")) for r, e in zip(self.eta, reported, strict=True))
         return replace(self, eta=used, relative=False), reported
@@ -169,7 +173,7 @@ class NoPenalty(Penalty):
     def magnitudes(self, gradient: Tensors) -> Tensor:
         return _absolute(gradient)
 
-    def resolve(self, gradient: Tensors) -> tuple[Penalty, Tensors]:
+    def resolve(self, gradient: Tensors, variance: Tensors | None = None) -> tuple[Penalty, Tensors]:
         return self, ()
 
 
@@ -189,17 +193,18 @@ def _two_sided(p: Tensor, variance: Tensor, eta: Tensor, freedom: Tensor) -> Ten
     tails = [
         upper_tail(normal_of_student((size + sign * eta.double()) / s.clamp_min(1e-300), freedom)) for sign in (-1, 1)
     ]
-    return torch.where(s > 0, tails[0] + tails[1], (size <= eta).double()).clamp_max(1.0)
+    # An unknown variance leaves it unknown: 0·NaN is NaN.
+    return torch.where(s > 0, tails[0] + tails[1], (size <= eta).double()).clamp_max(1.0) + 0 * s
 
 
 def _shrunk(gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:
-    """p̄·(1 − Σ V/‖p̄‖²)₊ (James and Stein), over all features of all tensors."""
+    """p̄ as it is, and the factor 1 − Σ V/‖p̄‖² of James and Stein over all features of all tensors, at least 0.
+
+    It multiplies the map, not p̄: entries far above the threshold hold less noise than the mean one.
+    """
     square, noise = inner(gradient, gradient), total(variance)
     factor = torch.where(square > 0, 1 - noise / square.clamp_min(torch.finfo(torch.float64).tiny), 1.0).clamp_min(0)
-    return (
-        tuple([p * over_features(factor.to(p.dtype), p) for p in gradient]),
-        tuple([torch.ones_like(p[:1]) for p in gradient]),
-    )
+    return gradient, tuple([over_features(factor.to(p.dtype), p) for p in gradient])
 
 
 def _feature_count(like: Tensors) -> Tensor:
@@ -322,7 +327,7 @@ class GroupL2(Penalty):
             # Of ‖p + ε‖², and of the estimate of its mean.
             spread = 2 * crossed + 4 * limit2 * radial + 2 * crossed / freedom[:, None]
             tail = upper_tail(normal_of_gamma(norm2, mean, spread))
-            tail = torch.where(noise2 > 0, tail, (norm2 <= limit2).double()).gather(1, labels)
+            tail = (torch.where(noise2 > 0, tail, (norm2 <= limit2).double()) + 0 * noise2).gather(1, labels)
             out = torch.empty_like(p, dtype=torch.float64)
             in_memory_order(out).copy_(tail)
             found.append(out)

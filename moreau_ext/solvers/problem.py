@@ -66,7 +66,6 @@ class Problem:
         penalty: η·Ω.
         tuning: what η and ρ follow, or None where they are as given.
         start: where to begin, or None for δ = 0; then the penalty is absolute.
-        denoise: whether answers are corrected for the sampling noise of p, see :meth:`answer`.
         passes: runs the passes of the model; owned by the call.
     """
 
@@ -80,7 +79,6 @@ class Problem:
     penalty: Penalty = field(default_factory=NoPenalty)
     tuning: Tuning | None = None
     start: Start | None = None
-    denoise: bool = False
     passes: PassRunner = field(default_factory=PassRunner, compare=False, repr=False)
 
     def take(self, index: Tensor) -> Problem:
@@ -113,25 +111,22 @@ class Problem:
         maps = self.penalty.prox(gradient)
         return maps, tuple(-over_features(r, a) * a for a, r in zip(maps, self.rho, strict=True))
 
-    def answer(self, gradient: Tensors, variance: Tensors) -> tuple[Problem, Tensors, Tensors]:
-        """The problem that is answered, with its η and ρ, and (A, y) of a mean gradient with its sampling noise corrected.
+    def denoised(self, gradient: Tensors, variance: Tensors) -> tuple[Problem, Tensors, Tensors]:
+        """The problem that is answered, with its η and ρ, and (A, y) of a mean gradient, corrected for its sampling
+        noise.
 
-        Noise adds to magnitudes, E‖p̄_g‖² = ‖p_g‖² + Σ V_j: it lifts features and groups over the threshold, and makes the
-        map longer. So magnitudes are taken without it, and directions shrunk, see :meth:`Penalty.denoised`. Both fade out
-        as V does. Where the variance is not known (NaN), nothing is corrected.
+        Noise adds to magnitudes, E‖p̄_g‖² = ‖p_g‖² + Σ V_j: it lifts features and groups over the threshold, and makes
+        the map longer. So magnitudes are taken without it, and directions shrunk, see :meth:`Penalty.denoised`. Both
+        fade out as V does.
 
         Args:
             gradient: p̄.
             variance: V, of this mean.
         """
-        if not self.denoise:
-            tuned = self.tuned(gradient)
-            return tuned, *tuned.image(gradient)
-        u, after = self.penalty.denoised(gradient, tuple([v.nan_to_num(0.0) for v in variance]))
+        u, after = self.penalty.denoised(gradient, variance)
         tuned = self.tuned(u)
         maps = tuple([c * a for c, a in zip(after, tuned.penalty.prox(u), strict=True)])
-        if self.tuning is not None:
-            tuned = tuned.of_radius(maps)
+        tuned = tuned.of_radius(maps)
         return tuned, maps, tuple([-over_features(r, a) * a for a, r in zip(maps, tuned.rho, strict=True)])
 
     def of_radius(self, maps: Tensors) -> Problem:

@@ -84,13 +84,15 @@ class NoisyCopies:
 
     def _squares(self, gradients: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """Σ g² over the samples of a chunk, or Σ ((g₊ + g₋)/2)² over its pairs; [B, *features]."""
-        each = gradients.unflatten(0, (-1, size))
+        each: Tensor = gradients.unflatten(0, (-1, size))  # type: ignore[no-untyped-call]  # torch's
         if self.pairs:
             each = (each[:, 0::2] + each[:, 1::2]) / 2
-        return each.to(dtype).square().sum(1)
+        squares: Tensor = each.to(dtype).square().sum(1)
+        return squares
 
     def variance(self, squares: Tensors, mean: Tensors) -> tuple[Tensors, int]:
-        """V of one sample's gradient, such that V/m is that of the mean of m, and its degrees of freedom; NaN of a single
+        """V of one sample's gradient, such that V/m is that of the mean of m, and its degrees of freedom; NaN of a
+        single
         sample or pair.
 
         Args:

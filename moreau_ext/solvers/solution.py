@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -14,8 +15,12 @@ from ..ops.layout import Tensors, flat_rows, join, take
 from .errors import Errors, benjamini_hochberg
 from .problem import Problem
 
+_PREMISE = (
+    "Errors rest on what was sampled: a step of the score that fewer than 3 in N of N samples straddle may be missed."
+)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Solution:
     """The result of an explanation. Fields over features have the form of the inputs (a tensor or a tuple of tensors);
     the others hold one number per input, [B].
@@ -42,9 +47,9 @@ class Solution:
         eta: η that was used (absolute), 0 without a penalty; [B], or one per feature.
         rho: ρ that was used.
         sigma: σ that was used, per tensor of a tuple.
-        standard_error: of the envelope gradient p, by sampling, in the form and dtype of the map; the map's entry errs by
-            no more without a penalty or with L1. NaN where it is not known: of a single sample or pair, and of methods
-            that are no mean of samples.
+        standard_error: of the envelope gradient p, by sampling, in the form and dtype of the map; an entry of the map
+            errs by no more without a penalty or with L1. NaN where it is not known: of a single sample or pair, and of
+            methods that are no mean of samples.
         p_value: the probability of a mean gradient as large as this one if the feature, or its group, were just at the
             threshold η, or at 0 without a penalty; see :meth:`significant`. State dtype.
         error: the parts of the map's error, see :class:`Errors`.
@@ -82,7 +87,8 @@ class Solution:
         return whole
 
     def significant(self, q: float = 0.1) -> Any:
-        """The features that are in the map beyond sampling noise, at a false discovery rate of q: bool, in the form of the
+        """The features that are in the map beyond sampling noise, at a false discovery rate of q: bool, in the form
+        of the
         map; whole groups where there are groups.
 
         Of the features marked for an input, a share of q at most is expected to be zero in the map of infinitely many
@@ -106,7 +112,8 @@ class Solution:
         one = isinstance(self.p_value, Tensor)
         tails, maps = ((self.p_value,), (self.attribution,)) if one else (self.p_value, self.attribution)
         flat = torch.cat([flat_rows(p) for p in tails], dim=1)
-        found = benjamini_hochberg(flat.nan_to_num(1.0), q).split([flat_rows(p).shape[1] for p in tails], dim=1)
+        sizes = [flat_rows(p).shape[1] for p in tails]
+        found = torch.split(benjamini_hochberg(flat.nan_to_num(1.0), q), sizes, dim=1)
         marked = tuple([f.view(p.shape) & (a != 0) for f, p, a in zip(found, tails, maps, strict=True)])
         return marked[0] if one else marked
 
@@ -132,6 +139,66 @@ class Solution:
         wanted = (self.error.unit_cost / tol**2).ceil().clamp_max(2.0**62)
         return torch.where(wanted.isnan(), -1, wanted.nan_to_num(0.0).clamp_min(1)).long()
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def summary(self, limit: int = 8) -> str:
+        """A line per input, at most ``limit``: its error and the parts of it, how much of the map is beyond sampling
+        noise,
+        and what smaller errors would cost.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import SmoothGrad
+            >>> f = SmoothGrad(lambda x: x.square().sum(1), num_samples=64)
+            >>> print(f.attribute(torch.ones(1, 2), return_solution=True).summary().splitlines()[0])
+            Solution of 1 input: 0 converged, 0 empty
+        """
+        count = len(self)
+        lines = [
+            f"Solution of {count} input{'s' * (count != 1)}: {int(self.converged.sum())} converged, "
+            f"{int(self.empty.sum())} empty"
+        ]
+        if count == 0:
+            return lines[0]
+        shown = self.take(torch.arange(min(count, limit), device=self.ids.device))
+        marked = shown.significant()
+        certain = torch.stack([flat_rows(m).sum(1) for m in ((marked,) if isinstance(marked, Tensor) else marked)]).sum(
+            0
+        ) / shown.nnz.clamp_min(1)
+        costs = [shown.forecast(tol).tolist() for tol in (0.1, 0.01)]
+        for row in range(len(shown)):
+            line = shown._line(row, float(certain[row]), [c[row] for c in costs])
+            lines.append(f"  input {int(shown.ids[row])}: {line}")
+        if count > limit:
+            lines.append(f"  ... and {count - limit} more")
+        return "\n".join([*lines, _PREMISE])
+
+    def _line(self, row: int, certain: float, costs: list[int]) -> str:
+        error, spent = self.error, f"{int(self.gradient_evaluations[row]):,} gradients"
+        total = float(error.total[row])
+        if math.isnan(total):
+            return f"{spent}, error unknown; {int(self.nnz[row]):,} features in the map"
+        parts = ", ".join(
+            f"{name} {float(part[row]):.2%}"
+            for name, part in (
+                ("sampling", error.sampling),
+                ("settling", error.settling),
+                ("nonlinearity", error.nonlinearity),
+            )
+        )
+        said = [f"{spent}, error {total:.1%} ({parts})", f"cosine to the limit {math.sqrt(max(0.0, 1 - total**2)):.3f}"]
+        said.append(f"{certain:.0%} of its {int(self.nnz[row]):,} features beyond noise at q = 0.1")
+        said.append(f"10 % takes about {costs[0]:,} gradients, 1 % {costs[1]:,}")
+        if not math.isnan(float(self.relative_residual[row])):  # else nothing was solved
+            said.append("converged" if bool(self.converged[row]) else "not converged")
+        return "; ".join(said)
+
+    __repr__ = __str__ = summary
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
+
     def take(self, index: Tensor) -> Solution:
         """The solution of some of the inputs."""
         return replace(self, **{f.name: take(getattr(self, f.name), index) for f in fields(self)})
@@ -149,6 +216,7 @@ class Answer:
         envelope: H, float64 [B].
         residual, relative_residual: float64 [B].
         evaluations: gradients taken, int64 [B].
+        confirmed: bool [B], whether independent samples agree that it is solved; None where the residual says it all.
         variance: of p, per feature; NaN where it is not known.
         freedom: float64 [B], the degrees of freedom of that variance.
         dependence: float64 [B]; see :meth:`moreau_ext.solvers.penalties.Penalty.p_values`.
@@ -168,6 +236,7 @@ class Answer:
     freedom: Tensor
     dependence: Tensor
     error: Errors
+    confirmed: Tensor | None = None
 
 
 def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: float) -> Solution:
@@ -176,6 +245,7 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: floa
     nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
     ones = torch.ones_like(nnz)
     tails = problem.penalty.p_values(answer.gradient, answer.variance, answer.freedom, answer.dependence)
+    solved = answer.relative_residual <= tol
     eta = answer.eta or tuple([torch.zeros_like(r) for r in answer.rho])
     return Solution(
         attribution=attribution,
@@ -187,7 +257,7 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: floa
         relative_residual=answer.relative_residual,
         steps=ones * steps,
         gradient_evaluations=answer.evaluations,
-        converged=answer.relative_residual <= tol,
+        converged=solved if answer.confirmed is None else solved & answer.confirmed,
         nnz=nnz,
         support=(problem.penalty.magnitudes(answer.maps) > 0).sum(1),
         empty=nnz == 0,

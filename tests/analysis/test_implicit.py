@@ -78,7 +78,7 @@ def test_differences_of_the_solve(case: str, layout: str) -> None:
         x = x.to(memory_format=torch.channels_last)
     e = CASES[case](Net(), rho=0.9, seed=3, solver=EXACT)
     s = e.attribute(x, return_solution=True)
-    assert s.converged.all()
+    assert (s.relative_residual <= EXACT.tol).all()  # on its bank: `converged` would ask for the expectation
     if "moreau" not in case:
         assert 0 < s.nnz.sum() < x.numel()
     g = e.vjp(x, s, v, hessian="autograd")

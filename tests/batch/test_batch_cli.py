@@ -37,14 +37,15 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_in_a_data_set_out(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (digits / "digits" / "0" / "bad.png").write_bytes(b"no image")
     given = ["explain", "digits", *NET, "--target", "class", "--out", "maps"]
-    assert cli.main(given) == 0
+    assert cli.main(given) == 1
     printed = capsys.readouterr()
-    assert "13 inputs: 13 explained now, 0 before, 1 with an error (see maps/errors.parquet)" in printed.out
+    assert "13 inputs: 12 explained now, 0 before, 1 with an error (see maps/errors.parquet)" in printed.out
+    assert "moreau-ext: error: 0/bad.png: UnidentifiedImageError: is no image of a known format" in printed.err
     assert "images/s" in printed.out
     assert "image/s" in printed.err
     table = read("maps")
     assert set(table["target"].to_pylist()) == {0, 1, 2, None} or set(table["target"].to_pylist()) == {0, 1, 2}
-    assert cli.main(given) == 0
+    assert cli.main(given) == 1
     assert "0 explained now, 13 before" in capsys.readouterr().out
     assert cli.main([*given, "--precision", "bfloat16"]) == 2
     assert 'precision was "float32" and is "bfloat16"' in capsys.readouterr().err
@@ -66,17 +67,17 @@ def test_a_folder_in_a_data_set_out(digits: Path, capsys: pytest.CaptureFixture[
     [
         (["digits", "--out", "o"], 2, "--model"),
         (["digits", *NET], 2, "--out"),
-        (["nowhere", *NET, "--out", "o"], 2, "source: nowhere is not there"),
+        (["nowhere", *NET, "--out", "o"], 2, "SOURCE: nowhere is not there"),
         (["digits", *NET, "--out", "o", "--method", "gradient"], 2, "--steps: gradient has none"),
         (["digits", *NET, "--out", "o", "--rho", "-1"], 2, "--rho: expected a number of at least 0"),
         (["digits", *NET, "--out", "o", "--shard-rows", "3"], 2, "--shard-rows: expected a multiple of batch, 32"),
         (["digits", *NET, "--out", "o", "--target", "label"], 2, "--target: image files have only the column 'class'"),
         (["digits", *NET, "--out", "o", "--model", "a.b"], 2, "--model: expected package.module:factory"),
         (["digits", *NET, "--out", "o", "--weights", "gone.pt"], 2, "--weights: gone.pt is not there"),
-        (["digits", *NET, "--out", "gray.toml"], 1, "--out gray.toml: File exists"),
+        (["digits", *NET, "--out", "gray.toml"], 2, "--out gray.toml: File exists"),
         (["digits", *NET, "--out", "digits"], 2, "--out: digits holds 0, which is none of ours"),
         (["digits", *NET, "--out", "o", "--device", "cuda:99"], 2, "--device: torch finds no such CUDA device"),
-        (["digits", *NET[:2], "--out", "o", "--samples", "2"], 1, "expected input"),
+        (["digits", *NET[:2], "--out", "o", "--samples", "2"], 2, "--preprocess: the model fails on the first inputs"),
     ],
 )
 def test_bad_use(
@@ -105,7 +106,7 @@ def test_a_read_only_output(digits: Path) -> None:
     done = subprocess.run(
         [str(SCRIPT), "explain", "digits", *NET, "--out", "/proc/self/maps-of-mine"], capture_output=True, text=True
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("moreau-ext: error: --out /proc/self/maps-of-mine: ")
 

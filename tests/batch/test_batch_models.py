@@ -43,7 +43,9 @@ def test_the_model_says_how_it_was_trained(tmp_path: Path, monkeypatch: pytest.M
         "                                     mean=[0.5], std=[0.5])\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_model("my_nets:net")[1] == Preprocess(mode="L", resize=8, crop=(8, 8), mean=(0.5,), std=(0.5,))
+    assert load_model("my_nets:net")[1] == Preprocess(
+        mode="L", resize=9, interpolation="bicubic", crop=(8, 8), mean=(0.5,), std=(0.5,)
+    )  # timm's defaults
     assert load_preprocess("my_nets:Weights") == Preprocess(resize=9, crop=8, mean=(0.5,), std=(0.5,))
     sys.modules.pop("my_nets")
 
@@ -140,5 +142,6 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"do_resize": true, "size": 8, "do_normalize": false}')
     model, preprocess = load_model(f"hf:{tmp_path}")
-    assert preprocess == Preprocess(resize=8)
+    # ViT's processor makes a square of a size that is one number.
+    assert preprocess == Preprocess(resize=(8, 8))
     assert model(torch.rand(2, 3, 8, 8)).logits.shape == (2, 2)

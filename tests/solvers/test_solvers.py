@@ -94,10 +94,11 @@ def test_an_input_that_is_done_leaves_and_the_others_go_on() -> None:
     rho = torch.tensor([0.05, 1.0, 0.2, 1.0, 0.05], dtype=torch.float64)
     solver = ProximalGradient(2, 400, 0.05, tol=1e-6, noise="fixed", average_last=1)
     s = MoreauGrad(f, rho=rho, sigma=0.1, solver=solver).attribute(x, return_solution=True)
-    assert s.converged.all()
     assert (s.relative_residual <= 1e-6).all()
     assert len(s.steps.unique()) > 1
-    assert torch.equal(s.gradient_evaluations, 2 * s.steps)
+    # One look at each answer: as many gradients as its steps took, in blocks of 8, 128 at most.
+    looked = (2 * s.steps // 8 * 8).clamp(16, 128)
+    assert torch.equal(s.gradient_evaluations, 2 * s.steps + looked)
     for i in range(5):
         alone = MoreauGrad(f, rho=rho[i : i + 1], sigma=0.1, solver=solver)
         one = alone.attribute(x[i : i + 1], ids=torch.tensor([i]), return_solution=True)
@@ -157,7 +158,8 @@ def test_a_fixed_bank_is_solved_to_rounding() -> None:
     x = torch.randn(3, 16, dtype=torch.float64)
     solver = ProximalGradient(8, 600, noise="fixed", average_last=1, tol=1e-13)
     s = SparseMoreauGrad(f, eta=0.02, sigma=0.5, rho=1.0, solver=solver).attribute(x, return_solution=True)
-    assert s.converged.all()
+    assert (s.relative_residual <= 1e-13).all()
+    assert not s.converged.any()  # eight samples are not the expectation
     assert (s.nnz < 16).any()
 
 

@@ -79,9 +79,19 @@ def test_gain_is_the_square_of_the_jacobian(kind: str) -> None:
         ahead, behind = (penalty.prox((p + s * step.view_as(p),))[0] for s in (1, -1))
         columns.append((ahead - behind).view(-1) / 2e-6)
     jacobian = torch.stack(columns, dim=1)
-    gain = penalty.gain((p,), penalty.prox((p,)))[0]
+    on = penalty.prox((p,))[0] != 0
+    gain = penalty.gain((p,), penalty.prox((p,)), (torch.full_like(p, 1e-12),))[0]
     torch.testing.assert_close(gain.view(-1), (jacobian.T @ jacobian).diagonal(), rtol=1e-5, atol=1e-8)
-    assert torch.equal(gain != 0, penalty.prox((p,))[0] != 0)
+    assert torch.equal(gain != 0, on)
+    # Off the support: what noise of a standard deviation of 1 lifts over the threshold.
+    gain = penalty.gain((p,), penalty.prox((p,)), (torch.ones_like(p),))[0]
+    if kind == "l1":
+        below = (1 - p.abs())[~on]
+        z = torch.randn(1 << 18, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        lifted = torch.stack([(z - b).clamp_min(0).square().mean() for b in below])
+        torch.testing.assert_close(gain[~on], lifted, rtol=0.05, atol=1e-3)
+    else:
+        assert ((gain >= 0) & (gain <= 1)).all()
 
 
 # --- support -------------------------------------------------------------------------------------------------------
@@ -185,14 +195,16 @@ def test_auto_rho_is_half_of_what_keeps_a_quadratic_convex() -> None:
     s = MoreauGrad(f, rho="auto", sigma=0.0).attribute(x, return_solution=True)
     torch.testing.assert_close(s.rho, torch.full_like(s.rho, 0.25), rtol=1e-6, atol=0)
     noisy = MoreauGrad(f, rho="auto", sigma=1.0).attribute(x, return_solution=True)
-    assert ((noisy.rho > 0.1) & (noisy.rho <= 0.25)).all()  # the upper end of λ
+    torch.testing.assert_close(noisy.rho, s.rho, rtol=1e-6, atol=0)  # differences of linear gradients are exact
     convex = MoreauGrad(Quadratic([1.0, 4.0]), rho="auto", sigma=0.0)
     assert float(convex.attribute(x[:, :2], return_solution=True).rho[0]) == pytest.approx(0.5 / 0.4)
     flat = MoreauGrad(linear(torch.ones(3, dtype=torch.float64)), rho="auto", sigma=0.1)
     assert flat.attribute(x, return_solution=True).rho.tolist() == [1.0] * 3
     # Measuring is part of the cost, and the certificate is of the rho that was found.
     fixed = MoreauGrad(f, rho=s.rho, sigma=0.0).attribute(x, return_solution=True)
-    assert (s.gradient_evaluations - fixed.gradient_evaluations == 512).all()
+    assert (s.gradient_evaluations > fixed.gradient_evaluations).all()
+    fixed = MoreauGrad(f, rho=noisy.rho, sigma=1.0).attribute(x, return_solution=True)
+    assert (noisy.gradient_evaluations - fixed.gradient_evaluations == 3 * 8).all()  # products in three dimensions
     auto = MoreauGrad(f, rho="auto", sigma=0.0)
     proof = auto.certificate(x, s)
     torch.testing.assert_close(proof.rho, s.rho)
@@ -272,7 +284,7 @@ def test_paths_of_groups_tuples_and_nothing() -> None:
     x = torch.randn(3, 1, 4, 6, dtype=torch.float64)
     path = GroupSparseMoreauGrad(net, rho="auto", groups=Tiles(2)).eta_path(x, (0.9, 0.1), target=0)
     assert (path[0].support <= path[1].support).all()
-    assert int(path[0].gradient_evaluations.min()) >= 512 + 64
+    assert int(path[0].gradient_evaluations.min()) >= 64 + 64
     assert len(SparseMoreauGrad(net).eta_path(x[:0], [0.5, 0.1])) == 2
     a, b = torch.randn(2, 3), torch.randn(2, 2)
     both = SparseMoreauGrad(lambda u, v: u.sum(1) * 2 + v.sum(1)).eta_path((a, b), [0.6])

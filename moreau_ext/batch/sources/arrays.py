@@ -69,7 +69,7 @@ class Arrays(Source):
         """
         path = Path(path)
         try:
-            if path.suffix == ".npz":
+            if path.suffix.lower() == ".npz":
                 # Opened here: numpy leaves a damaged file open.
                 with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
                     arrays = {name: held[name] for name in held.files}

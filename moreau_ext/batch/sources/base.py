@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
@@ -76,6 +77,11 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) if isinstance(error, Unreadable) else one_line(error)
 
 
+def in_words(left_out: Mapping[str, int]) -> str:
+    """Counts by reason in words, as "2 left out: suffix .txt; 1 left out: hidden"."""
+    return "; ".join(f"{count} left out: {why}" for why, count in sorted(left_out.items()))
+
+
 class Source(ABC):
     """Rows that can be read in any order. Each has an id and a name.
 
@@ -86,6 +92,8 @@ class Source(ABC):
 
     preprocess: Preprocess | None = None
     target: str | None = None
+    # Number of the entries of the source that are no rows, by the reason.
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -165,9 +173,24 @@ def shape_differs(got: Sequence[int], expected: Sequence[int]) -> str:
 
 
 def to_tensor(value: Any, preprocess: Preprocess | None) -> Tensor:
-    """A tensor, array or nested list as an input; integers are scaled like pixels."""
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    return (preprocess or Preprocess()).tensor(tensor.detach().cpu())
+    """A tensor, array or nested list as an input; see :meth:`Preprocess.tensor`.
+
+    Raises:
+        Unreadable: no numbers, or integers that are no pixels.
+    """
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+    else:
+        array = np.array(value)
+        if array.dtype.kind not in "buif":
+            raise Unreadable(f"holds {array.dtype}; expected real numbers")
+        if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+            array = array.astype(np.float64)
+        tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    try:
+        return (preprocess or Preprocess()).tensor(tensor)
+    except TypeError as error:
+        raise Unreadable(str(error)) from error
 
 
 def image_input(file: str | Path | IO[bytes], preprocess: Preprocess | None) -> Tensor:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import itertools
-import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
-from ..._errors import SettingError, SettingFileNotFoundError
+from ..._errors import SettingError
 from ...data.images import SUFFIXES
 from ..preprocess import Preprocess
-from .base import Source, Unreadable, image_input, path_id, stamp_of
+from .base import Source, Unreadable, image_input, in_words, path_id, stamp_of
+from .paths import find
 
 
 class Files(Source):
@@ -25,9 +24,10 @@ class Files(Source):
     found. A file that is given by itself has its file name. The id is :func:`path_id` of the name.
 
     Args:
-        paths: files, folders (searched recursively, without hidden files) and globs. A folder or glob yields files with
-            the suffix of an image; a file that is named is read whatever its suffix.
-        target: "class" for the number of a file's topmost folder among the sorted ones, as in ImageFolder.
+        paths: files, folders and globs; see :func:`moreau_ext.batch.sources.paths.find`. A folder yields the files with
+            the suffix of an image; a file that is named or matches is read whatever its suffix.
+        target: "class" for the number of a file's topmost folder among all of them sorted, as in ImageFolder. Folders
+            without images count.
 
     Raises:
         ValueError: no files, two files with one id, or ``target`` without folders.
@@ -37,8 +37,13 @@ class Files(Source):
     def __init__(self, paths: Iterable[str | Path], preprocess: Preprocess | None = None, target: str | None = None):
         self.preprocess, self.target = preprocess, target
         found: dict[str, Path] = {}
+        folders: set[str] = set()
+        left_out: Counter[str] = Counter()
         for given in paths:
-            for name, path in sorted(find_images(Path(given))):
+            part = find(Path(given), SUFFIXES)
+            folders |= part.folders
+            left_out += part.left_out
+            for name, path in part.files:
                 if name in found and found[name] != path:
                     raise SettingError(
                         "source",
@@ -46,8 +51,10 @@ class Files(Source):
                         "folder that holds both",
                     )
                 found[name] = path
+        self.left_out = left_out
         if not found:
-            raise SettingError("source", f"no image files in {', '.join(map(str, paths))}")
+            why = f" ({in_words(self.left_out)})" if self.left_out else ""
+            raise SettingError("source", f"no image files in {', '.join(map(str, paths))}{why}")
         # All together, so that the order of the arguments does not matter.
         self._names = sorted(found)
         self._paths = [found[name] for name in self._names]
@@ -59,9 +66,9 @@ class Files(Source):
         if target is not None:
             if target != "class":
                 raise SettingError("target", f"image files have only the column 'class' (their folder), got {target!r}")
-            self.classes = sorted({PurePosixPath(name).parts[0] for name in self._names if "/" in name})
-            if not self.classes:
+            if not any("/" in name for name in self._names):
                 raise SettingError("target", "'class' is the folder of a file, but no file lies in a folder")
+            self.classes = sorted(folders)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -89,25 +96,3 @@ class Files(Source):
             digest.update(f"{name}\0{stamp_of(path)}\n".encode("utf-8", "surrogateescape"))
         described: dict[str, Any] = {"kind": "images", "inputs": len(self), "digest": digest.hexdigest()}
         return {**described, "classes": self.classes} if self.classes else described
-
-
-def find_images(given: Path) -> Iterator[tuple[str, Path]]:
-    """(name, path) of the images of a file, folder or glob."""
-    if given.is_dir():
-        for folder, below, names in os.walk(given, followlinks=True):
-            below[:] = [name for name in below if not name.startswith(".")]
-            for name in names:
-                if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                    path = Path(folder, name)
-                    yield path.relative_to(given).as_posix(), path
-    elif given.is_file():
-        yield given.name, given
-    elif glob.has_magic(str(given)):
-        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
-        for match in glob.iglob(str(given), recursive=True):
-            if Path(match).is_file():
-                yield Path(match).relative_to(fixed).as_posix(), Path(match)
-    elif given.exists():
-        yield given.name, given
-    else:
-        raise SettingFileNotFoundError("source", f"{given} is not there")

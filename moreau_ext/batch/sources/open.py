@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..._errors import SettingError
+from ...data.images import SUFFIXES
 from ..preprocess import Preprocess
 from .arrays import ARRAYS, Arrays
 from .base import Source
 from .datasets import Items, Stream
-from .files import Files, find_images
-from .tables import Table, find_tables
+from .files import Files
+from .paths import walk
+from .tables import TABLES, Table
 
 
 def open_source(
@@ -26,8 +28,8 @@ def open_source(
 
     Args:
         source: a path or a list of paths (image files, folders, globs; one .npy or .npz file; Parquet files or a folder
-            of them), a tensor or array [N, *features], a sequence, a ``torch.utils.data`` Dataset, IterableDataset or
-            DataLoader, or a source, which is returned as it is.
+            of them), a tensor or array [N, *features] or a dict of them, a data frame, a sequence, a
+            ``torch.utils.data`` Dataset, IterableDataset or DataLoader, or a source, which is returned as it is.
         preprocess: applied to each input.
         column: the column to explain (.npz, Parquet, mappings), if several are possible.
         target: the column of targets; "class" for image folders, "label" for pairs.
@@ -46,6 +48,17 @@ def open_source(
         return _open_paths([Path(s) for s in source], column, how)
     if isinstance(source, (Tensor, np.ndarray)):
         return Arrays({"array": source.numpy(force=True) if isinstance(source, Tensor) else source}, None, **how)
+    if isinstance(source, Mapping) or type(source).__name__ == "NpzFile":
+        return Arrays({str(name): np.asarray(source[name]) for name in source}, column, **how)
+    if hasattr(source, "columns") and (hasattr(source, "to_numpy") or hasattr(source, "to_pandas")):
+        return Table.frame(source, column, **how)
+    if hasattr(source, "__array__") and hasattr(source, "ndim"):
+        values = np.asarray(source)
+        if values.dtype == object:  # a Series of arrays
+            values = np.stack([np.asarray(value) for value in values])
+        return Arrays({"array": values}, None, **how)
+    if isinstance(source, (Set, frozenset)):
+        raise SettingError("source", f"a {type(source).__name__} has no order, so its rows have no stable number")
     if isinstance(source, (torch.utils.data.IterableDataset, torch.utils.data.DataLoader)):
         return Stream(source, column, **how)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
@@ -57,13 +70,11 @@ def open_source(
 
 def _open_paths(paths: list[Path], column: str | None, how: dict[str, Any]) -> Source:
     def kind(path: Path) -> str:
-        if path.suffix in ARRAYS:
-            return "array"
-        if path.suffix == ".parquet":
-            return "table"
-        if path.is_dir() and not any(find_images(path)) and any(find_tables(path)):
-            return "table"
-        return "image"
+        suffix = path.suffix.lower()
+        if path.is_dir():
+            holds = {below.suffix.lower() for _, below in walk(path)}
+            return "table" if holds & {*TABLES} and not holds & {*SUFFIXES} else "image"
+        return "array" if suffix in ARRAYS else "table" if suffix in TABLES else "image"
 
     kinds = {kind(path) for path in paths}
     if len(kinds) > 1:
