@@ -76,7 +76,8 @@ class MoreauGrad(Certified):
             lets cuDNN and cuBLAS use it, 11 bits of each factor, and is "float32" where there is no CUDA; "bfloat16"
             runs them under autocast, 8 bits. An autocast of the caller does not count. The map, its bound and its
             certificate are then those of the model as it is run. benchmarks/bench_precision.py measures how far the
-            maps move. The flags are the process's: a call that wants other ones waits for the passes under way, and they are restored after each pass.
+            maps move. The flags are the process's: a call that wants other ones waits for the passes under way, and
+            they are restored after each pass.
 
     Raises:
         ValueError, TypeError: a setting out of range, by name; when called, "tf32" or "bfloat16" for inputs that are
