@@ -5,6 +5,8 @@ Names are loaded on first use, so that the command line can choose OpenMP's wait
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from .explainers.moreau import SparseMoreauGrad as SparseMoreauGrad
     from .explainers.registry import METHODS as METHODS
     from .explainers.registry import make_explainer as make_explainer
+    from .model.arguments import PerInput as PerInput
+    from .model.arguments import Shared as Shared
     from .preparation.prepare import prepare as prepare
     from .preparation.report import Prepared as Prepared
     from .solvers.adaptive import AdaptiveProximalGradient as AdaptiveProximalGradient
@@ -46,9 +50,11 @@ _WHERE = {
     "Labels": "solvers.groups",
     "METHODS": "explainers.registry",
     "MoreauGrad": "explainers.moreau",
+    "PerInput": "model.arguments",
     "Pixels": "solvers.groups",
     "Prepared": "preparation.report",
     "ProximalGradient": "solvers.fixed",
+    "Shared": "model.arguments",
     "SmoothGrad": "explainers.gradients",
     "SoftThresholdedSmoothGrad": "explainers.gradients",
     "Solution": "solvers.solution",
@@ -73,3 +79,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+if "torch" in sys.modules:
+    # torch.load then takes a Solution that was saved; a core that cannot be loaded is told at the first use of a name.
+    with suppress(ImportError):
+        import_module(".solvers.solution", __name__)

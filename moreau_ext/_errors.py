@@ -50,6 +50,35 @@ class MemoryWarning(MoreauWarning):
     """A pass ran out of memory and was retried with fewer rows."""
 
 
+class BatchWarning(MoreauWarning):
+    """The model takes its inputs in passes of one size only, or its passes cannot be repeated."""
+
+
+class OutputRowsError(ValueError):
+    """A model's output has not one row per input.
+
+    Args:
+        text: what was expected and what came.
+        folded: whether the rows may stand one after the other in a single one.
+    """
+
+    def __init__(self, text: str, folded: bool) -> None:
+        super().__init__(text)
+        self.folded = folded
+
+
+class MixingError(ValueError):
+    """A model gives the inputs of a batch no outputs of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "model: mixes the inputs of a batch: the output of one changes with another, so no input has a map of its "
+            "own. Likely causes: batch statistics (BatchNorm in train mode, in a module that was not found), a "
+            "contrastive head, or the nodes of a graph given as a batch (explain x[None] with a model of [n, nodes, "
+            "features] instead). max_batch=1 explains every input in passes of its own, for a model that runs on one"
+        )
+
+
 @contextlib.contextmanager
 def before_work(*but: type[Exception]) -> Iterator[None]:
     """Marks errors that come before any work of a job is done: the command line refuses the call (exit status 2).

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,7 +148,7 @@ def map_vjp(
     samples: dict[str, int],
     own_bank: tuple[int, bool] | None = None,
     method: Method = "auto",
-    ratio: Tensors | None = None,
+    follows: bool = False,
     levels: Tensors | None = None,
     tol: float,
     max_steps: int,
@@ -162,7 +163,7 @@ def map_vjp(
         own_bank: (samples, antithetic) of a solver with a fixed bank: where second derivatives exist they are taken
             on that bank, so that the result is the derivative of what was computed.
         method: see :func:`moreau_ext.analysis.curvature.measure_curvature`.
-        ratio: η/η_max per tensor, [B], where η follows x.
+        follows: whether η is a fraction of η_max, and so moves with x: the fraction that the problem's η is.
         levels: σ over the range of the input, per tensor, [B], where σ follows x.
         tol, max_steps: of the solve.
 
@@ -190,9 +191,7 @@ def map_vjp(
         )
         v = columns(tuple(t[rows] for t in vectors), torch.float64)
         some = None if levels is None else tuple(level[rows] for level in levels)
-        out[rows], left = piece.pull_back(
-            v, None if ratio is None else tuple(r[rows] for r in ratio), some, tol, max_steps
-        )
+        out[rows], left = piece.pull_back(v, follows, some, tol, max_steps)
         worst = max(worst, left)
     if blind:
         warnings.warn(
@@ -231,7 +230,7 @@ class _Adjoint:
         self.rho = torch.stack([r.double() for r in problem.rho]).amax(0)[:, None]
 
     def pull_back(
-        self, v: Tensor, ratio: Tensors | None, levels: Tensors | None, tol: float, max_steps: int
+        self, v: Tensor, follows: bool, levels: Tensors | None, tol: float, max_steps: int
     ) -> tuple[Tensor, float]:
         """(vᵀDA float64 [B, D], the largest relative residual of the solves)."""
         support, mask = self.support, self.support.mask
@@ -249,22 +248,22 @@ class _Adjoint:
         norm = right.norm(dim=1)
         left = torch.where(norm > 0, (right - system(w, product)).norm(dim=1) / norm.clamp_min(1e-300), 0.0)
         out = _pull(self.here, w, product, levels)
-        if ratio is not None:
-            out = out + self._through_eta(w, ratio, levels)
+        if follows:
+            out = out + self._through_eta(w, levels)
         return out, float(left.max())
 
-    def _through_eta(self, w: Tensor, ratio: Tensors, levels: Tensors | None) -> Tensor:
-        """(s·w)·∇η with η = ratio·η_max(x)."""
+    def _through_eta(self, w: Tensor, levels: Tensors | None) -> Tensor:
+        """(s·w)·∇η with η = r·η_max(x), r the fraction that the solution's η is of η_max."""
         start = self._hessian(None)
         bank = start.bank
-        p = sum(bank.gradients(*c).double().sum(1) for c in bank.chunks(0, bank.num_samples)) / bank.num_samples
-        q = _steepest(torch.as_tensor(p), self.support.groups)
-        each = torch.cat(
-            [
-                r.double()[:, None].expand(-1, math.prod(x.shape[1:]))
-                for r, x in zip(ratio, self.problem.inputs, strict=True)
-            ],
-            dim=1,
-        )
-        strength = (each * self.support.slope * w).sum(1, keepdim=True)
+        total: Any = sum(bank.gradients(*c).double().sum(1) for c in bank.chunks(0, bank.num_samples))
+        p: Tensor = total / bank.num_samples
+        q = _steepest(p, self.support.groups)
+        eta_max = (q * p).sum(1, keepdim=True)
+        ratios = []
+        for eta, x in zip(self.problem.penalty.eta, self.problem.inputs, strict=True):
+            # An infinite η has a map of zeros.
+            ratio = torch.where(eta.isfinite(), eta.double(), 0.0)[:, None] / eta_max.clamp_min(1e-300)
+            ratios.append(ratio.expand(-1, math.prod(x.shape[1:])))
+        strength = (torch.cat(ratios, dim=1) * self.support.slope * w).sum(1, keepdim=True)
         return strength * _pull(start, q, start.product(q).double(), levels)

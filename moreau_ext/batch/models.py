@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import json
 import re
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import SettingError, SettingFileNotFoundError, one_line
+from ..model.fingerprint import fingerprint as fingerprint
 from .exported import load_exported
 from .preprocess import Preprocess
 from .workdir import import_named
@@ -227,17 +227,3 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, Preprocess | None]:
     kinds = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(json.loads((folder / "config.json").read_text()).get("model_type"))
     kind = next(iter(kinds.values()), None) if isinstance(kinds, dict) else None
     return model, Preprocess.of_hugging_face(json.loads(path.read_text()), kind)
-
-
-def fingerprint(model: Any) -> dict[str, str]:
-    """The identity of a model: its class and a digest of its weights."""
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
-    if not isinstance(model, nn.Module):
-        called = getattr(model, "__qualname__", None)
-        return {"name": f"{model.__module__}.{called}" if called else name}
-    digest = hashlib.blake2b(digest_size=16)
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
-        data = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
-    return {"name": name, "weights": digest.hexdigest()}

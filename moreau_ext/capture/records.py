@@ -48,7 +48,7 @@ class Parts:
         if type(value) is dict:
             return (dict, *((key, self._visit(v)) for key, v in value.items()))
         if isinstance(value, PassRunner):
-            return (PassRunner, value.max_rows)
+            return (PassRunner, value.max_rows, value.exact)
         if _is_record(value):
             return (type(value), *(self._visit(getattr(value, f.name)) for f in fields(value)))
         self.opaque.append(value)  # held, so that nothing else gets its address

@@ -52,13 +52,11 @@ def check_mode(mode: Any) -> None:
         raise ValueError(f"cuda_graphs: expected 'auto', True or False, got {mode!r}")
 
 
-def _settings(device: torch.device) -> Hashable:
+def _settings() -> Hashable:
     """Settings that a capture freezes."""
     backends: Any = torch.backends
     cudnn, cuda, matmul = backends.cudnn, backends.cuda, backends.cuda.matmul
     return (
-        torch.is_autocast_enabled(device.type),
-        torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
@@ -153,7 +151,7 @@ class GraphRunner(PaddedRunner):
 
     def __init__(self, graphs: Graphs, device: torch.device) -> None:
         self._graphs, self._where = graphs, device
-        self._settings = _settings(device)
+        self._settings = _settings()
 
     def repeat(self, body: Callable[..., None], record: Any, times: int, **options: Any) -> None:
         if times == 0 or self._graphs._broken:

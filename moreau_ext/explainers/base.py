@@ -6,7 +6,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, overload
 
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from .._errors import EmptyMapWarning
-from ..model.bind import resolved, unresolved
-from ..model.memory import BLIND_ROWS, Footprint, budget
-from ..model.modes import evaluating
+from .._errors import BatchWarning, EmptyMapWarning, MixingError
+from ..model.arguments import arguments_of
+from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
+from ..model.memory import BLIND_ROWS, Footprint, budget, same_random_numbers
+from ..model.modes import Evaluating, evaluating
 from ..model.passes import PassRunner
-from ..model.precision import Precision, check_precision
-from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings
+from ..model.precision import Precision, check_precision, without_autocast
+from ..model.restore import leaves_as_found
+from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings, sample_rows
 from ..model.target import Target
 from ..ops.layout import Tensors
 from ..preparation.report import Prepared
@@ -40,11 +42,33 @@ _MAX_BATCH = 1024
 _PER_ROW, _PER_INPUT = 10, 7
 
 
+def _outside_inference() -> AbstractContextManager[Any]:
+    """Outside torch.inference_mode, whose tensors have no gradients."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
     """Equal for calls whose passes take equal memory."""
     tensors = [(x.shape[1:], x.dtype, x.device) for x in inputs]
     args = [a.shape[per:] for a, per in zip(score.args, score.per_row, strict=True) if isinstance(a, Tensor)]
     return (*tensors, *args)
+
+
+@dataclass
+class _Known:
+    """What earlier calls found out about the model, by the kind of inputs and arguments.
+
+    Args:
+        fits: rows per pass that fit by measure, or were found to by failing with more.
+        exact: rows of a pass, for a model that takes no other number.
+        readings: which arguments follow the inputs.
+        unmixed: kinds whose inputs do not mix.
+    """
+
+    fits: dict[Any, int] = field(default_factory=dict)
+    exact: dict[Any, int] = field(default_factory=dict)
+    readings: dict[Any, Any] = field(default_factory=dict)
+    unmixed: set[Any] = field(default_factory=set)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +86,7 @@ class Explainer(ABC):
     precision: Precision = field(default="float32", kw_only=True)
     # Maps that are held whatever the rows and inputs.
     _held: ClassVar[int] = 0
-    # Rows per pass by the kind of inputs: those that fit by measure, or were found to by failing with more.
-    _fits: dict[Any, int] = field(default_factory=dict, init=False, repr=False)
+    _known: _Known = field(default_factory=_Known, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Prepared) and not callable(self.model):
@@ -81,6 +104,7 @@ class Explainer(ABC):
         """What is run: the model, or the prepared copy of it."""
         return self.model.model if isinstance(self.model, Prepared) else self.model
 
+    @leaves_as_found
     def footprint(self, inputs: Any, additional_forward_args: Any = None) -> Footprint | None:
         """What :meth:`attribute` takes on such inputs, measured by passes of one and of two rows of the first.
 
@@ -104,60 +128,154 @@ class Explainer(ABC):
             >>> taken.peak(rows=64, inputs=8) < taken.peak(rows=1024, inputs=8)
             True
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with _outside_inference(), torch.no_grad():
             tensors = self._checked(inputs)
             if tensors[0].shape[0] == 0:
                 raise ValueError("inputs: expected at least one to measure passes with, got none")
-            with evaluating(self._module):
-                return self._footprint(self._unresolved(tensors, None, additional_forward_args), tensors)
+            with evaluating(self._module, depth=2) as found:
+                score = self._unresolved(tensors, None, additional_forward_args, found)
+                return self._footprint(score, tensors, found, {})
 
+    @leaves_as_found
     def rows_per_pass(self, inputs: Any, additional_forward_args: Any = None) -> int | None:
         """``max_batch`` as it comes out for such inputs; None for no limit."""
         if self.max_batch != "auto":
             return self.max_batch
-        with torch.inference_mode(False), torch.no_grad():
+        with _outside_inference(), torch.no_grad():
             tensors = self._checked(inputs)
-            with evaluating(self._module):
-                return self._fit(self._unresolved(tensors, None, additional_forward_args), tensors)
+            with evaluating(self._module, depth=2) as found:
+                score = self._unresolved(tensors, None, additional_forward_args, found)
+                return self._fit(score, tensors, found)[0]
 
-    def _footprint(self, score: Score, inputs: Tensors) -> Footprint | None:
-        found = score.pass_footprint(inputs)
+    def _footprint(
+        self, score: Score, inputs: Tensors, found: Evaluating, outputs: dict[int, Tensor]
+    ) -> Footprint | None:
+        with same_random_numbers(inputs[0].device):
+            taken: Footprint | None = score.pass_footprint(inputs, outputs, found.restore_buffers)
         state = sum(x[:1].numel() * ops.state_dtype(x.dtype).itemsize for x in inputs)
-        return found and Footprint(
-            found.fixed + self._held * state, found.per_row + _PER_ROW * state, _PER_INPUT * state
+        return taken and Footprint(
+            taken.fixed + self._held * state, taken.per_row + _PER_ROW * state, _PER_INPUT * state
         )
 
-    def _fit(self, score: Score, inputs: Tensors) -> int:
-        """Rows per pass for max_batch="auto": measured once for inputs and arguments of one kind."""
-        kind = _kind(score, inputs)
+    def _fit(self, score: Score, inputs: Tensors, found: Evaluating) -> tuple[int, dict[int, Tensor]]:
+        """Rows per pass for max_batch="auto", measured once for inputs and arguments of one kind; and the outputs of
+        the passes that were measured, by their rows."""
+        kind, fits = _kind(score, inputs), self._known.fits
+        outputs: dict[int, Tensor] = {}
         if inputs[0].shape[0] == 0:
-            return _MAX_BATCH  # there is nothing to measure
-        if kind not in self._fits:
-            found = self._footprint(score, inputs)
-            fitting = BLIND_ROWS if found is None else found.rows(budget(inputs[0].device))
-            self._fits.setdefault(kind, min(_MAX_BATCH, fitting))
-        return self._fits[kind]
+            return _MAX_BATCH, outputs  # there is nothing to measure
+        if kind not in fits:
+            try:
+                taken = self._footprint(score, inputs, found, outputs)
+            except Exception as error:
+                if isinstance(error, torch.AcceleratorError):
+                    raise
+                # A model that does not take one or two rows may take those that were given.
+                return max(BLIND_ROWS, inputs[0].shape[0]), {}
+            fitting = BLIND_ROWS if taken is None else taken.rows(budget(inputs[0].device))
+            fits.setdefault(kind, min(_MAX_BATCH, fitting))
+        return fits[kind], outputs
 
-    def _passes(self, score: Score, inputs: Tensors) -> PassRunner:
-        """The passes of one call; a size that an earlier call found not to fit is not tried again."""
-        rows = self._fit(score, inputs) if self.max_batch == "auto" else self.max_batch
-        known = self._fits.get(_kind(score, inputs))
-        return PassRunner(rows if known is None else min(known, rows or known))
+    def _first(self, score: Score, inputs: Tensors, found: Evaluating) -> tuple[PassRunner, Score, Tensor]:
+        """The passes of one call, the score with its target, and its values. A size that an earlier call found not to
+        fit is not tried again.
+
+        The first call of a kind checks that every input has an output of its own.
+        """
+        known, kind = self._known, _kind(score, inputs)
+        rows, outputs = self._fit(score, inputs, found) if self.max_batch == "auto" else (self.max_batch, {})
+        limit = known.fits.get(kind)
+        rows = rows if limit is None else min(limit, rows or limit)
+        passes = PassRunner(rows, exact=known.exact.get(kind), after=found.restore_buffers)
+        first = (kind, inputs[0].shape[0] > 1) not in known.unmixed
+        score, value, output = resolved(score, inputs, passes, first)
+        if outputs:
+            self._compare(score, inputs, output, outputs, found, passes)
+            if inputs[0].shape[0] == 1 and passes.exact is None:
+                self._check_copies(score, inputs, passes)
+        known.unmixed.add((kind, inputs[0].shape[0] > 1))
+        return passes, score, value
+
+    def _compare(
+        self,
+        score: Score,
+        inputs: Tensors,
+        output: Tensor,
+        outputs: dict[int, Tensor],
+        found: Evaluating,
+        passes: PassRunner,
+    ) -> None:
+        """Checks that the last input has the same output in passes of any size.
+
+        A single input of a model that mixes rows is explained in passes of one row.
+
+        Raises:
+            ValueError: it has not, although the same pass gives the same output again.
+        """
+        one = output[-1]
+        if all(agree(o[-1], one, score.precision, inputs) for o in outputs.values()):
+            return
+        with same_random_numbers(inputs[0].device):
+            again = [sample_output(score, inputs, 1, passes)[-1] for _ in range(2)]
+        if found.moved or not torch.equal(*again):
+            warnings.warn(
+                "the model's passes cannot be repeated: it draws random numbers, or changes a state that is not a "
+                "buffer (Likely causes: dropout that is always on, or a module in train mode that could not be found). "
+                "A map is then one draw",
+                BatchWarning,
+                stacklevel=5,
+            )
+            return
+        if inputs[0].shape[0] == 1:
+            self._one_row(passes)
+            return
+        raise ValueError(
+            "model: the output for an input changes with its place in a pass or with the number of rows. Likely "
+            "causes: something for each input that the model holds itself (give it in additional_forward_args), a "
+            "number of inputs that it divides by, or the nodes of a graph given as a batch"
+        )
+
+    def _check_copies(self, score: Score, inputs: Tensors, passes: PassRunner) -> None:
+        """Looks whether a model mixes two copies of its one input."""
+        index = sample_rows(2, inputs)
+        try:
+            with same_random_numbers(inputs[0].device):
+                passes.once(Score.unmixed_output, score.take(index), tuple([x[index] for x in inputs]))
+        except MixingError:
+            self._one_row(passes)
+
+    def _one_row(self, passes: PassRunner) -> None:
+        passes.exact = 1
+        warnings.warn(
+            "the model mixes the rows of a pass; its one input is explained in passes of one row",
+            BatchWarning,
+            stacklevel=6,
+        )
 
     def _remember(self, problem: Problem) -> None:
         """Keeps the size of passes that worked, where some did not fit; another thread may have found less."""
         rows, kind = problem.passes.max_rows, _kind(problem.score, problem.inputs)
         if problem.passes.lowered and rows is not None:
             with _lowering:
-                self._fits[kind] = min(rows, self._fits.get(kind, rows))
+                self._known.fits[kind] = min(rows, self._known.fits.get(kind, rows))
+        if problem.passes.exact is not None:
+            self._known.exact[kind] = problem.passes.exact
 
     def _checked(self, inputs: Any) -> Tensors:
         layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
         return check_inputs(inputs, self._module, self.precision, layout)
 
-    def _unresolved(self, tensors: Tensors, target: Target, additional_forward_args: Any) -> Score:
-        settings = (self.score, additional_forward_args, self.unused_inputs, self.precision)
-        return unresolved(self._module, tensors, target, *settings)
+    def _unresolved(self, inputs: Tensors, target: Target, additional_forward_args: Any, found: Evaluating) -> Score:
+        batch = inputs[0].shape[0]
+        arguments = arguments_of(additional_forward_args, batch)
+        score = unresolved(self._module, inputs, target, self.score, arguments, self.unused_inputs, self.precision)
+        if not arguments.ambiguous:
+            return score
+        kind, readings = (_kind(score, inputs), arguments.kind(batch)), self._known.readings
+        if kind not in readings:
+            passes = PassRunner(after=found.restore_buffers)
+            readings.setdefault(kind, read_arguments(score, arguments, inputs, passes))
+        return with_reading(score, readings[kind], arguments, batch)
 
     def pose(self, problem: Problem) -> Problem:
         """The problem with the settings of this explainer; as it comes, it has σ = 0, ρ = 1 and no penalty."""
@@ -172,16 +290,15 @@ class Explainer(ABC):
         self, inputs: Any, target: Target, additional_forward_args: Any, ids: Tensor | None
     ) -> Iterator[tuple[Tensors, Problem | None]]:
         """The checked inputs of a call and their problem, with the model in eval mode; no problem for no inputs."""
-        with torch.inference_mode(False), torch.no_grad():
+        with _outside_inference(), torch.no_grad():
             tensors = self._checked(inputs)
             names = check_ids(ids, tensors[0].shape[0], tensors[0].device)
             if tensors[0].shape[0] == 0:
                 yield tensors, None
                 return
-            with evaluating(self._module, depth=3):
-                score = self._unresolved(tensors, target, additional_forward_args)
-                passes = self._passes(score, tensors)
-                score, value = resolved(score, tensors, passes)
+            with without_autocast(tensors[0].device), evaluating(self._module, depth=4) as found:
+                score = self._unresolved(tensors, target, additional_forward_args, found)
+                passes, score, value = self._first(score, tensors, found)
                 sigma = tuple([per_input_setting("sigma", 0.0, x) for x in tensors])
                 rho = tuple([per_input_setting("rho", 1.0, x) for x in tensors])
                 problem = Problem(tensors, score, value, names, names, sigma, rho, passes=passes)
@@ -190,6 +307,7 @@ class Explainer(ABC):
                 finally:
                     self._remember(problem)
 
+    @leaves_as_found
     def problem(
         self, inputs: Any, target: Target = None, additional_forward_args: Any = None, *, ids: Tensor | None = None
     ) -> Problem:
@@ -238,6 +356,7 @@ class Explainer(ABC):
         return_solution: Literal[True],
     ) -> Solution: ...
 
+    @leaves_as_found
     def attribute(
         self,
         inputs: Any,
@@ -252,12 +371,18 @@ class Explainer(ABC):
         Args:
             inputs: a tensor [B, *features], or a tuple of them, of floating point; any rank >= 1. Each input's map is
                 its own: it does not depend on the batch beyond the rounding of the model's passes. A model that mixes
-                the inputs of a batch (batch statistics, contrastive heads) is not supported.
-            target: what to explain: None (the predicted class; the output itself where there is one per input), an
-                int, a tensor or array [B] or [B, 1], a list of B ints or of B tuples, one tuple (outputs of higher
-                rank), or a callable output -> [B].
-            additional_forward_args: passed to the model after the inputs; tensors whose first axis is B follow the
-                inputs.
+                the inputs of a batch (batch statistics, contrastive heads, the nodes of one graph) is refused.
+            target: what to explain: None (the predicted class; the output itself where there is one per input), an int,
+                a tensor or array [B], [B, 1] or of one element, a list of B ints or of B tuples, one tuple (outputs of
+                higher rank), or a callable output -> [B]. A callable is called with the outputs of noisy copies, in any
+                number and order, if each of its scores depends on its own row alone. If it holds something for each
+                input (a class, a mask), it is called with the outputs of all inputs in their order, once per copy: give
+                that in ``additional_forward_args`` to a model that returns the score, which takes fewer calls. One that
+                mixes rows is refused.
+            additional_forward_args: passed to the model after the inputs, a value or a tuple of them. Tensors, arrays,
+                lists, and dicts or lists of tensors with one entry per input follow the inputs. Where a shared argument
+                happens to have B entries, two small passes of the first call decide; :class:`PerInput` and
+                :class:`Shared` say it.
             ids: int64 [B], each input's name to the noise bank; its position by default. Give them when you split a
                 data set into batches, and an input draws the same noise in any of them.
             return_solution: return a :class:`Solution` instead of the maps alone.
@@ -267,7 +392,8 @@ class Explainer(ABC):
 
         Raises:
             ValueError: NaN or infinity in an input, a target out of range or of the wrong length, groups that do not
-                fit, a score that does not depend on an input, or a gradient that is not finite.
+                fit, a score that does not depend on an input, a gradient that is not finite, or a model that mixes the
+                inputs of a batch or treats them by their places.
             TypeError: inputs that are no floating-point tensors, or targets that are no integers.
         """
         with self._posed(inputs, target, additional_forward_args, ids) as (tensors, problem):
@@ -279,6 +405,6 @@ class Explainer(ABC):
                 f"{empty} of {len(solution.empty)} maps are zero everywhere: the score is flat there, or eta is at or "
                 "above eta_max; Solution.empty says which",
                 EmptyMapWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return solution if return_solution else solution.attribution

@@ -15,6 +15,7 @@ from ..analysis.certificate import Certificate, absolute, certify
 from ..analysis.derivative import map_vjp
 from ..analysis.hessian import ESTIMATES, Method
 from ..model.precision import resolution
+from ..model.restore import leaves_as_found
 from ..model.target import Target, target_index
 from ..ops.layout import Tensors
 from ..solvers.base import Solver
@@ -117,6 +118,7 @@ class Certified(Noisy):
         rho = tuple(solution.rho.to(r) for r in problem.rho)
         return replace(problem, rho=rho, penalty=penalty, tuning=None)
 
+    @leaves_as_found
     def certificate(
         self,
         inputs: Any,
@@ -202,6 +204,7 @@ class Certified(Noisy):
                 moduli=both,
             )
 
+    @leaves_as_found
     def vjp(
         self,
         inputs: Any,
@@ -286,7 +289,7 @@ class Certified(Noisy):
                     samples={name: -(-n // 4) * 4 for name, n in counts.items()},
                     own_bank=own,
                     method=hessian,
-                    ratio=problem.penalty.eta if follows else None,
+                    follows=follows,
                     levels=None if hold_settings or self.sigma is not None else self._levels(tensors),
                     tol=tol,
                     max_steps=max_steps,

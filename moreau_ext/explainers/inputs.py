@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model.precision import check_dtypes
-from ..ops.layout import Tensors, flat_rows, memory_layout
+from ..ops.layout import Tensors, flat_rows, memory_layout, tensor_of
 from ..solvers.errors import Errors
 from ..solvers.solution import Solution
 
@@ -33,6 +33,11 @@ def check_inputs(inputs: Any, model: Callable[..., Any], precision: str, layout:
         raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {type(inputs).__name__}")
     for i, x in enumerate(tensors):
         name = "inputs" if isinstance(inputs, Tensor) else f"inputs[{i}]"
+        if x.is_complex():
+            raise TypeError(
+                f"{name}: expected real numbers, got {x.dtype}; explain real and imaginary parts, "
+                "torch.view_as_real(x), with a model that takes them: model(torch.view_as_complex(x))"
+            )
         if not x.is_floating_point():
             raise TypeError(
                 f"{name}: expected floating point, got {x.dtype}. Token ids cannot be displaced: explain the "
@@ -68,7 +73,7 @@ def check_ids(ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
     if ids is None:
         return torch.arange(batch, device=device)
     try:
-        names = torch.as_tensor(ids)
+        names = tensor_of(ids)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"ids: expected int64, one per input, got {ids!r}") from None
     if names.is_floating_point() or names.is_complex() or names.dtype == torch.bool:

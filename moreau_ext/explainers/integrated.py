@@ -52,7 +52,7 @@ class IntegratedGradients(Explainer):
         def forward(*arguments: Tensor) -> Tensor:
             *inputs, which = arguments
             score = problem.score.take(which)
-            return score.of_output(score.output(tuple(inputs)))
+            return score.of_output(score.output(tuple([x.clone() for x in inputs])))
 
         with torch.enable_grad(), problem.score.passing(problem.keys.device):
             maps = Captum(forward).attribute(

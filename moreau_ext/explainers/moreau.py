@@ -13,8 +13,9 @@ from torch import Tensor
 from .. import ops
 from ..analysis.curvature import convex_rho
 from ..capture.runner import Graphs, Mode, check_mode
+from ..model.restore import leaves_as_found
 from ..model.target import Target
-from ..ops.layout import Tensors, flat_rows
+from ..ops.layout import Tensors, flat_rows, tensor_of
 from ..solvers.adaptive import AdaptiveProximalGradient
 from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
@@ -38,8 +39,9 @@ class MoreauGrad(Certified):
 
     Args:
         model: an nn.Module or any callable that maps inputs [n, ...] to outputs [n, ...]. It is run in eval mode and
-            left as it was found. It must not mix the inputs of a batch. Or what :func:`moreau_ext.prepare` made
-            of one: a faster copy, with the number of rows and the memory layout that were measured fastest.
+            left as it was found, with its buffers, and so are the modules that a function, method, partial or object
+            is found to use. It must not mix the inputs of a batch. Or what :func:`moreau_ext.prepare` made of one: a
+            faster copy, with the number of rows and the memory layout that were measured fastest.
         rho: ρ > 0, a number or one per input [B]: how far to look; 1 by default. Units of x²/score. The problem has one
             solution where ρλ < 1, λ the weak-convexity constant of f_σ. "auto": ρ = ½/max(λ, β/10), with λ and the
             smoothness β measured at each x (upper ends of their intervals, 512 gradients): half of what keeps the
@@ -72,9 +74,10 @@ class MoreauGrad(Certified):
         precision: how float32 models multiply in their passes; displacement, sums and the map are float32 in each.
             "float32", the default, exactly, also on CUDA, where torch's own default lets cuDNN convolve in TF32; "tf32"
             lets cuDNN and cuBLAS use it, 11 bits of each factor, and is "float32" where there is no CUDA; "bfloat16"
-            runs them under torch.autocast, 8 bits. The map, its bound and its certificate are then those of the model
-            as it is run. benchmarks/bench_precision.py measures how far the maps move. The flags are the process's: a
-            call that wants other ones waits for the passes under way, and they are restored after each pass.
+            runs them under autocast, 8 bits. An autocast of the caller does not count. The map, its bound and its
+            certificate are then those of the model as it is run. benchmarks/bench_precision.py measures how far the
+            maps move. The flags are the process's: a call that wants other ones waits for the passes under way, and
+            they are restored after each pass.
 
     Raises:
         ValueError, TypeError: a setting out of range, by name; when called, "tf32" or "bfloat16" for inputs that are
@@ -147,7 +150,7 @@ class MoreauGrad(Certified):
                 "each; give rho as a number, or use the adaptive solver"
             )
         # Where the score is flat a step multiplies the displacement by 1 - step_size/rho.
-        rho = torch.as_tensor(self._asked_rho, dtype=torch.float64)
+        rho = tensor_of(self._asked_rho, torch.float64)
         least = float(rho.min()) if rho.numel() else float("inf")
         if solver.max_steps > 1 and solver.step_size >= 2 * least:
             raise ValueError(
@@ -204,6 +207,7 @@ class SparseMoreau(Sparse, MoreauGrad):
                 "another solver"
             )
 
+    @leaves_as_found
     def eta_path(
         self,
         inputs: Any,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.layout import Tensors
+from ..ops.layout import Tensors, tensor_of
 
 # One number, or one per input of the batch to come.
 Scalar = float | Tensor
@@ -16,7 +16,7 @@ Scalar = float | Tensor
 
 def check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
     try:
-        tensor = torch.as_tensor(value)
+        tensor = tensor_of(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
     if tensor.is_complex() or tensor.dtype == torch.bool:
@@ -31,7 +31,7 @@ def per_input_setting(name: str, value: Scalar, x: Tensor) -> Tensor:
     """A setting as state dtype [B] for one tensor."""
     state, batch = ops.state_dtype(x.dtype), x.shape[0]
     # In the state dtype at once: a Python number would otherwise pass through float32.
-    tensor = torch.as_tensor(value, dtype=state, device=x.device)
+    tensor = tensor_of(value, state).to(x.device)
     if tensor.dim() == 0:
         return tensor.expand(batch).contiguous()
     if tensor.shape != (batch,):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from .. import ops
-from ..ops.layout import Tensors
+from ..ops.layout import Tensors, tensor_of
 from ..solvers.penalties import L1, Penalty
 from ..solvers.problem import Problem, Tuning
 from .base import Explainer
@@ -34,7 +32,7 @@ class Sparse(Explainer):
                 check_scalar(name, getattr(self, name))
         if self.support is not None:
             check_scalar("support", self.support, positive=True)
-            if torch.as_tensor(self.support).is_floating_point() and bool((torch.as_tensor(self.support) > 1).any()):
+            if tensor_of(self.support).is_floating_point() and bool((tensor_of(self.support) > 1).any()):
                 raise ValueError(
                     f"support: expected a count (an integer) or a fraction in (0, 1], got {self.support!r}"
                 )
@@ -44,7 +42,7 @@ class Sparse(Explainer):
         problem = replace(problem, penalty=self._penalty(problem.inputs))
         if self.support is None:
             return problem
-        asked = torch.as_tensor(self.support)
+        asked = tensor_of(self.support)
         support = per_input_setting("support", asked.double(), problem.inputs[0])
         if asked.is_floating_point():
             support = (support.double() * problem.penalty.count(problem.inputs)).round().clamp_min(1)
@@ -52,8 +50,8 @@ class Sparse(Explainer):
 
     def _penalty(self, inputs: Tensors) -> Penalty:
         """L1 unless overridden."""
-        if self.eta is not None and torch.as_tensor(self.eta).dim() > 1:
-            return L1((per_feature(torch.as_tensor(self.eta, dtype=ops.state_dtype(inputs[0].dtype)), inputs),))
+        if self.eta is not None and tensor_of(self.eta).dim() > 1:
+            return L1((per_feature(tensor_of(self.eta, dtype=ops.state_dtype(inputs[0].dtype)), inputs),))
         return L1(*self._strength(inputs))
 
     def _strength(self, inputs: Tensors) -> tuple[Tensors, bool]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
 from torch.utils._pytree import tree_leaves
+
+from .restore import Change, Turns
 
 Result = TypeVar("Result")
 
@@ -130,6 +132,23 @@ class BytesAlive(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._now += size
 
 
+class Counting(Change):
+    """Runs a counter; an interrupt does not leave it running."""
+
+    def __init__(self, counter: BytesAlive) -> None:
+        self._counter = counter
+
+    def do(self) -> None:
+        self._counter.__enter__()  # type: ignore[no-untyped-call]  # torch's
+
+    def undo(self) -> None:
+        while self._counter in _get_current_dispatch_mode_stack():
+            try:
+                self._counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's
+            except IndexError:  # an interrupted exit
+                _pop_mode()
+
+
 def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, Tensor) and t.layout == torch.strided]
 
@@ -181,7 +200,7 @@ def measure_footprint(run: Callable[[int], Any], device: torch.device) -> Footpr
     for rows in (1, 2):
         counter = BytesAlive()
         try:
-            with counter:
+            with Counting(counter):
                 run(rows)
         except Exception as error:  # a model, or what it is made of, may fail in any way under a dispatch mode
             if out_of_memory(error):
@@ -198,20 +217,42 @@ def measure_footprint(run: Callable[[int], Any], device: torch.device) -> Footpr
     return Footprint(max(0, fixed), max(1, per_row))
 
 
-_seeded = threading.RLock()
+class _SameRandomNumbers(Change):
+    """See :func:`same_random_numbers`."""
 
+    _turns = Turns()
 
-@contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """A model that draws draws the same in every pass that starts one of these; the generators are restored. They are
-    the process's: one thread at a time."""
-    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with _seeded, torch.random.fork_rng(devices=devices):
+    def __init__(self, device: torch.device) -> None:
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generators.append(torch.cuda.default_generators[index])
+        self._before: Any = None
+
+    def do(self) -> None:
+        self._turns.take(self)
+        self._before = [g.get_state() for g in self._generators], random.getstate(), np.random.get_state()  # noqa: NPY002
         # Not torch.manual_seed, which would reseed every accelerator too.
-        torch.default_generator.manual_seed(0)
-        for index in devices:
-            torch.cuda.default_generators[index].manual_seed(0)
-        yield
+        for generator in self._generators:
+            generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002  what models draw from is the legacy generator
+
+    def undo(self) -> None:
+        if self._before is not None:
+            states, pythons, numpys = self._before
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
+            random.setstate(pythons)
+            np.random.set_state(numpys)  # noqa: NPY002
+            self._before = None
+        self._turns.leave(self)
+
+
+def same_random_numbers(device: torch.device) -> _SameRandomNumbers:
+    """A model that draws draws the same in every pass that starts one of these; the generators of torch, Python and
+    NumPy are restored. They are the process's: one thread at a time."""
+    return _SameRandomNumbers(device)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..ops.layout import Tensors
+from .restore import Change, Turns
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -43,12 +43,44 @@ def resolution(precision: str, x: Tensor) -> float:
     return max(own, _EPS[precision]) if precision == "bfloat16" or (precision == "tf32" and x.is_cuda) else own
 
 
+class _Autocast(Change):
+    """Switches this thread's autocast. Unlike torch.autocast it leaves no half-made change after an interrupt."""
+
+    def __init__(self, kind: str, enabled: bool) -> None:
+        self._kind, self._enabled = kind, enabled
+        self._before: tuple[bool, torch.dtype, bool] | None = None
+
+    def do(self) -> None:
+        kind = self._kind
+        self._before = (
+            torch.is_autocast_enabled(kind),
+            torch.get_autocast_dtype(kind),
+            torch.is_autocast_cache_enabled(),
+        )
+        torch.set_autocast_enabled(kind, self._enabled)
+        if self._enabled:
+            torch.set_autocast_dtype(kind, torch.bfloat16)
+            # The cache would hold the weights of a pass without gradient for a later one that needs theirs.
+            torch.set_autocast_cache_enabled(False)
+
+    def undo(self) -> None:
+        if self._before is not None:
+            enabled, dtype, cache = self._before
+            torch.set_autocast_enabled(self._kind, enabled)
+            torch.set_autocast_dtype(self._kind, dtype)
+            torch.set_autocast_cache_enabled(cache)
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """What a forward pass runs under. For "float32" and "tf32" nothing: an autocast of the caller's counts."""
-    if precision != "bfloat16":
-        return nullcontext()
-    # The cache would hold the weights of a pass without gradient for a later one that needs theirs.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    """The context of a forward pass: ``precision`` decides, whatever autocast the caller is in."""
+    if precision == "bfloat16":
+        return _Autocast(device.type, True)
+    return _Autocast(device.type, False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a whole call, whose own sums are not a model's."""
+    return _Autocast(device.type, False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def _legacy(read: Callable[[], Any]) -> Any:
@@ -98,40 +130,33 @@ def _switch(stack: ExitStack, tf32: bool, without_cudnn: bool) -> None:
         cudnn.enabled = False
 
 
+class _FlagsUse(Change):
+    def __init__(self, flags: _Flags, wanted: tuple[bool, bool]) -> None:
+        self._flags, self._wanted = flags, wanted
+
+    def do(self) -> None:
+        try:
+            self._flags.turns.take(self, self._wanted, lambda: _switch(self._flags.before, *self._wanted))
+        except ValueError:
+            raise RuntimeError(
+                "precision: a pass at one precision began within a pass at another; explain neither inside the "
+                "other's model, or give both the same precision"
+            ) from None
+
+    def undo(self) -> None:
+        self._flags.turns.leave(self, self._flags.before.close)
+
+
 class _Flags:
     """torch's flags are the process's: passes that want the same ones overlap, others wait for the last of these."""
 
     def __init__(self) -> None:
-        self._turn = threading.Condition()
-        self._users: list[int] = []  # their threads
-        self._wanted = (False, False)
-        self._restore = ExitStack()
+        self.turns = Turns()
+        # Restores what was there before the first of those that overlap.
+        self.before = ExitStack()
 
-    @contextmanager
-    def __call__(self, tf32: bool, without_cudnn: bool) -> Iterator[None]:
-        wanted = (tf32, without_cudnn)
-        with self._turn:
-            if threading.get_ident() in self._users and self._wanted != wanted:
-                raise RuntimeError(
-                    "precision: a pass at one precision began within a pass at another; explain neither inside the "
-                    "other's model, or give both the same precision"
-                )
-            self._turn.wait_for(lambda: not self._users or self._wanted == wanted)
-            if not self._users:
-                with ExitStack() as stack:
-                    _switch(stack, *wanted)
-                    self._wanted, self._restore = wanted, stack.pop_all()
-            self._users.append(threading.get_ident())
-        try:
-            yield
-        finally:
-            with self._turn:
-                self._users.remove(threading.get_ident())
-                if not self._users:
-                    try:
-                        self._restore.close()
-                    finally:
-                        self._turn.notify_all()
+    def __call__(self, tf32: bool, without_cudnn: bool) -> _FlagsUse:
+        return _FlagsUse(self, (tf32, without_cudnn))
 
 
 _flags = _Flags()

@@ -13,14 +13,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._errors import MixingError, OutputRowsError
 from ..ops.layout import Tensors
+from .arguments import Items, take_rows
 from .memory import Footprint, measure_footprint
 from .modes import plain_attention
+from .modules import modules_of
 from .precision import Precision, autocast, flags
+from .target import InOrder, row_scores
 
 ScoreName = Literal["logit", "log_prob", "prob", "margin"]
 
 UnusedInputs = Literal["raise", "zero"]
+
+# In torch's message about an operation in place on a leaf.
+_IN_PLACE = "leaf Variable that requires grad"
 
 _SCORES = ("logit", "log_prob", "prob", "margin")
 
@@ -34,7 +41,8 @@ class Score:
     Args:
         model: called as ``model(*inputs, *args)``.
         name: which score.
-        target: int64 [n, k], one index tuple per row; a callable output -> [n]; or None for a model with one output.
+        target: int64 [n, k], one index tuple per row; a callable output -> [n], also :class:`InOrder`; or None for a
+            model with one output.
         args: additional arguments, expanded to the rows where they are per input.
         per_row: which of ``args`` are.
         unused_inputs: what to do when the score does not depend on an input.
@@ -43,7 +51,7 @@ class Score:
 
     model: Callable[..., Any]
     name: ScoreName
-    target: Tensor | Callable[[Tensor], Tensor] | None
+    target: Tensor | Callable[[Tensor], Tensor] | InOrder | None
     args: tuple[Any, ...]
     per_row: tuple[bool, ...]
     unused_inputs: UnusedInputs
@@ -51,33 +59,56 @@ class Score:
 
     def take(self, index: Tensor | slice) -> Score:
         """The score for rows index[0], index[1], ...; an index may occur many times."""
-        target = self.target[index] if isinstance(self.target, Tensor) else self.target
-        args = tuple(a[index] if per else a for a, per in zip(self.args, self.per_row, strict=True))
+        target = self.target
+        if isinstance(target, Tensor):
+            target = target[index]
+        elif isinstance(target, InOrder):
+            target = target.take(index)
+        args = tuple([take_rows(a, index) if per else a for a, per in zip(self.args, self.per_row, strict=True)])
         return replace(self, target=target, args=args)
 
     def passing(self, device: torch.device) -> AbstractContextManager[None]:
         """The context of a pass and its gradients."""
         # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
-        modules = self.model.modules() if device.type == "cuda" and isinstance(self.model, nn.Module) else ()
+        modules = modules_of(self.model) if device.type == "cuda" else ()
         return flags(self.precision, device, without_cudnn=any(isinstance(m, nn.RNNBase) for m in modules))
 
-    def pass_footprint(self, inputs: Tensors) -> Footprint | None:
-        """What a pass with a gradient takes, measured on the first input; the target need not be resolved.
+    def pass_footprint(
+        self, inputs: Tensors, outputs: dict[int, Tensor] | None = None, after: Callable[[], None] = lambda: None
+    ) -> Footprint | None:
+        """What a pass with a gradient takes, measured on the last input, alone and after the first; the target need
+        not be resolved.
 
         Hooks of the model see two passes, of one and of two rows.
+
+        Args:
+            inputs: at least one.
+            outputs: the outputs of both passes are put here, by their rows.
+            after: called after each.
         """
-        whole = replace(self, name="logit", target=_of_all, unused_inputs="zero")
+        seen: dict[int, Tensor] = {} if outputs is None else outputs
+
+        def of_all(output: Tensor) -> Tensor:
+            # A score that every number of an output counts in.
+            seen[output.shape[0]] = output.detach()
+            return output.reshape(output.shape[0], -1).float().sum(1)
+
+        whole = replace(self, name="logit", target=of_all, unused_inputs="zero")
 
         def run(rows: int) -> None:
-            index = torch.zeros(rows, dtype=torch.int64, device=inputs[0].device)
-            whole.take(index).gradient(tuple(x[index] for x in inputs))
+            index = sample_rows(rows, inputs)
+            try:
+                whole.take(index).gradient(tuple(x[index] for x in inputs))
+            finally:
+                after()
 
         return measure_footprint(run, inputs[0].device)
 
     def output(self, inputs: Tensors) -> Tensor:
         """The model's output tensor, checked to have one row per input."""
+        args = [a.value if type(a) is Items else a for a in self.args]
         with autocast(self.precision, inputs[0].device):
-            output = self.model(*inputs, *self.args)
+            output = self.model(*inputs, *args)
         if not isinstance(output, Tensor):
             output = getattr(output, "logits", output)
         if not isinstance(output, Tensor):
@@ -87,26 +118,60 @@ class Score:
             )
         rows = inputs[0].shape[0]
         if output.dim() == 0 or output.shape[0] != rows:
-            raise ValueError(
-                f"model: expected an output with one row per input, [{rows}, ...], got {tuple(output.shape)}"
+            raise OutputRowsError(
+                f"model: expected an output with one row per input, [{rows}, ...], got {tuple(output.shape)}",
+                folded=output.dim() > 0 and output.shape[0] == 1 and output.numel() % rows == 0,
             )
         return output.float() if self.precision == "bfloat16" and output.dtype == torch.bfloat16 else output
 
+    def _traced(self, inputs: Tensors) -> tuple[list[Tensor], Tensor]:
+        """Leaves of a graph, and the output at them: the one way in which the model is run.
+
+        A model may compute something else under torch.no_grad (nn.TransformerEncoder's fast path), or need gradients
+        itself, so values come from the graph that gradients come from. It may change its input in place; where autograd
+        refuses that for a leaf, the model gets a copy of the leaf.
+        """
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        try:
+            return leaves, self.output(tuple(leaves))
+        except RuntimeError as error:
+            if _IN_PLACE not in str(error):
+                raise
+        return leaves, self.output(tuple([x.clone() for x in leaves]))
+
     def whole_output(self, inputs: Tensors) -> Tensors:
-        """The model's output as a tuple; see :meth:`output`."""
-        return (self.output(inputs),)
+        """The model's output as a tuple, without its graph; see :meth:`output`."""
+        with torch.enable_grad(), self.passing(inputs[0].device):
+            return (self._traced(_copies(inputs))[1].detach(),)
+
+    def unmixed_output(self, inputs: Tensors) -> Tensors:
+        """The same, checked to give every input an output of its own.
+
+        Raises:
+            MixingError: the output of every other input changes with the inputs between them.
+        """
+        with torch.enable_grad(), self.passing(inputs[0].device):
+            leaves, output = self._traced(_copies(inputs))
+            if output.shape[0] > 1 and output.requires_grad:
+                flat = output.reshape(output.shape[0], -1)
+                # Not their sum, which is constant for a softmax.
+                weights = torch.linspace(1, 2, flat.shape[1], dtype=flat.dtype, device=flat.device)
+                for some in (0, 1):
+                    every_other = (flat[some::2] * weights).sum()
+                    found = torch.autograd.grad(every_other, leaves, allow_unused=True, retain_graph=some == 0)
+                    if any(g is not None and mixed(g, some) for g in found):
+                        raise MixingError
+        return (output.detach(),)
 
     def of_output(self, output: Tensor) -> Tensor:
         """The scores [n] of an output."""
         rows = output.shape[0]
         if self.target is None:
             return output.reshape(rows)
+        if isinstance(self.target, InOrder):
+            return self.target.scores(output)
         if not isinstance(self.target, Tensor):
-            scores = self.target(output)
-            if not isinstance(scores, Tensor) or scores.shape not in ((rows,), (rows, 1)):
-                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise ValueError(f"target: the callable must return one score per row, [{rows}], got {got}")
-            return scores.reshape(rows)
+            return row_scores(self.target, output)
         classes = output
         if self.target.shape[1] > 1:
             row = torch.arange(rows, device=output.device)
@@ -123,15 +188,18 @@ class Score:
         return log_prob if self.name == "log_prob" else log_prob.exp()
 
     def value(self, inputs: Tensors) -> Tensors:
-        """f of every row, ([n],), by one pass without a gradient."""
-        with torch.no_grad(), self.passing(inputs[0].device):
-            return (self.of_output(self.output(inputs)),)
+        """f of every row, ([n],), by one pass."""
+        with torch.enable_grad(), self.passing(inputs[0].device):
+            return (self.of_output(self._traced(_copies(inputs))[1]).detach(),)
 
     def gradient(self, inputs: Tensors) -> Tensors:
-        """(f, *∇f) of every row by one pass: [n], and one tensor per input. Parameters get no gradient."""
+        """(f, *∇f) of every row by one pass: [n], and one tensor per input. Parameters get no gradient.
+
+        The rows belong to the pass: a model may change them.
+        """
         with torch.enable_grad(), self.passing(inputs[0].device):
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            scores = self.of_output(self.output(tuple(leaves)))
+            leaves, output = self._traced(inputs)
+            scores = self.of_output(output)
             found: tuple[Tensor | None, ...]
             if scores.requires_grad:
                 # Rows do not mix, so the gradient of the sum is the gradient of each.
@@ -167,8 +235,8 @@ class Score:
             tensor([[ 6., 12.]])
         """
         with torch.enable_grad(), self.passing(inputs[0].device), plain_attention():
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            scores = self.of_output(self.output(tuple(leaves)))
+            leaves, output = self._traced(inputs)
+            scores = self.of_output(output)
             slopes: list[tuple[Tensor, Tensor]] = []
             if scores.requires_grad:
                 first = torch.autograd.grad(
@@ -184,9 +252,33 @@ class Score:
         return tuple(torch.zeros_like(x) if h is None else h for x, h in zip(inputs, found, strict=True))
 
 
-def _of_all(output: Tensor) -> Tensor:
-    """A score that every number of an output counts in."""
-    return output.reshape(output.shape[0], -1).float().sum(1)
+def _copies(inputs: Tensors) -> Tensors:
+    # The inputs of the caller, which the model may change in place.
+    return tuple([x.clone() for x in inputs])
+
+
+def slope_of(scores: Callable[[Tensor], Tensor], output: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores, gradient of their sum in the output)."""
+    with torch.enable_grad():
+        leaf = output.detach().requires_grad_(output.is_floating_point())
+        found = scores(leaf * 1)
+        gradient = torch.autograd.grad(found.sum(), leaf, allow_unused=True)[0] if found.requires_grad else None
+    return found.detach(), torch.zeros_like(output) if gradient is None else gradient
+
+
+def sample_rows(rows: int, inputs: Tensors) -> Tensor:
+    """Row numbers of the last input, after the first one in two rows."""
+    last = inputs[0].shape[0] - 1
+    return torch.tensor([0, last][-rows:], dtype=torch.int64, device=inputs[0].device)
+
+
+def mixed(gradient: Tensor, some: int) -> bool:
+    """Whether a gradient [n, ...] of the outputs of rows some, some + 2, ... is not zero in the rows between them.
+
+    It is zero there to the bit where rows do not mix; a share of rounding is let pass all the same.
+    """
+    size = gradient.abs().reshape(gradient.shape[0], -1).amax(1)
+    return bool(size[1 - some :: 2].amax() > 1e-6 * size[some::2].amax())
 
 
 def check_score_settings(score: str, unused_inputs: str) -> None:

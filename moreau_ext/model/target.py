@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,66 @@ from torch import Tensor
 Target = int | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Callable[[Tensor], Tensor] | None
 
 
+@dataclass(frozen=True)
+class InOrder:
+    """A callable target whose scores depend on the places of the rows, such as a class or a mask for each input.
+
+    It is called with the outputs of all inputs of the call, in their order: those of some rows in the places of their
+    inputs, and the outputs at the inputs themselves elsewhere; once for each copy of an input.
+
+    Args:
+        score: output [B, ...] -> [B].
+        outputs: at the inputs, [B, ...].
+        place: int64 [n], the input that each row is a copy of.
+    """
+
+    score: Callable[[Tensor], Tensor]
+    outputs: Tensor
+    place: Tensor
+
+    def take(self, index: Tensor | slice) -> InOrder:
+        """The same for some of the rows."""
+        return replace(self, place=self.place[index])
+
+    def scores(self, output: Tensor) -> Tensor:
+        """The scores [n] of an output [n, ...]."""
+        place = self.place
+        order = place.argsort(stable=True)
+        first = torch.searchsorted(place[order], place[order])
+        copy = torch.empty_like(place)
+        copy[order] = torch.arange(len(place), device=place.device) - first
+        rows = [(copy == k).nonzero().squeeze(1) for k in range(int(copy.max()) + 1)]
+        outputs = self.outputs.to(output.dtype)
+        found = [row_scores(self.score, outputs.index_copy(0, place[r], output[r]))[place[r]] for r in rows]
+        return torch.cat(found)[torch.cat(rows).argsort()]
+
+
+def row_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    """The scores [n] of a callable target, checked.
+
+    Raises:
+        ValueError: not one score per row.
+    """
+    scores, rows = score(output), output.shape[0]
+    if not isinstance(scores, Tensor) or scores.shape not in ((rows,), (rows, 1)):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"target: the callable must return one score per row, [{rows}], got {got}")
+    return scores.reshape(rows)
+
+
 def target_index(target: Any, batch: int) -> Tensor:
     """A target as int64 [B, k], k indices into the axes behind the batch."""
     if isinstance(target, (bool, np.bool_)):
         raise TypeError(f"target: expected a class index, got {target!r}")
     if isinstance(target, (int, np.integer)):
-        return torch.full((batch, 1), int(target), dtype=torch.int64)
+        return torch.full((batch, 1), int(target), dtype=torch.int64, device="cpu")
     if isinstance(target, tuple):
         return _indices([target], "a tuple").expand(batch, -1)
     if isinstance(target, list) and target and isinstance(target[0], tuple):
         index = _indices(target, "a list of tuples")
     else:
         try:
-            values = torch.as_tensor(target)
+            values = target if isinstance(target, Tensor) else torch.as_tensor(target, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, "
@@ -34,6 +82,8 @@ def target_index(target: Any, batch: int) -> Tensor:
             if values.numel():
                 raise TypeError(f"target: expected integers, got {values.dtype}")
             values = values.to(torch.int64)
+        if values.numel() == 1 and not isinstance(target, list):
+            values = values.reshape(())
         if values.dim() > 2 or (values.dim() == 2 and values.shape[1] != 1):
             raise ValueError(f"target: expected shape [{batch}] or [{batch}, 1], got {tuple(values.shape)}")
         index = values.to(torch.int64).reshape(-1, 1)
@@ -51,4 +101,4 @@ def _indices(tuples: list[Any], what: str) -> Tensor:
         raise TypeError(f"target: expected {what} of integers, got {tuples[0]!r}")
     if len({len(t) for t in tuples}) > 1:
         raise ValueError("target: the tuples of a list must all have the same length")
-    return torch.tensor(tuples, dtype=torch.int64)
+    return torch.tensor(tuples, dtype=torch.int64, device="cpu")

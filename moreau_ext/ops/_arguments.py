@@ -105,14 +105,34 @@ def noise_arguments(noise: Noise, x: Tensor) -> tuple[Any, ...]:
 
 def check_disjoint(**tensors: Tensor | None) -> None:
     """Buffers that are written must not share memory with anything else."""
-    spans = []
-    for name, t in tensors.items():
-        if t is not None and t.numel():
-            spans.append((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name))
-    spans.sort()
+    spans = _spans(tensors)
     for (_, end, first), (start, _, second) in pairwise(spans):
         if start < end:
             raise ValueError(f"{first} and {second} share memory; each must be a tensor of its own")
+
+
+def check_read(read: dict[str, Tensor | None], **written: Tensor | None) -> None:
+    """Buffers that are written must not share memory with what is only read, which may overlap among itself."""
+    spans = _spans(written)
+    for name, t in read.items():
+        if t is None or not t.numel():
+            continue
+        start = t.data_ptr()
+        end = start + t.nbytes
+        for low, high, other in spans:
+            if start < high and low < end:
+                raise ValueError(f"{name} and {other} share memory, and {other} is written")
+
+
+def _spans(tensors: dict[str, Tensor | None]) -> list[tuple[int, int, str]]:
+    """The memory of dense tensors, in order."""
+    spans = []
+    for name, t in tensors.items():
+        if t is not None and t.numel():
+            start = t.data_ptr()
+            spans.append((start, start + t.nbytes, name))
+    spans.sort()
+    return spans
 
 
 def address(tensor: Tensor | None) -> int:

@@ -45,10 +45,33 @@ def register(
     _library.impl(name, kernel, "CPU")
     if _core.cuda_version is not None:
         _library.impl(name, kernel, "CUDA")
-    _library.impl(name, _warn_once(reference), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
     overload: Callable[..., Any] = getattr(torch.ops.moreau_ext, name).default
+    names = [argument.name for argument in overload._schema.arguments]  # type: ignore[attr-defined]
+    _library.impl(name, _on_one_device(names, _warn_once(reference)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", _on_one_device(names, fake), lib=_library)
     return overload
+
+
+def _on_one_device(names: list[str], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses tensors of several devices: one stray meta tensor leads torch to the shape function, which does nothing.
+
+    The kernels need no such check: they get tensors of one device, or say which of them are not.
+    """
+
+    def checked(*args: Any) -> Any:
+        first: Tensor | None = None
+        for name, value in zip(names, args, strict=False):
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(tensor, Tensor):
+                    continue
+                if tensor.layout != torch.strided:
+                    raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}")
+                first = tensor if first is None else first
+                if tensor.device != first.device:
+                    raise ValueError(f"{name}: expected a tensor on {first.device}, got one on {tensor.device}")
+        return function(*args)
+
+    return checked
 
 
 def _warn_once(reference: Callable[..., Any]) -> Callable[..., Any]:

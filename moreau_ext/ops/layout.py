@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def tensor_of(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A setting as a tensor: one that is a tensor stays where it is, everything else is made on the CPU, whatever
+    torch's default device and dtype are."""
+    if isinstance(value, Tensor):
+        return value if dtype is None else value.to(dtype)
+    with suppress(TypeError, RuntimeError):  # of tensors on a GPU, in a list
+        value = np.asarray(value)
+    return torch.as_tensor(value, dtype=dtype, device="cpu")
 
 
 def memory_layout(x: Tensor) -> tuple[int, int] | None:

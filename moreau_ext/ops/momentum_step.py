@@ -106,7 +106,8 @@ def _kernel(*args: Any) -> Tensor:
         features = math.prod(y.shape[1:])
         partials = None
         if phases is not _UPDATE:
-            check_disjoint(**dict(zip(_OVER_FEATURES, a.of_tensor(i), strict=True)))
+            named = dict(zip(_OVER_FEATURES, a.of_tensor(i), strict=True))
+            check_disjoint(**named, sums=a.sums, statistics=a.statistics, arrivals=a.arrivals)
             partials = a.sums.new_empty(
                 batch, _core.momentum_step_partials(features=features, cuda=on_cuda), len(PRODUCTS)
             )

@@ -13,6 +13,7 @@ from ._arguments import (
     address,
     check_disjoint,
     check_noise,
+    check_read,
     core_noise,
     expect,
     extents_of,
@@ -59,6 +60,7 @@ def _kernel(*args: Any) -> None:
     if a.out.numel() == 0:
         return
     check_disjoint(out=a.out, x=a.x, displacement=a.displacement)
+    check_read({"noise.keys": a.keys, "noise.step": a.step, "noise.sigma": a.sigma}, out=a.out)
     device, stream = stream_of(a.x)
     _core.perturb(
         dtype=DTYPES[a.x.dtype],

@@ -16,6 +16,7 @@ from ._arguments import (
     address,
     check_disjoint,
     check_noise,
+    check_read,
     core_noise,
     expect,
     extents_of,
@@ -116,6 +117,8 @@ def _check(*args: Any) -> _Args:
         if a.x is None:
             raise ValueError("noise: writing noisy copies needs x")
         check_noise(a.x, state, layout, a)
+    if a.out is not None and not a.num_samples:
+        raise ValueError("out: is written with noise only; give noise, or leave it out")
     if a.arrivals is not None:
         expect("arrivals", a.arrivals, (batch,), torch.int32, device)
     return a
@@ -131,9 +134,15 @@ def _kernel(*args: Any) -> Tensor:
     statistics = a.displacement.new_empty(a.displacement.shape[0], len(STATISTICS), dtype=torch.float64)
     if a.displacement.numel() == 0:
         return statistics.zero_()
-    check_disjoint(
-        gradients=a.gradients, gradient=a.gradient, displacement=a.displacement, total=a.total, x=a.x, out=a.out
-    )
+    written = {"gradient": a.gradient, "displacement": a.displacement, "total": a.total, "out": a.out}
+    written["arrivals"] = a.arrivals
+    check_disjoint(gradients=a.gradients, x=a.x, **written)
+    read = {"rho": a.rho, "step_size": a.step_size, "eta": a.eta}
+    if a.labels is not None:
+        read |= {"labels": a.labels, "order": a.order, "offsets": a.offsets, "weights": a.weights}
+    if a.num_samples:
+        read |= {"noise.keys": a.keys, "noise.step": a.step, "noise.sigma": a.sigma}
+    check_read(read, **written)
     batch, extents, groups = a.displacement.shape[0], extents_of(a.displacement), a.groups
     on_cuda = a.displacement.device.type == "cuda"
     penalty = _NO_PENALTY if a.eta is None else _L1 if groups is None else _GROUP

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .layout import Tensors, flat_rows, in_memory_order, memory_layout, rows_like, state_dtype
+from .layout import Tensors, flat_rows, in_memory_order, memory_layout, rows_like, state_dtype, tensor_of
 from .noise import Noise
 from .partition import Partition
 
@@ -157,7 +157,7 @@ def _shrink(v: Tensor, eta: Tensor | None, scale: Tensor | float, groups: Partit
     labels = groups.labels.long().expand(v.shape[0], -1)
     squares = torch.zeros(v.shape[0], groups.count, dtype=torch.float64, device=v.device)
     squares.scatter_add_(1, labels, v.double().square())
-    threshold = torch.as_tensor(scale).double() * (eta.double() * groups.weights.double())
+    threshold = tensor_of(scale).double() * (eta.double() * groups.weights.double())
     factors = group_factors(squares.sqrt(), threshold).to(v.dtype).gather(1, labels)
     return torch.where(factors == 0, 0 * (v - v), v * factors)
 

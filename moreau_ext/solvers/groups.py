@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..ops.layout import memory_layout
+from ..ops.layout import memory_layout, tensor_of
 from ..ops.partition import Partition
 
 Weights = Literal["unit", "sqrt"]
@@ -164,7 +164,7 @@ class Labels(Groups):
 
     def __post_init__(self) -> None:
         _check_weights(self.weights)
-        values = torch.as_tensor(self.map)
+        values = tensor_of(self.map)
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"Labels: map must hold integers, got {values.dtype}")
         object.__setattr__(self, "map", values)

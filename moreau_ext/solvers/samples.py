@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..model.passes import PassRunner
 from ..model.score import Score
-from ..ops.layout import Tensors, like_layout, over_features, rows_like
+from ..ops.layout import Tensors, like_layout, over_features, rows_like, tensor_of
 from ..ops.noise import Noise
 from .problem import Problem
 
@@ -104,7 +104,7 @@ class NoisyCopies:
         count = samples // of_one
         scale = of_one / (count - 1) if count > 1 else torch.nan
         found = [((s - count * p.square()) * scale).clamp_min(0) for s, p in zip(squares, mean, strict=True)]
-        still = [n.sigma is not None and torch.as_tensor(n.sigma) == 0 for n in self._noise]
+        still = [n.sigma is not None and tensor_of(n.sigma) == 0 for n in self._noise]
         return tuple(
             [
                 torch.where(over_features(torch.as_tensor(none, device=v.device), v), 0.0, v)

@@ -271,3 +271,7 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: floa
         target=problem.score.target if isinstance(problem.score.target, Tensor) else None,
         ids=problem.ids,
     )
+
+
+# A Solution is tensors and numbers: torch.load takes it at its default.
+torch.serialization.add_safe_globals([Solution, Errors])

@@ -194,11 +194,22 @@ def test_the_default_is_what_it_was() -> None:
     assert MoreauGrad(model).precision == "float32"
 
 
-def test_a_callers_autocast_counts_with_float32() -> None:
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_a_callers_autocast_does_not_count(precision: Any) -> None:
+    """What ``precision`` says is what runs, in every pass of a call and in what is done with its numbers."""
     model = Seen().eval()
+    e = SparseMoreauGrad(model, rho=0.1, precision=precision, solver=ProximalGradient(4, 3, 0.05))
+    s = e.attribute(X, 1, return_solution=True)
+    proof = e.certificate(X, s, num_samples=64, num_hvp_samples=64, lanczos_steps=2)
     with torch.autocast("cpu", torch.bfloat16):
-        Gradient(model).attribute(X, 1)
-    assert set(model.products) == {torch.bfloat16}
+        t = e.attribute(X, 1, return_solution=True)
+        again = e.certificate(X, s, num_samples=64, num_hvp_samples=64, lanczos_steps=2)
+        e.vjp(X, s, torch.ones_like(X), num_samples=8, hessian="autograd", max_steps=2)
+        assert torch.is_autocast_enabled("cpu")
+    assert set(model.products) == {torch.float32}
+    assert torch.equal(s.attribution, t.attribution)
+    assert t.score.dtype == torch.float32
+    assert torch.equal(proof.residual, again.residual)
 
 
 @pytest.mark.slow
