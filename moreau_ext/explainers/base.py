@@ -138,14 +138,18 @@ class Explainer(ABC):
 
     @leaves_as_found
     def rows_per_pass(self, inputs: Any, additional_forward_args: Any = None) -> int | None:
-        """``max_batch`` as it comes out for such inputs; None for no limit."""
+        """``max_batch`` as it comes out for such inputs; None for no limit. Raises what the model raises where it takes
+        neither one or two of them nor all."""
         if self.max_batch != "auto":
             return self.max_batch
         with _outside_inference(), torch.no_grad():
             tensors = self._checked(inputs)
             with evaluating(self._module, depth=2) as found:
                 score = self._unresolved(tensors, None, additional_forward_args, found)
-                return self._fit(score, tensors, found)[0]
+                rows = self._fit(score, tensors, found)[0]
+                if tensors[0].shape[0] and _kind(score, tensors) not in self._known.fits:
+                    score.whole_output(tensors)
+                return rows
 
     def _footprint(
         self, score: Score, inputs: Tensors, found: Evaluating, outputs: dict[int, Tensor]

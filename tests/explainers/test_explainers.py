@@ -223,8 +223,14 @@ def test_a_tuple_of_different_dtypes(method: str, dtypes: tuple[torch.dtype, tor
     assert tuple(a.dtype for a in s.attribution) == dtypes
 
 
+def tensors_of(solution: Solution) -> list[Tensor]:
+    values = [getattr(solution, f.name) for f in fields(Solution) if f.name != "error"]
+    return [*values, *vars(solution.error).values()]
+
+
 def of_batch(solution: Solution, name: str) -> tuple[Any, ...]:
     value = getattr(solution, name)
+    value = tuple(vars(value).values()) if name == "error" else value
     return tuple((v.dtype, v.device, v.shape[1:]) for v in (value if isinstance(value, tuple) else (value,)))
 
 
@@ -242,7 +248,7 @@ def test_an_empty_batch(method: str, dtype: torch.dtype) -> None:
     assert none.attribution.shape == (0, 2, 5, 4)
     for f in fields(Solution):
         assert of_batch(none, f.name) == of_batch(one, f.name), f.name
-        assert len(getattr(none, f.name)) == 0
+    assert all(len(v) == 0 for v in tensors_of(none))
     pair = ALL[method](never, **({"groups": Pixels()} if method == "tiles" else {})).attribute((images(0), images(0)))
     assert [a.shape for a in pair] == [(0, 2, 5, 4)] * 2
 
@@ -389,12 +395,14 @@ def test_a_map_is_its_inputs_own(
     ids = first + torch.arange(batch)
     whole = ALL[method](model, max_batch=max_batch, **own).attribute(x, 2, ids=ids, return_solution=True)
     alone = ALL[method](model, **own).attribute(x[i : i + 1], 2, ids=ids[i : i + 1], return_solution=True)
-    for f in fields(Solution):
-        got, expected = getattr(whole, f.name)[i : i + 1], getattr(alone, f.name)
+    for of_whole, expected in zip(tensors_of(whole), tensors_of(alone), strict=True):
+        got = of_whole[i : i + 1]
         if got.is_floating_point():
-            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+            # A p-value deep in a tail multiplies rounding, and a standard error is a difference of squares.
+            torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9, equal_nan=True)
         else:
-            assert torch.equal(got, expected), f.name
+            assert torch.equal(got, expected)
+    torch.testing.assert_close(whole.attribution[i : i + 1], alone.attribution, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -572,7 +580,7 @@ def test_the_fields_of_a_solution() -> None:
                  "nnz", "empty", "eta", "sigma")  # fmt: skip
     assert all(getattr(s, name).shape == (3,) for name in per_input)
     assert (s.residual > 0).all()
-    assert not any(getattr(s, f.name).requires_grad for f in fields(Solution))
+    assert not any(t.requires_grad for t in tensors_of(s))
 
 
 def test_maps_do_not_share_memory_with_the_input() -> None:
@@ -600,7 +608,9 @@ def test_inputs_stop_by_themselves(method: str) -> None:
     assert s.steps[1] == 200
     assert s.converged.tolist() == [True, False, True]
     assert torch.equal(s.converged, s.relative_residual <= STOPPING.tol)
-    assert torch.equal(s.gradient_evaluations, 2 * s.steps)
+    # A look confirms each answer: as many gradients as its steps took, in blocks of 8, 128 at most.
+    looked = torch.where(s.converged, (2 * s.steps // 8 * 8).clamp(16, 128), 0)
+    assert torch.equal(s.gradient_evaluations, 2 * s.steps + looked)
     assert sum(model.rows) == 3 + int(s.gradient_evaluations.sum())  # who stopped costs nothing
 
 
@@ -1125,7 +1135,7 @@ INPUTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: (images(), spoiled(-float("inf"))), ValueError, r"inputs\[1\]: input 1 holds NaN or infinity"),
     (lambda: images().long(), TypeError, r"inputs: expected floating point, got torch.int64. Token ids .* embeddings"),
     (lambda: images() > 0, TypeError, r"inputs: expected floating point, got torch.bool"),
-    (lambda: images() + 0j, TypeError, r"inputs: expected floating point, got torch.complex128"),
+    (lambda: images() + 0j, TypeError, r"inputs: expected real numbers, got torch.complex128"),
     (lambda: images().to(torch.float8_e4m3fn), TypeError, r"inputs: expected float32, .* got torch.float8_e4m3fn"),
     (lambda: images().to_sparse(), TypeError, r"inputs: expected a dense tensor, got torch.sparse_coo"),
     (lambda: (images(), images().int()), TypeError, r"inputs\[1\]: expected floating point, got torch.int32"),
