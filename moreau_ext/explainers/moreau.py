@@ -101,7 +101,7 @@ class MoreauGrad(Certified):
     cuda_graphs: Mode = field(default=False, kw_only=True)
     _graphs: Graphs = field(init=False, repr=False)
     # With one row per pass the adaptive solver holds 32 maps of its one input: 17 are counted elsewhere, 3 are slack.
-    _held = 18
+    _held = 24
 
     def __post_init__(self) -> None:
         super().__post_init__()

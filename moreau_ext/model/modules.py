@@ -42,7 +42,7 @@ def modules_of(model: Callable[..., Any]) -> list[nn.Module]:
         >>> import torch
         >>> from moreau_ext.model.modules import modules_of
         >>> net = torch.nn.Linear(3, 2)
-        >>> modules_of(lambda x: net(x).exp())
+        >>> modules_of(net.forward)
         [Linear(in_features=3, out_features=2, bias=True)]
     """
     found: dict[int, nn.Module] = {}

@@ -147,9 +147,9 @@ class AdaptiveProximalGradient:
 
     Args:
         tol: relative residual asked for, ‖δ − y‖ / max(‖δ‖, ‖y‖, 10⁻³ρ‖p(0)‖).
-        max_gradients: most gradient evaluations per input. The first two levels, 48 (192 where η or ρ follow the
-            solution; 32 more where η is a ratio) and 144, always run; each later one costs half of what was spent
-            before it, at least 144, the last what is left of the budget.
+        max_gradients: most gradient evaluations per input, those of looks included. The first two levels, 48 (192
+            where η or ρ follow the solution; 32 more where η is a ratio) and 144, always run; each later one costs half
+            of what was spent before it, at least 144, the last what is left of the budget.
         progress: show a progress bar over inputs (needs tqdm).
         denoise: correct the map for what sampling noise adds to the magnitudes that η is compared with, and to the
             length of the map (docs/method.md). At the default tolerance it changes next to nothing; where the budget
@@ -168,7 +168,7 @@ class AdaptiveProximalGradient:
         >>> explainer = MoreauGrad(lambda x: (x * a).sum(1), solver=AdaptiveProximalGradient())
         >>> s = explainer.attribute(a, return_solution=True)
         >>> bool(s.converged), int(s.gradient_evaluations)
-        (True, 192)
+        (True, 240)
 
     Deterministic, and independent of the batch beyond the rounding of the model's passes.
     Source: the method of arXiv 2302.05294; momentum with restart of O'Donoghue and Candès (2015); averaging of Polyak

@@ -187,14 +187,15 @@ def _lifted(gap: Tensor, variance: Tensor) -> Tensor:
 
 
 def _two_sided(p: Tensor, variance: Tensor, eta: Tensor, freedom: Tensor) -> Tensor:
-    """P(|p + ε| ≥ |p̄|) for a true |p| = η, by Student's distribution; float64."""
-    s = variance.double().sqrt()
-    size, freedom = p.double().abs(), over_features(freedom, p)
-    tails = [
-        upper_tail(normal_of_student((size + sign * eta.double()) / s.clamp_min(1e-300), freedom)) for sign in (-1, 1)
-    ]
+    """P(|p + ε| ≥ |p̄|) for a true |p| = η, by Student's distribution."""
+    s, size, freedom = variance.sqrt(), p.abs(), over_features(freedom.to(p.dtype), p)
+    least = torch.finfo(p.dtype).tiny
+    found = torch.where(size <= eta, 1.0, 0.0)
+    for sign in (-1, 1):
+        tail = upper_tail(normal_of_student((size + sign * eta) / s.clamp_min(least), freedom))
+        found = torch.where(s > 0, tail if sign < 0 else found + tail, found)
     # An unknown variance leaves it unknown: 0·NaN is NaN.
-    return torch.where(s > 0, tails[0] + tails[1], (size <= eta).double()).clamp_max(1.0) + 0 * s
+    return found.clamp_max_(1.0).add_(0 * s)
 
 
 def _shrunk(gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:

@@ -116,8 +116,9 @@ def test_replays_give_the_bits_of_steps_one_by_one(solver: str, name: str) -> No
         captures.append(tapes[0].captures)
     assert tapes[0].replays > 8
     if solver in ("fixed", "paper", "bank"):
-        # The first pass, and the stretches of an explanation: before averaging, and while averaging.
-        assert captures[0] == captures[1] <= 3 * (2 if "chunks" in name else 1)
+        # The first pass, and the stretches of an explanation: before averaging and while averaging, and the steps of
+        # both that measure the variance.
+        assert captures[0] == captures[1] <= 5 * (2 if "chunks" in name else 1)
 
 
 def test_replays_agree_with_an_explainer_without_graphs() -> None:

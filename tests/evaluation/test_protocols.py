@@ -394,7 +394,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
         (["--rho", "0"], "--rho: expected positive numbers"),
         (["--methods", "magic"], "--methods: expected some of gradient"),
         (["--attack", "magic"], "--attack: expected some of gaussian"),
-        (["--data", "mnist"], "--data: expected digits, cifar10:PATH or imagefolder:PATH, got 'mnist'"),
+        (["--data", "mnist"], "--data: expected digits, photographs, cifar10:PATH or imagefolder:PATH, got 'mnist'"),
         (["--model", "magic"], "--model: expected one of digits_cnn"),
         (["--model", "no.such:thing"], "--model: cannot import no.such (No module named 'no')"),
         (["--model", "math:pi"], "--model: math:pi: expected an nn.Module, got float"),
