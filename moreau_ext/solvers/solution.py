@@ -130,8 +130,7 @@ class Solution:
             >>> import torch
             >>> from moreau_ext import SmoothGrad
             >>> f = SmoothGrad(lambda x: x.square().sum(1), num_samples=64)
-            >>> n = f.attribute(torch.ones(1, 2), return_solution=True).forecast(0.01)
-            >>> bool(64 < n)
+            >>> bool(f.attribute(torch.tensor([[1.0, 2.0]]), return_solution=True).forecast(0.001) > 64)
             True
         """
         if not 0 < tol < math.inf:

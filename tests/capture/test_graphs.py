@@ -118,7 +118,8 @@ def test_replays_give_the_bits_of_steps_one_by_one(solver: str, name: str) -> No
     if solver in ("fixed", "paper", "bank"):
         # The first pass, and the stretches of an explanation: before averaging and while averaging, and the steps of
         # both that measure the variance.
-        assert captures[0] == captures[1] <= 5 * (2 if "chunks" in name else 1)
+        # Few steps measure: theirs may be worth a graph only in the second call.
+        assert captures[0] <= captures[1] <= 5 * (2 if "chunks" in name else 1)
 
 
 def test_replays_agree_with_an_explainer_without_graphs() -> None:

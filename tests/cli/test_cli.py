@@ -114,11 +114,16 @@ def test_demo_prints_the_table(demo: tuple[Path, str]) -> None:
     assert [line.split()[0] for line in lines[head + 1 : head + 6]] == METHODS
 
 
-def test_demo_repeats_and_maps_do_not_depend_on_the_limit(demo: tuple[Path, str], run, tmp_path: Path) -> None:
-    # The picture shows ten digits, so explaining ten or twelve gives the same one, to the byte.
-    assert run("demo", "--data", "digits", "--limit", 10, "--out", tmp_path).returncode == 0
-    assert imread(tmp_path / "digits.png").shape == imread(demo[0] / "digits.png").shape
-    np.testing.assert_allclose(imread(tmp_path / "digits.png"), imread(demo[0] / "digits.png"), atol=0.02)
+def test_demo_repeats_and_maps_do_not_depend_on_the_limit(run, tmp_path: Path) -> None:
+    # The picture shows ten digits, so explaining ten or twelve gives the same one. Not on a prepared copy: what is
+    # fastest there is measured, and another choice rounds differently.
+    pictures = []
+    for limit in (10, 12):
+        line = ("demo", "--data", "digits", "--prepare", "none", "--limit", limit, "--out", tmp_path / str(limit))
+        assert run(*line).returncode == 0
+        pictures.append(imread(tmp_path / str(limit) / "digits.png"))
+    assert pictures[0].shape == pictures[1].shape
+    np.testing.assert_allclose(pictures[0], pictures[1], atol=0.002)
 
 
 def test_demo_writes_over_old_results(run, tmp_path: Path) -> None:
