@@ -234,12 +234,7 @@ def _model(arguments: argparse.Namespace, data: Dataset, out: Path) -> nn.Module
     if name in ("resnet20", "tiny_vit"):
         model: nn.Module = getattr(zoo, name)(num_classes=len(data.names))
     elif ":" in name:
-        # As with python -m: a model in the working folder is found.
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            model, _ = load_model(name)
-        finally:
-            sys.path.remove(str(Path.cwd()))
+        model, _ = load_model(name)  # also of a module in the working folder
     else:
         raise Refused(
             f"--model: expected one of {', '.join(zoo.NAMES)}, resnet20, tiny_vit or module:factory, got {name!r}"
