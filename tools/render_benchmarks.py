@@ -221,6 +221,55 @@ made within 2,048 gradients: rightly, or for want of samples.
 {source(name)}"""
 
 
+def errors() -> str:
+    name = "cpu-errors.json"
+    found = rows(name)
+    once = {(row["net"], row["samples"]): row for row in found}.values()
+    head = ("net", "samples", "within 1.96 standard errors", "forecasts of 10 % within a factor of 1.5")
+    covered = table(
+        head,
+        [(row["net"], count(row["samples"]), percent(row["coverage"], 1), percent(row["forecast"])) for row in once],
+    )
+    head = (
+        "net",
+        "samples",
+        "map",
+        "error, plain",
+        "denoised",
+        "marked: false",
+        "found",
+        "spread of η_max",
+        "denoised",
+    )
+    body = [
+        (
+            row["net"],
+            count(row["samples"]),
+            row["map"],
+            *(percent(row[key], 1) for key in ("plain", "denoised", "false", "found")),
+            *(percent(row[f"eta_max, {key}"], 1) for key in ("plain", "denoised")),
+        )
+        for row in found
+        if row["map"] != "dense"
+    ]
+    worst = max(row["denoised"] / row["plain"] for row in found)
+    best = min(row["denoised"] / row["plain"] for row in found)
+    return f"""## Error bars and denoising
+
+Mean gradients at the input, the limit of SmoothGrad, against long references on independent noise. A standard error is
+right where 95 % of the features lie within 1.96 of them.
+
+{covered}
+
+Errors are those of the thresholded map, with the reference's own noise taken out; `false` and `found` are of
+`significant(0.1)`: marked features or groups that are not in the reference's map, and the share of the reference's map
+that is marked. Denoising changed an error by a factor of {ratio(best)} to {ratio(worst)}.
+
+{table(head, body)}
+
+`OMP_NUM_THREADS=1 python benchmarks/bench_errors.py`. {source(name)}"""
+
+
 def explainers() -> str:
     found = rows("cpu-explainers.json")
     timed = [row for row in found if "method" in row]
@@ -613,6 +662,7 @@ the raw numbers. A commit is the one that was measured.
         intro,
         solver(),
         calibration(),
+        errors(),
         explainers(),
         ops(),
         h200(),
