@@ -87,7 +87,7 @@ def run(net: str) -> list[dict[str, Any]]:
             penalty = penalties(kind, p, v, tile)
             u, after = penalty.denoised((p,), (v,))
             exact = after[0] * penalty.prox(u)[0]
-            own = (v * (exact != 0)).flatten(1).sum(1)
+            own = (v * penalty.gain((p,), (exact,), (v,))[0]).flatten(1).sum(1)
             freedom = torch.full((count,), n / 2 - 1, dtype=torch.float64)
             errors: dict[str, list[Tensor]] = {"plain": [], "denoised": []}
             limits: dict[str, list[Tensor]] = {"plain": [], "denoised": []}
