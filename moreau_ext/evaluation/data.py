@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from .. import zoo
-from .._errors import SettingError, SettingFileNotFoundError
+from .._errors import MoreauWarning, SettingError, SettingFileNotFoundError
 from ..data.images import SUFFIXES, read_image
 from ..zoo.data import Dataset, Split
 
@@ -152,6 +153,8 @@ def imagefolder(path: str | Path, size: int = 224) -> Dataset:
         FileNotFoundError: no images.
         ValueError: a file that cannot be read as an image.
         ImportError: Pillow is missing.
+
+    Warns of entries of the class folders that are no images by their suffix; hidden ones are left out.
     """
     try:
         from PIL import Image, ImageOps
@@ -159,9 +162,12 @@ def imagefolder(path: str | Path, size: int = 224) -> Dataset:
         raise ImportError(f'images are read by Pillow ({error}): pip install "moreau_ext[evaluation]"') from error
     base = Path(path)
     classes = sorted(d for d in base.iterdir() if d.is_dir()) if base.is_dir() else []
-    inputs, targets = [], []
+    inputs, targets, left_out = [], [], 0
     for number, folder in enumerate(classes):
-        for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES):
+        for file in sorted(f for f in folder.iterdir() if not f.name.startswith(".")):
+            if file.suffix.lower() not in SUFFIXES:
+                left_out += 1
+                continue
             try:
                 image = read_image(file).convert("RGB")
             except Exception as error:  # decoders of damaged files raise nearly anything
@@ -173,5 +179,9 @@ def imagefolder(path: str | Path, size: int = 224) -> Dataset:
         raise SettingFileNotFoundError(
             "data", f"{base}: found no images in folders named by their class, PATH/CLASS/IMAGE"
         )
+    if left_out:
+        known = ", ".join(sorted(SUFFIXES))
+        text = f"{base}: left out {left_out} that are no images by their suffix ({known})"
+        warnings.warn(text, MoreauWarning, stacklevel=2)
     names = tuple(folder.name for folder in classes)
     return Dataset(torch.stack(inputs).contiguous(), torch.tensor(targets), names)

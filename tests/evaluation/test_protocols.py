@@ -312,11 +312,13 @@ def test_folders_of_pictures(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 10), colour).save(tmp_path / name / "1.png")
     (tmp_path / "a" / "notes.txt").write_text("not a picture")
-    found = data.load(f"imagefolder:{tmp_path}", size=8)
+    with pytest.warns(UserWarning, match="left out 1 that are no images by their suffix"):
+        found = data.load(f"imagefolder:{tmp_path}", size=8)
     assert found.names == ("a", "b")
     assert found.targets.tolist() == [0, 1]
     assert found.inputs.shape == (2, 3, 8, 8)
     assert found.inputs[0, :, 0, 0].tolist() == [0, 0, 1]
+    (tmp_path / "a" / "notes.txt").unlink()
     (tmp_path / "a" / "2.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=r"2.png cannot be read as an image"):
         data.imagefolder(tmp_path)
