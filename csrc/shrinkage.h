@@ -5,8 +5,8 @@
 
 namespace moreau {
 
-// S_t(v) = v - clip(v, -t, t) = sign(v) max(|v| - t, 0). Exactly +0 for |v| <= t, exactly v for t = 0, and NaN for a NaN in v or t:
-// comparisons with NaN are false, so clip returns v or t, and one of them is NaN.
+// S_t(v) = v - clip(v, -t, t) = sign(v) max(|v| - t, 0). Exactly +0 for |v| <= t, exactly v for t = 0, and NaN for a
+// NaN in v or t: comparisons with NaN are false, so clip returns v or t, and one of them is NaN.
 template <class S>
 MOREAU_HD S soft_threshold(S v, S t) {
   const S upper = v <= t ? v : t;
