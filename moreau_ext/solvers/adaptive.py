@@ -437,13 +437,16 @@ class AdaptiveProximalGradient:
         wanted = torch.where(_least_sigma(state.problem) > 0, wanted, _FEWEST_LOOKED)
         room = self.max_gradients - state.evaluations - state.carried.looked
         samples = torch.minimum(wanted, room).clamp_min(1) // BLOCK * BLOCK
+        # 0 says that there is no doubt: where there is one and no room, it is 1, which is too few for a look.
         return torch.where(far | quiet, samples.clamp_min(1), 0), rare
 
     def _doubts(self, state: _State, found: Estimate) -> tuple[Tensor, Tensor]:
-        """Whether a bound rests on more than was seen, two bool [B]: (points or a way that reach farther than the
-        noise,
-        where the gradient need not be linear, or a way along which the largest curvature would be too much; hardly any
-        noise, of which rare gradients may be all there is)."""
+        """Whether a bound rests on more than was seen, two bool [B].
+
+        The first: points or a way that reach farther than the noise, where the gradient need not be linear, or a way
+        along which the largest curvature would be too much. The second: such a way, or hardly any noise, of which rare
+        gradients may be all there is.
+        """
         problem = state.problem
         limit2 = (self.tol * found.scale).square()
         far = found.reach2 > (_FAR * _least_sigma(problem)).square()
@@ -464,7 +467,8 @@ class AdaptiveProximalGradient:
         # Gradients of looks differ between inputs: those without room for another level, and for the look that its
         # answer may need, are done.
         total = state.evaluations + spend + 2 * _FD_SAMPLES
-        doubtful = (self._look_sizes(state, found)[0] > 0) & (answer.relative_residual <= _CLOSE * self.tol)
+        far, quiet = self._doubts(state, found)
+        doubtful = (far | quiet) & (answer.relative_residual <= _CLOSE * self.tol)
         spent = total + state.carried.looked + torch.where(doubtful, total // 8, 0)
         return torch.where((answer.relative_residual <= self.tol) | (spent > self.max_gradients), 0, samples)
 

@@ -17,7 +17,7 @@ The solver's bound rests on gradients near the answer, and on the variance that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -173,4 +173,4 @@ def steps_kept(length: int, samples: int) -> range:
 
 def subset(problem: Problem, rows: Tensor) -> Problem:
     """Some of the inputs, or the problem itself for all of them."""
-    return problem if len(rows) == problem.batch else replace(problem.take(rows))
+    return problem if len(rows) == problem.batch else problem.take(rows)
