@@ -340,8 +340,7 @@ class ProximalGradient:
         scale: Tensor,
         evaluations: int,
     ) -> Errors:
-        """The parts of the error; what the residual of the last step holds beyond the noise of its samples is
-        settling."""
+        """The parts of the error: settling is what the last step's residual holds beyond the noise of its samples."""
         gain = problem.penalty.gain(p, maps, variance)
         let_through = total(tuple([g * v for g, v in zip(gain, variance, strict=True)]))
         sampling2 = problem.rho_of_input.square() * let_through

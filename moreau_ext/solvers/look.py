@@ -24,8 +24,7 @@ from torch import Tensor
 
 from .. import ops
 from ..model.precision import resolution
-from ..ops.layout import Tensors, inner, states_like, subtract
-from ..ops.layout import total as sum_features
+from ..ops.layout import Tensors, inner, states_like, subtract, total
 from .base import Runner
 from .bound import DIFFERENCES, sampling_noise
 from .problem import Problem
@@ -82,7 +81,7 @@ def look(problem: Problem, displacement: Tensors, samples: int, step: int, runne
         step: of the noise bank, for the first block.
         runner: runs the passes.
     """
-    total, squares, last = states_like(problem.inputs), states_like(problem.inputs), states_like(problem.inputs)
+    summed, squares, last = states_like(problem.inputs), states_like(problem.inputs), states_like(problem.inputs)
     sums = torch.zeros(problem.batch, len(ops.SUMS), dtype=torch.float64, device=problem.keys.device)
     scores = problem.value.new_empty(problem.batch, samples)
     each = scores.new_empty(problem.batch, BLOCK)
@@ -95,14 +94,14 @@ def look(problem: Problem, displacement: Tensors, samples: int, step: int, runne
         scores[:, first : first + BLOCK] = each
         change2 = tuple([((g - p) / BLOCK).square() * (BLOCK / 2) for g, p in zip(block.gradient, last, strict=True)])
         if first > 0:
-            norm = sum_features(change2)
+            norm = total(change2)
             sums[:, DIFFERENCES : DIFFERENCES + 3] += torch.stack([torch.ones_like(norm), norm, norm.square()], dim=1)
-        for g, t, s, p, c in zip(block.gradient, total, squares, last, change2, strict=True):
+        for g, t, s, p, c in zip(block.gradient, summed, squares, last, change2, strict=True):
             t += g
             if first > 0:
                 s += c
             p.copy_(g)
-    return Look(tuple([t / samples for t in total]), squares, sums, scores, samples)
+    return Look(tuple([t / samples for t in summed]), squares, sums, scores, samples)
 
 
 def upper_residual2(
@@ -147,8 +146,11 @@ def unexplained2(
         copies.step.fill_(first + step)
         along = []
         for chunk, (_, size) in enumerate(copies.chunks):
-            moved = subtract(copies.draw(chunk, None), tuple([x.repeat_interleave(size, 0) for x in problem.inputs]))
-            along.append(inner(moved, tuple([g.repeat_interleave(size, 0) for g in gradient])).view(-1, size))
+            parts = []
+            for rows, x, g in zip(copies.draw(chunk, None), problem.inputs, gradient, strict=True):
+                moved = rows.unflatten(0, (-1, size)) - x[:, None]  # type: ignore[no-untyped-call]  # torch's
+                parts.append((moved.double() * g[:, None].double()).reshape(len(x), size, -1).sum(2))
+            along.append(torch.stack(parts).sum(0))
         linear = torch.cat(along, 1)
         at = step * samples % scores.shape[1]
         seen = scores[:, at : at + kept].double()
@@ -156,9 +158,7 @@ def unexplained2(
         squares += ((gap[:, 0::2] - gap[:, 1::2]) / 2).square().sum(1)
         largest = torch.maximum(largest, seen.abs().amax(1))
     pairs = len(steps) * (kept // 2)
-    explained = sum(
-        s.double().square() * v.double().flatten(1).sum(1) for s, v in zip(problem.sigma, variance, strict=True)
-    )
+    explained = sum(s.double().square() * total((v,)) for s, v in zip(problem.sigma, variance, strict=True))
     eps = max(resolution(problem.score.precision, x) for x in problem.inputs)
     excess = (squares / pairs - _EXPLAINED / 6 * explained - (_ROUNDING * eps * largest).square()).clamp_min(0)
     # Without noise in a tensor its gradient is not averaged, and there is nothing to miss.

@@ -48,9 +48,9 @@ class Penalty(ABC):
 
     @abstractmethod
     def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
-        """The share of the noise of p that S_η lets through, shaped as p: independent noise of variance V_j in p
-        becomes
-        about Σ_j V_j·gain_j in ‖S_η(p)‖².
+        """The share of the noise of p that S_η lets through, shaped as p.
+
+        Independent noise of variance V_j in p becomes about Σ_j V_j·gain_j in ‖S_η(p)‖².
 
         On the support it is (J²)_jj of J = ∂S_η/∂p. Off it, the expected square of what noise lifts over the threshold:
         (1 + z²)Φ(−z) − zφ(z) for a magnitude z standard deviations below it.
@@ -63,9 +63,9 @@ class Penalty(ABC):
 
     @abstractmethod
     def p_values(self, gradient: Tensors, variance: Tensors, freedom: Tensor, dependence: Tensor) -> Tensors:
-        """P(a mean as large as p̄ | the true magnitude is at the threshold), shaped as p: small where a feature, or
-        a group,
-        is in the map beyond sampling noise.
+        """P(a mean as large as p̄ | the true magnitude is at the threshold), shaped as p.
+
+        It is small where a feature, or a group, is in the map beyond sampling noise.
 
         Args:
             gradient: p̄, a mean of samples.
@@ -116,9 +116,9 @@ class Penalty(ABC):
         return None
 
     def resolve(self, gradient: Tensors, variance: Tensors | None = None) -> tuple[Penalty, Tensors]:
-        """The penalty with an absolute η from p(0), and the η to report; given the variance of p(0), without the
-        noise that
-        lengthens groups.
+        """The penalty with an absolute η from p(0), and the η to report.
+
+        Given the variance of p(0), the noise that lengthens groups is taken out of it first.
 
         At a ratio ≥ 1 the answer is zero by definition: the threshold used is infinite, since rounding of η_max and of
         the norms it is compared with would leave specks.

@@ -112,8 +112,7 @@ class Problem:
         return maps, tuple(-over_features(r, a) * a for a, r in zip(maps, self.rho, strict=True))
 
     def denoised(self, gradient: Tensors, variance: Tensors) -> tuple[Problem, Tensors, Tensors]:
-        """The problem that is answered, with its η and ρ, and (A, y) of a mean gradient, corrected for its sampling
-        noise.
+        """The problem that is answered, with its η and ρ, and (A, y) of a mean gradient without its sampling noise.
 
         Noise adds to magnitudes, E‖p̄_g‖² = ‖p_g‖² + Σ V_j: it lifts features and groups over the threshold, and makes
         the map longer. So magnitudes are taken without it, and directions shrunk, see :meth:`Penalty.denoised`. Both

@@ -91,9 +91,9 @@ class NoisyCopies:
         return squares
 
     def variance(self, squares: Tensors, mean: Tensors) -> tuple[Tensors, int]:
-        """V of one sample's gradient, such that V/m is that of the mean of m, and its degrees of freedom; NaN of a
-        single
-        sample or pair.
+        """V of one sample's gradient, such that V/m is that of the mean of m, and its degrees of freedom.
+
+        NaN of a single sample or pair.
 
         Args:
             squares: as :meth:`gradients` wrote them.

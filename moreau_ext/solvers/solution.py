@@ -87,9 +87,9 @@ class Solution:
         return whole
 
     def significant(self, q: float = 0.1) -> Any:
-        """The features that are in the map beyond sampling noise, at a false discovery rate of q: bool, in the form
-        of the
-        map; whole groups where there are groups.
+        """The features that are in the map beyond sampling noise, at a false discovery rate of q.
+
+        Bool, in the form of the map; whole groups where there are groups.
 
         Of the features marked for an input, a share of q at most is expected to be zero in the map of infinitely many
         samples (Benjamini and Hochberg 1995, on ``p_value``). It says nothing about the other parts of ``error``.
@@ -142,9 +142,9 @@ class Solution:
         return len(self.ids)
 
     def summary(self, limit: int = 8) -> str:
-        """A line per input, at most ``limit``: its error and the parts of it, how much of the map is beyond sampling
-        noise,
-        and what smaller errors would cost.
+        """A line per input, at most ``limit``.
+
+        It says the error and its parts, how much of the map is beyond sampling noise, and what smaller errors cost.
 
         Example:
             >>> import torch

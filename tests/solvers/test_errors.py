@@ -120,7 +120,7 @@ def test_a_solution_prints_a_line_per_input() -> None:
     lines = str(s).splitlines()
     assert lines[0] == "Solution of 200 inputs: 0 converged, 0 empty"
     assert len(lines) == 11
-    assert "of its 18 features beyond noise" in lines[1] or "of its 24 features beyond noise" in lines[1]
+    assert "of its 18 features beyond noise" in lines[1]  # the others have no influence
     assert repr(s) == str(s)
     assert s._repr_html_().startswith("<pre>Solution of 200")
     assert "0 inputs" in str(SmoothGrad(kinks, sigma=SIGMA).attribute(X[:0], return_solution=True))
