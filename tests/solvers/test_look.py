@@ -194,3 +194,16 @@ def test_inputs_do_not_depend_on_their_batch() -> None:
         alone = e.attribute(x[row : row + 1], ids=torch.tensor([row]), return_solution=True)
         torch.testing.assert_close(alone.attribution[0], whole.attribution[row], rtol=1e-9, atol=1e-12)
         assert int(alone.gradient_evaluations) == int(whole.gradient_evaluations[row])
+
+
+@pytest.mark.parametrize("solver", [AdaptiveProximalGradient(), ProximalGradient(8, 60, 0.1, tol=0.05)])
+def test_inputs_without_feature_axes_are_looked_at(solver: Any) -> None:
+    x = torch.rand(5, dtype=F64, generator=torch.Generator().manual_seed(0))
+    s = MoreauGrad(lambda x: x.exp(), sigma=0.1, solver=solver).attribute(x, return_solution=True)
+    assert s.converged.any()
+    assert s.standard_error.shape == s.significant().shape == (5,)
+    u, v = torch.rand(3, 2, dtype=F64), torch.rand(3, dtype=F64)
+    both = MoreauGrad(lambda u, v: u.exp().sum(1) + v.exp(), sigma=0.1, solver=solver).attribute(
+        (u, v), return_solution=True
+    )
+    assert [t.shape for t in both.standard_error] == [(3, 2), (3,)]
