@@ -212,8 +212,22 @@ class Output:
 
     def check_place(self) -> None:
         """Raises OSError if the folder was deleted or replaced since it was opened: earlier shards went with it."""
-        if not self.folder.is_dir() or _place_of(self.folder) != self._place:
+        try:
+            place = _place_of(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            place = None
+        if place != self._place:
             raise OSError(errno.ESTALE, "was deleted or replaced while the job ran; start it again", str(self.folder))
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Calls :meth:`check_place` before the block, and if a file is missing in it: the folder may go at any time."""
+        self.check_place()
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            self.check_place()
+            raise
 
     def check_complete(self, count: int) -> None:
         """Raises OSError unless the manifest and the first ``count`` shards are there.
@@ -326,10 +340,10 @@ class Output:
         """
         configuration = manifest["configuration"]
         metadata = {"moreau_ext": json.dumps({**manifest, "run": dict(about), "map_shape": rows.maps.shape[1:]})}
-        self.check_place()
-        made = table(rows, configuration["map_dtype"], configuration["map_format"] == "sparse", metadata)
-        _write_table(self.shard(key), made)
-        return self.shard(key).stat().st_size
+        with self._in_place():
+            made = table(rows, configuration["map_dtype"], configuration["map_format"] == "sparse", metadata)
+            _write_table(self.shard(key), made)
+            return self.shard(key).stat().st_size
 
     def write_errors(self, more: Sequence[tuple[int, str, str]] = ()) -> int:
         """Collects the rows with an error in errors.parquet, and returns their number.
@@ -342,13 +356,14 @@ class Output:
 
         ids, names, reasons = zip(*more, strict=True) if more else ((), (), ())
         found = [pa.table([pa.array(ids, pa.int64()), *(pa.array(v, pa.string()) for v in (names, reasons))], _ERRORS)]
-        for path in self.shards():
-            part = _read_or_name(path, ["id", "source", "error"])
-            failed = part.filter(pc.is_valid(part["error"]))
-            found.append(pa.table(failed.columns, _ERRORS))
-        errors = pa.concat_tables(found)
-        _write_table(self.folder / ERRORS, errors)
-        return int(errors.num_rows)
+        with self._in_place():
+            for path in self.shards():
+                part = _read_or_name(path, ["id", "source", "error"])
+                failed = part.filter(pc.is_valid(part["error"]))
+                found.append(pa.table(failed.columns, _ERRORS))
+            errors = pa.concat_tables(found)
+            _write_table(self.folder / ERRORS, errors)
+            return int(errors.num_rows)
 
 
 def _ours(name: str) -> bool:

@@ -111,7 +111,8 @@ def test_a_solution_is_saved_and_loaded(target: Any, tmp_path: Path) -> None:
     assert torch.equal(loaded.attribution, s.attribution)
     SparseMoreauGrad(NET, rho=0.1, solver=SOLVER).certificate(X, loaded, target, num_samples=64)
     script = f"import torch, moreau_ext; print(torch.load({str(tmp_path / 's.pt')!r})['solution'].nnz.tolist())"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    # Elsewhere than in the checkout, whose package is not the one that is installed.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == str(s.nnz.tolist()), done.stderr
 
 
