@@ -29,7 +29,7 @@ from ..ops.layout import Tensors
 from ..preparation.report import Prepared
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from .inputs import check_ids, check_inputs, empty_solution, in_form
+from .inputs import Ids, check_ids, check_inputs, empty_solution, in_form
 from .settings import per_input_setting
 
 _lowering = threading.Lock()
@@ -292,7 +292,7 @@ class Explainer(ABC):
 
     @contextmanager
     def _posed(
-        self, inputs: Any, target: Target, additional_forward_args: Any, ids: Tensor | None
+        self, inputs: Any, target: Target, additional_forward_args: Any, ids: Ids
     ) -> Iterator[tuple[Tensors, Problem | None]]:
         """The checked inputs of a call and their problem, with the model in eval mode; no problem for no inputs."""
         with _outside_inference(), torch.no_grad():
@@ -314,7 +314,7 @@ class Explainer(ABC):
 
     @leaves_as_found
     def problem(
-        self, inputs: Any, target: Target = None, additional_forward_args: Any = None, *, ids: Tensor | None = None
+        self, inputs: Any, target: Target = None, additional_forward_args: Any = None, *, ids: Ids = None
     ) -> Problem:
         """The problem that :meth:`attribute` solves, with settings that are measured or follow the solution still open.
 
@@ -346,7 +346,7 @@ class Explainer(ABC):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         return_solution: Literal[False] = False,
     ) -> Any: ...
 
@@ -357,7 +357,7 @@ class Explainer(ABC):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         return_solution: Literal[True],
     ) -> Solution: ...
 
@@ -368,7 +368,7 @@ class Explainer(ABC):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         return_solution: bool = False,
     ) -> Any:
         """The maps of a batch.
@@ -389,7 +389,9 @@ class Explainer(ABC):
                 happens to have B entries, two small passes of the first call decide; :class:`PerInput` and
                 :class:`Shared` say it.
             ids: int64 [B], each input's name to the noise bank; its position by default. Give them when you split a
-                data set into batches, and an input draws the same noise in any of them.
+                data set into batches, and an input draws the same noise in any of them. One integer gives all inputs
+                the same noise: maps of copies or neighbours of an input then differ by the inputs alone, which is what
+                robustness metrics compare.
             return_solution: return a :class:`Solution` instead of the maps alone.
 
         Returns:
