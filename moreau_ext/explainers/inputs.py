@@ -82,7 +82,7 @@ def check_ids(ids: Ids, batch: int, device: torch.device) -> Tensor:
     if names.is_floating_point() or names.is_complex() or names.dtype == torch.bool:
         raise TypeError(f"ids: expected int64, got {names.dtype}")
     if names.dim() == 0:
-        names = names.expand(batch)
+        names = names.repeat(batch)
     if names.shape != (batch,):
         raise ValueError(f"ids: expected one per input, [{batch}], or one integer, got shape {tuple(names.shape)}")
     return names.to(device=device, dtype=torch.int64)

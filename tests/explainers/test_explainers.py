@@ -357,7 +357,7 @@ def test_ids_name_the_noise(method: str) -> None:
     assert not torch.equal(a[0], a[1])
 
 
-@pytest.mark.parametrize("method", [m for m in ALL if m != "gradient"])
+@pytest.mark.parametrize("method", ALL)
 def test_one_id_gives_all_inputs_one_noise(method: str) -> None:
     x = images(1).expand(3, -1, -1, -1).clone()
     e = ALL[method](smooth())
