@@ -18,7 +18,7 @@ from .._checks import check_count
 from .._errors import BatchWarning, EmptyMapWarning, MixingError
 from ..model.arguments import arguments_of
 from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
-from ..model.memory import BLIND_ROWS, Footprint, budget, same_random_numbers
+from ..model.memory import BLIND_ROWS, Footprint, same_random_numbers
 from ..model.modes import Evaluating, evaluating
 from ..model.passes import PassRunner
 from ..model.precision import Precision, check_precision, without_autocast
@@ -60,7 +60,7 @@ class _Known:
     """What earlier calls found out about the model, by the kind of inputs and arguments.
 
     Args:
-        fits: rows per pass that fit by measure, or were found to by failing with more.
+        fits: rows per pass by measure, or fewer where that many did not fit.
         exact: rows of a pass, for a model that takes no other number.
         readings: which arguments follow the inputs.
         unmixed: kinds whose inputs do not mix.
@@ -177,8 +177,7 @@ class Explainer(ABC):
                     raise
                 # A model that does not take one or two rows may take those that were given.
                 return max(BLIND_ROWS, inputs[0].shape[0]), {}
-            fitting = BLIND_ROWS if taken is None else taken.rows(budget(inputs[0].device))
-            fits.setdefault(kind, min(_MAX_BATCH, fitting))
+            fits.setdefault(kind, BLIND_ROWS if taken is None else taken.fast_rows(inputs[0].device, _MAX_BATCH))
         return fits[kind], outputs
 
     def _first(self, score: Score, inputs: Tensors, found: Evaluating) -> tuple[PassRunner, Score, Tensor]:

@@ -65,10 +65,11 @@ class MoreauGrad(Certified):
             must not draw from torch's generator of the device. False, the default until a GPU has confirmed what was
             repaired after a crash of a benchmark (docs/limitations.md), captures nothing.
         max_batch: most noisy inputs in one forward pass; results agree to rounding. None is no limit. "auto" is what a
-            prepared model was measured with; otherwise 1,024, or the largest power of two of rows that fits half of a
-            GPU's free memory, or a quarter of what the CPU has for the process. That is measured at the first call for
-            each shape and dtype of the inputs, by passes of one and of two rows (the model's hooks see them,
-            gradient_evaluations do not count them). A pass that runs out of memory is done again in halves, whatever
+            prepared model was measured with; otherwise the largest power of two of rows, 1,024 at most, that fits half
+            of a GPU's free memory, or on a CPU 64 MiB for each thread (more leave the caches; four rows at least) and a
+            quarter of what there is for the process. Their bytes are measured at the first call for each shape and
+            dtype of the inputs, by passes of one and of two rows (the model's hooks see them, gradient_evaluations do
+            not count them). A pass that runs out of memory is done again in halves, whatever
             max_batch, with one warning per call; a single row that does not fit raises MemoryError.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
         precision: how float32 models multiply in their passes; displacement, sums and the map are float32 in each.

@@ -387,6 +387,19 @@ def test_rows_are_a_power_of_two() -> None:
     assert [Footprint(100, 10).rows(b) for b in (0, 109, 119, 120, 199, 10_000)] == [1, 1, 1, 2, 8, 512]
 
 
+@pytest.mark.parametrize(("per_row", "rows"), [(1, 1024), (1 << 18, 256), (3 << 20, 16), (1 << 28, 4)])
+def test_rows_that_the_cpu_is_fast_with(per_row: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MiB a pass and thread, four rows at least, whatever memory is free, as long as it holds them."""
+    monkeypatch.setattr(memory, "budget", lambda device: 1 << 40)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert Footprint(1 << 30, per_row).fast_rows(CPU, 1024) == rows
+    assert Footprint(0, per_row).fast_rows(torch.device("cuda"), 1024) == min(1024, (1 << 40) // per_row)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert Footprint(0, per_row).fast_rows(CPU, 1024) == min(1024, rows if rows == 4 else 16 * rows)
+    monkeypatch.setattr(memory, "budget", lambda device: 2 * per_row)
+    assert Footprint(0, per_row).fast_rows(CPU, 1024) == 2
+
+
 # --- "auto" ----------------------------------------------------------------------------------------------------------
 
 
@@ -396,10 +409,8 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert e.rows_per_pass(x) == 1024  # as it was before anything was measured
     found = e.footprint(x)
     assert found is not None
-    from moreau_ext.explainers import base
-
     for rows in (1, 2, 100, 512):
-        monkeypatch.setattr(base, "budget", lambda device, rows=rows: found.peak(rows))
+        monkeypatch.setattr(memory, "budget", lambda device, rows=rows: found.peak(rows))
         assert SparseMoreauGrad(zoo.digits_cnn()).rows_per_pass(x) == 1 << rows.bit_length() - 1
     assert e.rows_per_pass(x) == 1024  # remembered
     assert SparseMoreauGrad(zoo.digits_cnn(), max_batch=7).rows_per_pass(x) == 7
@@ -408,11 +419,9 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_is_kept_by_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moreau_ext.explainers import base
-
     model = Small(net(), 1000)
     expected = SmoothGrad(net(), num_samples=12).attribute(images(), 1)
-    monkeypatch.setattr(base, "budget", lambda device: 1)
+    monkeypatch.setattr(memory, "budget", lambda device: 1)
     found = SmoothGrad(model, num_samples=12).attribute(images(), 1)
     assert model.seen[:2] == [1, 2]  # the probe
     assert max(model.seen[2:]) == 1
