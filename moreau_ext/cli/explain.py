@@ -211,6 +211,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         say(
             f"{done.explained / done.seconds:.1f} images/s, "
             + (f"{done.converged:.0%} converged, " if config.solves else "")
+            + (f"{done.empty} of {done.explained} maps are zero everywhere, " if done.empty else "")
             + f"{done.bytes / done.explained:,.0f} bytes per image, in {arguments.out}"
         )
     if not done.errors:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, overload
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from .._errors import BatchWarning, EmptyMapWarning, MixingError
+from .._errors import BatchWarning, ConvergenceWarning, EmptyMapWarning, MixingError
 from ..model.arguments import arguments_of
 from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
 from ..model.memory import BLIND_ROWS, Footprint, same_random_numbers
@@ -53,6 +54,32 @@ def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
     tensors = [(x.shape[1:], x.dtype, x.device) for x in inputs]
     args = [a.shape[per:] for a, per in zip(score.args, score.per_row, strict=True) if isinstance(a, Tensor)]
     return (*tensors, *args)
+
+
+def warn_unconverged(found: Sequence[Solution], tol: float, budget: str) -> None:
+    """Warns once if inputs of a call did not converge.
+
+    Args:
+        found: the solutions of the call.
+        tol: of the solver; 0 for one that takes all of its steps and makes no claim.
+        budget: its setting that buys a smaller residual.
+    """
+    failed = [~s.converged for s in found]
+    count = int(torch.stack([f.sum() for f in failed]).sum())
+    if count == 0 or not 0 < tol < math.inf:
+        return
+    residual = torch.cat([s.relative_residual for s in found])
+    needed = torch.cat([s.forecast(tol)[f] for s, f in zip(found, failed, strict=True)])
+    spent = torch.cat([s.gradient_evaluations[f] for s, f in zip(found, failed, strict=True)])
+    about = int(needed.median())
+    takes = f" (noise alone takes about {about:,} gradients, see Solution.forecast)" if about > spent.median() else ""
+    warnings.warn(
+        f"{count} of {len(residual)} maps did not converge to tol={tol:g}: relative residual "
+        f"{float(residual.max()):.2g} at worst, {float(residual.median()):.2g} in the median; raise {budget}{takes} or "
+        "tol of the solver",
+        ConvergenceWarning,
+        stacklevel=4,
+    )
 
 
 @dataclass
@@ -285,6 +312,11 @@ class Explainer(ABC):
         """The problem with the settings of this explainer; as it comes, it has σ = 0, ρ = 1 and no penalty."""
         return problem
 
+    @property
+    def _claim(self) -> tuple[float, str]:
+        """(tol, the setting that buys a smaller residual); a tol of 0 for methods that claim no convergence."""
+        return 0.0, ""
+
     @abstractmethod
     def _solve(self, problem: Problem) -> Solution:
         """The solution of a batch that has at least one input."""
@@ -411,4 +443,5 @@ class Explainer(ABC):
                 EmptyMapWarning,
                 stacklevel=3,
             )
+        warn_unconverged([solution], *self._claim)
         return solution if return_solution else solution.attribution

@@ -25,6 +25,7 @@ from ..solvers.path import solve_path
 from ..solvers.penalties import GroupL2, Penalty
 from ..solvers.problem import Problem, Tuning
 from ..solvers.solution import Solution
+from .base import warn_unconverged
 from .certified import Certified
 from .inputs import empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
@@ -134,6 +135,10 @@ class MoreauGrad(Certified):
     def _method(self) -> Solver:
         # "auto" has become a solver when the explainer was made.
         return cast(Solver, self.solver)
+
+    @property
+    def _claim(self) -> tuple[float, str]:
+        return self._method.tol, self._method.budget
 
     @property
     def _asked_rho(self) -> Any:
@@ -261,6 +266,7 @@ class SparseMoreau(Sparse, MoreauGrad):
                 first = steps.index(max(steps))
                 spent = found[first].gradient_evaluations + cost
                 found[first] = replace(found[first], gradient_evaluations=spent)
+        warn_unconverged(found, *self._claim)
         return tuple([in_form(solution, isinstance(inputs, Tensor)) for solution in found])
 
 

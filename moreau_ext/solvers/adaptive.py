@@ -190,6 +190,10 @@ class AdaptiveProximalGradient:
     def rows(self) -> int:
         return _FIRST_SAMPLES
 
+    @property
+    def budget(self) -> str:
+        return "max_gradients"
+
     def init(self, problem: Problem, runner: Runner) -> _State:
         """δ = 0, or where the problem starts. Where η is a fraction of η_max, p(0) is measured."""
         tuned = problem.tuning is not None

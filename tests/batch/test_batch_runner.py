@@ -136,7 +136,7 @@ def test_warnings_of_explainers_are_columns(x: torch.Tensor, tmp_path: Path) -> 
     explainer = sparse(eta=1e6)
     with pytest.warns(EmptyMapWarning):
         explainer.attribute(x)
-    explain_dataset(explainer, x, tmp_path)
+    assert explain_dataset(explainer, x, tmp_path).empty == len(x)
     assert set(read(tmp_path)["nnz"].to_pylist()) == {0}
 
 
