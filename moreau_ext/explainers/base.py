@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -47,6 +47,12 @@ _PER_ROW, _PER_INPUT = 12, 12
 def _outside_inference() -> AbstractContextManager[Any]:
     """Outside torch.inference_mode, whose tensors have no gradients."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def _in_short(value: Any) -> str:
+    """The repr of a setting in at most 100 characters: tensors and maps of groups are long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
@@ -99,7 +105,7 @@ class _Known:
     unmixed: set[Any] = field(default_factory=set)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explainer(ABC):
     """What all explainers share: checking, and leaving the model as it was found.
 
@@ -126,6 +132,14 @@ class Explainer(ABC):
             object.__setattr__(self, "max_batch", int(self.max_batch))  # numpy's too
         check_score_settings(self.score, self.unused_inputs)
         check_precision(self.precision)
+
+    def __repr__(self) -> str:
+        """The settings; of the model its name alone."""
+        model = self.model
+        name = repr(model) if isinstance(model, Prepared) else getattr(model, "__qualname__", type(model).__name__)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "model"}
+        settings = [f"{n}={_in_short(v)}" for n, v in given.items() if v is not None]
+        return f"{type(self).__name__}({', '.join([name, *settings])})"
 
     @property
     def _module(self) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ from .settings import Scalar, check_scalar, per_input_setting
 from .sparse import Sparse
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MoreauGrad(Certified):
     """The gradient of the Moreau envelope of a smoothed score,
 
@@ -199,7 +199,7 @@ class MoreauGrad(Certified):
         return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho)), cost
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseMoreau(Sparse, MoreauGrad):
     """MoreauGrad with a penalty."""
 
@@ -270,7 +270,7 @@ class SparseMoreau(Sparse, MoreauGrad):
         return tuple([in_form(solution, isinstance(inputs, Tensor)) for solution in found])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseMoreauGrad(SparseMoreau):
     """MoreauGrad with an L1 penalty on the displacement: exactly sparse maps,
 
@@ -299,7 +299,7 @@ class SparseMoreauGrad(SparseMoreau):
     """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GroupSparseMoreauGrad(SparseMoreau):
     """MoreauGrad with a group penalty on the displacement: whole groups of features are in the map or out of it,
 
