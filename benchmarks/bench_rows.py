@@ -59,9 +59,8 @@ def smoothgrad(model: nn.Module, x: Tensor, samples: int, rows: Any) -> Callable
 
 def captum(model: nn.Module, x: Tensor, samples: int, rows: int | None) -> Callable[[], Any]:
     settings = {"nt_type": "smoothgrad", "nt_samples": samples, "nt_samples_batch_size": rows, "abs": False}
-    return partial(
-        NoiseTunnel(Saliency(model)).attribute, x, target=0, stdevs=float(0.1 * (x.max() - x.min())), **settings
-    )
+    sigma = float(0.1 * (x.max() - x.min()))
+    return partial(NoiseTunnel(Saliency(model)).attribute, x, target=0, stdevs=sigma, **settings)
 
 
 def main() -> None:

@@ -78,6 +78,10 @@ class OutputRowsError(ValueError):
         self.folded = folded
 
 
+class OutputTypeError(TypeError):
+    """A model's output is no tensor."""
+
+
 class MixingError(ValueError):
     """A model gives the inputs of a batch no outputs of their own."""
 

@@ -121,8 +121,8 @@ def add_parser(commands: Any) -> None:
         "--max-gradients",
         type=positive,
         metavar="N",
-        help="most gradients per input, beside what rho auto takes; at least the first levels, which take 192 or, "
-        "where eta is a ratio, 224. default: 2048",
+        help="most gradients per input, beside what rho auto takes; at least the first levels, which take 192; "
+        "where eta is a ratio 32 more, with --radius or --support 144 more. default: 2048",
     )
     parser.add_argument(
         "--target",

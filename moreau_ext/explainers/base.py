@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from .._errors import BatchWarning, ConvergenceWarning, EmptyMapWarning, MixingError
+from .._errors import BatchWarning, ConvergenceWarning, EmptyMapWarning, MixingError, OutputTypeError
 from ..model.arguments import arguments_of
 from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
+from ..model.forms import named_cure
 from ..model.memory import BLIND_ROWS, Footprint, same_random_numbers
 from ..model.modes import Evaluating, evaluating
 from ..model.passes import PassRunner
@@ -97,12 +98,14 @@ class _Known:
         exact: rows of a pass, for a model that takes no other number.
         readings: which arguments follow the inputs.
         unmixed: kinds whose inputs do not mix.
+        structured: whether the model's output is no tensor, so that a callable target reads it.
     """
 
     fits: dict[Any, int] = field(default_factory=dict)
     exact: dict[Any, int] = field(default_factory=dict)
     readings: dict[Any, Any] = field(default_factory=dict)
     unmixed: set[Any] = field(default_factory=set)
+    structured: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -220,6 +223,29 @@ class Explainer(ABC):
                 return max(BLIND_ROWS, inputs[0].shape[0]), {}
             fits.setdefault(kind, BLIND_ROWS if taken is None else taken.fast_rows(inputs[0].device, _MAX_BATCH))
         return fits[kind], outputs
+
+    def _begin(self, score: Score, inputs: Tensors, found: Evaluating) -> tuple[PassRunner, Score, Tensor]:
+        """:meth:`_first`, where the output may be no tensor if the target is a callable.
+
+        Raises:
+            ValueError, TypeError: naming the cure where the model takes the inputs in another form alone.
+        """
+        asked = callable(score.target)
+        try:
+            if asked and self._known.structured:
+                score = score.of_any_output()
+            return self._first(score, inputs, found)
+        except OutputTypeError:
+            if not asked:
+                raise
+            self._known.structured = True
+        except Exception as error:
+            cure = named_cure(score, inputs, error)
+            found.restore_buffers()
+            if cure is None:
+                raise
+            raise cure from error
+        return self._begin(score, inputs, found)
 
     def _first(self, score: Score, inputs: Tensors, found: Evaluating) -> tuple[PassRunner, Score, Tensor]:
         """The passes of one call, the score with its target, and its values. A size that an earlier call found not to
@@ -348,7 +374,7 @@ class Explainer(ABC):
                 return
             with without_autocast(tensors[0].device), evaluating(self._module, depth=4) as found:
                 score = self._unresolved(tensors, target, additional_forward_args, found)
-                passes, score, value = self._first(score, tensors, found)
+                passes, score, value = self._begin(score, tensors, found)
                 sigma = tuple([per_input_setting("sigma", 0.0, x) for x in tensors])
                 rho = tuple([per_input_setting("rho", 1.0, x) for x in tensors])
                 problem = Problem(tensors, score, value, names, names, sigma, rho, passes=passes)

@@ -43,7 +43,7 @@ SMALL = Plan(
     attacks=("gaussian", "adaptive"),
     magnitudes=(0.3,),
     limit=6,
-    settings=methods.Settings(budget=80),
+    settings=methods.Settings(budget=224),
     block=4,
     attack_samples=16,
     draws=2,

@@ -20,7 +20,7 @@ from moreau_ext import (
     SparseMoreauGrad,
 )
 
-SHORT = AdaptiveProximalGradient(tol=1e-6, max_gradients=200)
+SHORT = AdaptiveProximalGradient(tol=1e-6, max_gradients=224)
 
 
 def test_inputs_that_did_not_converge() -> None:

@@ -40,7 +40,7 @@ from moreau_ext.solvers.solution import Solution
 
 CPU = torch.device("cpu")
 FIXED = ProximalGradient(num_samples=8, max_steps=5, step_size=0.05, tol=0.0)
-SHORT = AdaptiveProximalGradient(max_gradients=200)
+SHORT = AdaptiveProximalGradient(max_gradients=368)
 
 METHODS: dict[str, Callable[..., Any]] = {
     "adaptive": lambda model, **k: SparseMoreauGrad(model, rho=0.1, solver=SHORT, **k),
