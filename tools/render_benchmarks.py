@@ -545,6 +545,49 @@ its budget of 256:
 """
 
 
+def rows_per_pass() -> str:
+    found = rows("cpu-rows.json")
+    about = load("cpu-rows.json")["machine"]
+    head = [
+        "network",
+        'rows at "auto"',
+        "fastest",
+        '"auto" / fastest',
+        "1,024 / fastest",
+        "samples",
+        "milliseconds a sample",
+        "SmoothGrad / captum's",
+        "in as many rows",
+    ]
+    body = [
+        [
+            row["model"],
+            count(row["auto"]),
+            count(row["best"]),
+            ratio(row["auto / best"]),
+            "–" if row["1024 / best"] is None else ratio(row["1024 / best"]),
+            count(row["samples"]),
+            f"{row['milliseconds a sample']:.3g}",
+            ratio(row["auto / captum"]),
+            ratio(row["auto / captum in as many rows"]),
+        ]
+        for row in found
+    ]
+    worst = max(row["auto / best"] for row in found)
+    return f"""## Rows per pass
+
+`max_batch="auto"` takes rows of 64 MiB in all for each thread, between 4 and 1,024. Against the fastest of 1, 2, 4, …,
+1,024 rows (EfficientNet-Lite0: up to 32) it takes at most {percent(worst - 1)} longer. The last two columns are one
+SmoothGrad against captum's `NoiseTunnel(Saliency)` with as many samples: as captum is, in one pass of all of them, and
+in passes of our rows. One input, {about["cpu"]}, {about["threads"]} thread; medians of the process's own seconds on a
+machine that had other work, which move by some percent.
+
+{table(head, body)}
+
+`OMP_NUM_THREADS=1 python benchmarks/bench_rows.py`. {source("cpu-rows.json")}
+"""
+
+
 def precision() -> str:
     found = [row for row in rows("cpu-precision.json") if row["solver"] == "adaptive"]
     body = []
@@ -668,6 +711,7 @@ the raw numbers. A commit is the one that was measured.
         h200(),
         prepare(),
         imagenet(),
+        rows_per_pass(),
         precision(),
         support(),
         batch(),

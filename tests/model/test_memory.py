@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import in_threads
+from helpers import in_threads, others
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -40,11 +40,12 @@ from moreau_ext.solvers.solution import Solution
 
 CPU = torch.device("cpu")
 FIXED = ProximalGradient(num_samples=8, max_steps=5, step_size=0.05, tol=0.0)
-SHORT = AdaptiveProximalGradient(max_gradients=368)
+# The least that they take.
+SHORT, SHORT_TUNED = AdaptiveProximalGradient(max_gradients=224), AdaptiveProximalGradient(max_gradients=336)
 
 METHODS: dict[str, Callable[..., Any]] = {
     "adaptive": lambda model, **k: SparseMoreauGrad(model, rho=0.1, solver=SHORT, **k),
-    "tuned": lambda model, **k: GroupSparseMoreauGrad(model, radius=0.3, support=3, solver=SHORT, **k),
+    "tuned": lambda model, **k: GroupSparseMoreauGrad(model, radius=0.3, support=3, solver=SHORT_TUNED, **k),
     "fixed": lambda model, **k: MoreauGrad(model, rho=0.1, solver=FIXED, **k),
     "gradient": Gradient,
     "smoothgrad": lambda model, **k: SmoothGrad(model, num_samples=12, **k),
@@ -172,7 +173,7 @@ def test_paths_and_measured_rho() -> None:
     expected = SparseMoreauGrad(net(), **settings).eta_path(x, [0.5, 0.2], 1)
     with pytest.warns(UserWarning, match="out of memory") as said:
         found = SparseMoreauGrad(Small(net(), 5), **settings).eta_path(x, [0.5, 0.2], 1)
-    assert len(said) == 1
+    assert len(others(said)) == 1
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.attribution, b.attribution, rtol=1e-6, atol=1e-9)
 
@@ -277,7 +278,7 @@ def test_a_group_that_does_not_fit_is_solved_in_halves(
     e = METHODS[method](net(), max_batch=max_batch)
     with pytest.warns(UserWarning, match=r"out of memory with 5 inputs at once; went on with half of them") as said:
         found = e.attribute(x, 1, return_solution=True)
-    assert len(said) == 1
+    assert len(others(said)) == 1
     torch.testing.assert_close(found.attribution, expected.attribution, rtol=1e-9, atol=1e-11)
     assert torch.equal(found.gradient_evaluations, expected.gradient_evaluations)
 
