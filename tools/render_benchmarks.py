@@ -336,17 +336,17 @@ another map.
 {noise}
 
 **ρ.** A number has units of x²/score: ρ = 1 moves a photograph by 4 % of its length and a digit by four times its own.
-`"auto"` is half of what keeps the problem strongly convex at the input, where the solution is the only one, and it is the
-only choice whose problems are solved on more than one network. (Tolerance 5 %, at most 2,048 gradients, and 64 more for
-`"auto"`.) A larger ρ makes the map differ more from the mean gradient, and more robust where it can be solved
+`"auto"` is half of what keeps the problem strongly convex at the input, where the solution is the only one, and it is
+the only choice whose problems are solved on more than one network. (Tolerance 5 %, at most 2,048 gradients, and 64 more
+for `"auto"`.) A larger ρ makes the map differ more from the mean gradient, and more robust where it can be solved
 ([evaluation](evaluation.md)).
 
 {rho}
 
 **Tolerance.** Maps at a relative error (the columns, within a factor of 1.4) against their limit: the share of the 5 %
-largest features that both have (of sparse maps: Jaccard index of the supports), and the difference of the area under the
-deletion curve, a mean probability. Near 5 % nine tenths or more are shared, and the areas differ by 0.01; from 12 % on
-both get worse quickly, and smaller errors gain little.
+largest features that both have (of sparse maps: Jaccard index of the supports), and the difference of the area under
+the deletion curve, a mean probability. Near 5 % nine tenths or more are shared, and the areas differ by 0.01; from 12 %
+on both get worse quickly, and smaller errors gain little.
 
 {tolerance}
 
