@@ -237,6 +237,7 @@ def _picture(
 ) -> None:
     import torch
 
+    from .. import Tiles
     from ..plots import gallery
 
     inputs, targets = data.inputs[:_SHOWN], data.targets[:_SHOWN].tolist()
@@ -256,7 +257,8 @@ def _picture(
         f"\n{how}; SmoothGrad with {settings['smoothgrad_samples']} samples."
     )
     shown = {title: batch[:_SHOWN] for title, batch in maps.items()}
-    gallery(inputs, shown, titles, caption).savefig(file, format="png", dpi=150)
+    figure = gallery(inputs, shown, titles, caption, groups={_TITLES["group"]: Tiles(_TILE)})
+    figure.savefig(file, format="png", dpi=150)
 
 
 def _table(results: dict[str, dict[str, Any]]) -> str:
