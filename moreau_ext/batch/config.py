@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ class Config:
         seed: of the noise bank.
         steps, samples: fixed steps of size ρ/10 and noisy copies per step (60 and 8 if only one is given), in place of
             the adaptive solver; for smoothgrad, the number of copies.
-        tol: relative residual at which an input has converged (1 % for the adaptive solver; fixed steps are all taken).
+        tol: relative residual at which an input has converged and is done, 1 % by default; every ten fixed steps are
+            checked.
         max_gradients: budget per input of the adaptive solver.
         tile: edge of group's tiles in pixels; by default the channels of each pixel are a group.
         target: "predicted", a class, or the name of the source's column of targets.
@@ -217,6 +219,7 @@ class Config:
         """
         floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
         example = example.to(torch.device(self.device), floating)
+        self._check_target(model, example[:1])
         if self.prepare == "none":
             return fix_max_batch(self.explainer(model), example, choices)
         if choices is None:
@@ -246,6 +249,18 @@ class Config:
             )
         fastest = torch.channels_last if choices["layout"] == "channels_last" else torch.preserve_format
         return self.explainer(dataclasses.replace(again, memory_format=fastest)), choices
+
+    def _check_target(self, model: nn.Module, example: Tensor) -> None:
+        """Refuses a class that the model does not have, before any work."""
+        if not isinstance(self.target, int):
+            return
+        output: Any = None
+        with contextlib.suppress(Exception), torch.no_grad():  # a model may fail on this input alone
+            output = model(example)
+        if isinstance(output, Tensor) and output.dim() == 2 and not 0 <= self.target < output.shape[1]:
+            raise SettingError(
+                "target", f"expected a class of the model, 0 to {output.shape[1] - 1}, got {self.target}"
+            )
 
     def record(self, model: nn.Module, preprocess: Preprocess | None) -> dict[str, Any]:
         """The settings that are compared between runs: all but the device, with the contents of files in place of their

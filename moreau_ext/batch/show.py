@@ -48,6 +48,7 @@ def pick(
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    manifest(out)  # a folder without one is no output, which says more than that it has no shard
     table = read(out)
     if ids is not None:
         at = pc.index_in(pa.array(ids, pa.int64()), value_set=table["id"].combine_chunks()).to_pylist()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import SettingError
-from .common import Refused, integer, need, number, positive, say, write
+from .common import Refused, integer, need, number, positive, say, seed, write
 
 # The formats that matplotlib writes without further packages, by suffix.
 _FORMATS = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         help="the rows without --id: the first ones, random ones, or the first of each explained class. default: "
         "%(default)s",
     )
-    parser.add_argument("--seed", type=integer, default=0, help="of --rows random. default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="of --rows random. default: %(default)s")
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="number of rows without --id. default: 4, or 20 of --rows class"
     )

@@ -217,12 +217,12 @@ def draw_foot(
 
     width, height = figure.get_size_inches()
     bar = min(1.7, 0.42 * width)
-    colour_bar(figure, (0.45, bottom + 0.2, bar, 0.1), colours, low, words)
+    colour_bar(figure, (0.55, bottom + 0.2, bar, 0.1), colours, low, words)
     patches = [Patch(facecolor="none" if c != "0.6" else "white", edgecolor=c, label=text) for c, text in marks]
     legend = figure.legend(
         handles=patches,
         loc="lower left",
-        bbox_to_anchor=((bar + 0.85) / width, (bottom + 0.02) / height),
+        bbox_to_anchor=((bar + 0.95) / width, (bottom + 0.02) / height),
         ncols=len(patches) if width > 5 else 1,
         fontsize=7.5,
         frameon=False,
