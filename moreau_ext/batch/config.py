@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -219,7 +221,6 @@ class Config:
         """
         floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
         example = example.to(torch.device(self.device), floating)
-        self._check_target(model, example[:1])
         if self.prepare == "none":
             return fix_max_batch(self.explainer(model), example, choices)
         if choices is None:
@@ -250,16 +251,31 @@ class Config:
         fastest = torch.channels_last if choices["layout"] == "channels_last" else torch.preserve_format
         return self.explainer(dataclasses.replace(again, memory_format=fastest)), choices
 
-    def _check_target(self, model: nn.Module, example: Tensor) -> None:
-        """Refuses a class that the model does not have, before any work."""
-        if not isinstance(self.target, int):
+    def check_target(self, model: nn.Module, example: Tensor, folders: Sequence[str]) -> None:
+        """Refuses a class that the model does not have, and warns of folders that are fewer or more than its classes.
+
+        Args:
+            model: on its device.
+            example: inputs on the CPU; the first is passed.
+            folders: of the images, where they are the targets.
+        """
+        if not isinstance(self.target, int) and not folders:
             return
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
         output: Any = None
         with contextlib.suppress(Exception), torch.no_grad():  # a model may fail on this input alone
-            output = model(example)
-        if isinstance(output, Tensor) and output.dim() == 2 and not 0 <= self.target < output.shape[1]:
-            raise SettingError(
-                "target", f"expected a class of the model, 0 to {output.shape[1] - 1}, got {self.target}"
+            output = model(example[:1].to(torch.device(self.device), dtype))
+        classes = output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else None
+        if classes is None:
+            return
+        if isinstance(self.target, int):
+            if not 0 <= self.target < classes:
+                raise SettingError("target", f"expected a class of the model, 0 to {classes - 1}, got {self.target}")
+        elif classes != len(folders):
+            warnings.warn(
+                f"target class: the model has {classes} classes, and there are {len(folders)} folders, numbered in "
+                "alphabetical order; where a class has no folder, add an empty one",
+                stacklevel=2,
             )
 
     def record(self, model: nn.Module, preprocess: Preprocess | None) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _title(row: dict[str, Any], shape: tuple[int, ...], names: list[str]) -> str
 
 def _class(number: int, names: list[str]) -> str:
     named = names[number] if 0 <= number < len(names) else ""
-    return f"class {number}" + (f", {printable(named)}" if named and named != f"class {number}" else "")
+    return f"class {number}" + (f", {printable(named)}" if named not in ("", str(number), f"class {number}") else "")
 
 
 def _groups(settings: dict[str, Any]) -> Groups | None:

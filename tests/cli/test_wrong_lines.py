@@ -285,6 +285,15 @@ def test_failed_inputs_are_status_1_with_the_first_reasons(place: Path, tmp_path
     assert cli.main(line) == 1  # nothing left to do, but the errors are there
 
 
+@pytest.mark.filterwarnings("default:target class")
+def test_folders_that_are_no_classes_are_warned_of(place: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    for name in "ab":
+        shutil.copytree("img", tmp_path / "in" / name)
+    assert cli.main(["explain", str(tmp_path / "in"), *NET, "--target", "class", "--out", str(tmp_path / "o")]) == 0
+    assert "warning: target class: the model has 10 classes, and there are 2 folders" in capsys.readouterr().err
+
+
 def test_debug_adds_the_traceback(place: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(place)
     for command in (["explain", "img", *FAST, *OUT, "--model", "nets_here:factory_fails"], ["show", "nowhere"]):
