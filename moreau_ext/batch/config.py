@@ -81,8 +81,8 @@ class Config:
         seed: of the noise bank.
         steps, samples: fixed steps of size ρ/10 and noisy copies per step (60 and 8 if only one is given), in place of
             the adaptive solver; for smoothgrad, the number of copies.
-        tol: relative residual at which an input has converged and is done, 5 % by default; with fixed steps 1 %, checked
-            every ten steps.
+        tol: relative residual at which an input has converged and is done, 5 % by default; with fixed steps 1 %, and
+            checked every ten.
         max_gradients: budget per input of the adaptive solver.
         tile: edge of group's tiles in pixels; by default the channels of each pixel are a group.
         target: "predicted", a class, or the name of the source's column of targets.

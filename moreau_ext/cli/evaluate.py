@@ -23,7 +23,7 @@ _PUBLISHED = (0.3, 1.0, 3.0, 10.0)
 # costs a thousand times a digit's; 256 gradients are about the fewest with which the solver adapts.
 _PHOTOGRAPHS: dict[str, Any] = {
     "budget": 256,
-    "rho": 1.0,
+    "rho": 0.1,
     "noise_level": 0.05,
     "sparse_ratio": 0.1,
     "group_ratio": 0.3,
@@ -119,7 +119,7 @@ def add_parser(commands: Any) -> None:
         help="also the strong attacks (100 steps, restarts) and the published settings of every method: hours",
     )
     parser.add_argument("--budget", type=positive, help="gradients per map. default: 480; photographs: 256")
-    parser.add_argument("--rho", type=_number, help="of MoreauGrad. default: 0.1; photographs: 1")
+    parser.add_argument("--rho", type=_number, help="of MoreauGrad. default: 0.1")
     parser.add_argument("--noise-level", type=_number, help="of every method. default: 0.1; photographs: 0.05")
     parser.add_argument("--sparse-ratio", type=_number, help="eta/eta_max. default: 0.3; photographs: 0.1")
     parser.add_argument("--group-ratio", type=_number, help="eta/eta_max. default: 0.5; photographs: 0.3")

@@ -77,7 +77,8 @@ def add_parser(commands: Any) -> None:
     far.add_argument(
         "--rho",
         type=_rho,
-        help="how far to look, in units of x²/score, or auto: by the curvature at each input. default: auto; 1 with --steps",
+        help="how far to look, in units of x²/score, or auto: by the curvature at each input. default: auto, with "
+        "--steps 1",
     )
     far.add_argument("--radius", type=number, help="how far to look, as the length of the displacement")
     strength = parser.add_mutually_exclusive_group()
