@@ -18,7 +18,7 @@ from .._errors import SettingError
 from ..explainers.registry import make_explainer
 from ..model.precision import Precision, check_precision
 from ..preparation.prepare import prepare
-from ..solvers.adaptive import AdaptiveProximalGradient
+from ..solvers.adaptive import AdaptiveProximalGradient, least_gradients
 from ..solvers.fixed import ProximalGradient
 from ..solvers.groups import Pixels, Tiles
 from .models import fingerprint, load_model, load_preprocess
@@ -43,8 +43,6 @@ _METHODS_WITH: dict[str, tuple[str, ...]] = {
 }
 # Settings of the explainers, passed on as they are.
 _EXPLAINER = ("rho", "radius", "eta", "eta_ratio", "support", "sigma", "noise_level")
-# Gradients of the adaptive solver's first levels, and of the search for η_max.
-_LEAST, _ETA_MAX = 192, 32
 # The published step size is this fraction of rho.
 _STEP = 0.1
 
@@ -135,8 +133,8 @@ class Config:
             )
         if self.fixed_steps and self.max_gradients:
             raise SettingError("max_gradients", "steps and samples fix the number of gradients; leave it out, or them")
-        follows = self.method in ("sparse", "group") and self.eta is None
-        least = _LEAST + _ETA_MAX * follows
+        relative = self.method in ("sparse", "group") and self.eta is None and self.support is None
+        least = least_gradients(relative, self.radius is not None or self.support is not None)
         if self.max_gradients is not None and self.max_gradients < least:
             raise SettingError(
                 "max_gradients", f"expected at least {least}, which the first levels take, got {self.max_gradients}"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .. import __version__
-from .._errors import SettingError
+from .._errors import ConvergenceWarning, SettingError
 from . import demo, evaluate, explain, info, show, study
 from .common import Refused, place_in_users_code, say
 
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         commands.parse(argv, arguments)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            # Commands sum up what converged.
+            warnings.simplefilter("ignore", ConvergenceWarning)
             run: Callable[[argparse.Namespace], int | None] = arguments.run
             return run(arguments) or 0
     except KeyboardInterrupt:

@@ -122,8 +122,8 @@ def add_parser(commands: Any) -> None:
         "--max-gradients",
         type=positive,
         metavar="N",
-        help="most gradients per input, beside what rho auto takes; at least the first levels, which take 192 or, "
-        "where eta is a ratio, 224. default: 2048",
+        help="most gradients per input, beside what rho auto takes; at least the first levels, which take 192; "
+        "where eta is a ratio 32 more, with --radius or --support 144 more. default: 2048",
     )
     parser.add_argument(
         "--target",
@@ -212,6 +212,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         say(
             f"{done.explained / done.seconds:.1f} images/s, "
             + (f"{done.converged:.0%} converged, " if config.solves else "")
+            + (f"{done.empty} of {done.explained} maps are zero everywhere, " if done.empty else "")
             + f"{done.bytes / done.explained:,.0f} bytes per image, in {arguments.out}"
         )
     if not done.errors:

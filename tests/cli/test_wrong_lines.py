@@ -126,6 +126,7 @@ TABLE: list[tuple[list[str], int, str]] = [
     (["explain", "img", *NET, *OUT, "--shard-rows", "3"], 2, "--shard-rows: expected a multiple of batch, 32"),
     (["explain", "img", *DIGITS, *OUT, "--max-gradients", "10"], 2, "--max-gradients: expected at least 224"),
     (["explain", "img", *DIGITS, *OUT, "--eta", "1", "--max-gradients", "10"], 2, "at least 192, which the first"),
+    (["explain", "img", *DIGITS, *OUT, "--radius", "1", "--max-gradients", "300"], 2, "at least 368, which the first"),
     # settings that do not go together
     (["explain", "img", *NET, *OUT, "--rho", "1"], 2, "--rho: gradient has none; it is a setting of moreau"),
     (["explain", "img", *NET, *OUT, "--tile", "2"], 2, "--tile: gradient has none; it is a setting of group"),
