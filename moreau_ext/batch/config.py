@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,7 +79,8 @@ class Config:
         seed: of the noise bank.
         steps, samples: fixed steps of size ρ/10 and noisy copies per step (60 and 8 if only one is given), in place of
             the adaptive solver; for smoothgrad, the number of copies.
-        tol: relative residual at which an input has converged (1 % for the adaptive solver; fixed steps are all taken).
+        tol: relative residual at which an input has converged and is done, 5 % by default; with fixed steps 1 %, and
+            checked every ten.
         max_gradients: budget per input of the adaptive solver.
         tile: edge of group's tiles in pixels; by default the channels of each pixel are a group.
         target: "predicted", a class, or the name of the source's column of targets.
@@ -244,6 +248,33 @@ class Config:
             )
         fastest = torch.channels_last if choices["layout"] == "channels_last" else torch.preserve_format
         return self.explainer(dataclasses.replace(again, memory_format=fastest)), choices
+
+    def check_target(self, model: nn.Module, example: Tensor, folders: Sequence[str]) -> None:
+        """Refuses a class that the model does not have, and warns of folders that are fewer or more than its classes.
+
+        Args:
+            model: on its device.
+            example: inputs on the CPU; the first is passed.
+            folders: of the images, where they are the targets.
+        """
+        if not isinstance(self.target, int) and not folders:
+            return
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
+        output: Any = None
+        with contextlib.suppress(Exception), torch.no_grad():  # a model may fail on this input alone
+            output = model(example[:1].to(torch.device(self.device), dtype))
+        classes = output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else None
+        if classes is None:
+            return
+        if isinstance(self.target, int):
+            if not 0 <= self.target < classes:
+                raise SettingError("target", f"expected a class of the model, 0 to {classes - 1}, got {self.target}")
+        elif classes != len(folders):
+            warnings.warn(
+                f"target class: the model has {classes} classes, and there are {len(folders)} folders, numbered in "
+                "alphabetical order; where a class has no folder, add an empty one",
+                stacklevel=2,
+            )
 
     def record(self, model: nn.Module, preprocess: Preprocess | None) -> dict[str, Any]:
         """The settings that are compared between runs: all but the device, with the contents of files in place of their

@@ -21,7 +21,7 @@ from .._errors import ConvergenceWarning, EmptyMapWarning, SettingError, TrainMo
 from ..explainers.base import Explainer
 from ..preparation.report import Prepared
 from .engine import EXAMPLE, Engine, example_of
-from .models import fingerprint
+from .models import class_names, fingerprint
 from .sink import Output, output_error
 from .sources.base import Source, Unreadable
 from .sources.datasets import Stream
@@ -152,7 +152,10 @@ def open_job(
         ) from error
     if manifest is None:
         rows = shard_size(shard_rows, batch, shape)
-        manifest = output.begin(configuration, {"shape": shape, "shard_rows": rows, "prepared": choices})
+        model: Any = explainer.model
+        names = class_names(model.model if isinstance(model, Prepared) else model)
+        named = {} if names is None else {"classes": names}
+        manifest = output.begin(configuration, {"shape": shape, "shard_rows": rows, "prepared": choices, **named})
     engine = Engine(explainer, target, shape, configuration["map_dtype"])
     return Job(output, manifest, engine, batch, manifest["shard_rows"])
 

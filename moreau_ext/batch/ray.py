@@ -139,6 +139,7 @@ def explain(
             configuration = configuration_of(settings, source, batch, map_dtype, map_format)
 
             def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+                config.check_target(model, example, getattr(source, "classes", ()))
                 return config.prepared_explainer(model, example, choices)
 
             job = open_job(source, output, make, configuration, config.target, shard_rows)

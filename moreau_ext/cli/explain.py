@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import SettingError
-from .common import Refused, add_prepare, integer, need, number, positive, say
+from .common import Refused, add_prepare, integer, need, number, positive, say, seed
 
 # Options that are settings of Config under the same name.
 _SETTINGS = (
@@ -102,7 +102,7 @@ def add_parser(commands: Any) -> None:
         choices=("logit", "log_prob", "prob", "margin"),
         help="the number that is explained. default: %(default)s",
     )
-    parser.add_argument("--seed", type=integer, default=0, help="key of the noise. default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="key of the noise. default: %(default)s")
     parser.add_argument(
         "--steps",
         type=positive,
