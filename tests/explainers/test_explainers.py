@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import images, in_threads, smooth
+from helpers import images, in_threads, others, smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -223,9 +223,14 @@ def test_a_tuple_of_different_dtypes(method: str, dtypes: tuple[torch.dtype, tor
     assert tuple(a.dtype for a in s.attribution) == dtypes
 
 
+FROM_VARIANCE = ("standard_error", "p_value", "error")
+
+
 def tensors_of(solution: Solution) -> list[Tensor]:
-    values = [getattr(solution, f.name) for f in fields(Solution) if f.name != "error"]
-    return [*values, *vars(solution.error).values()]
+    """All fields; those that come from a variance last."""
+    names = [f.name for f in fields(Solution) if f.name not in FROM_VARIANCE]
+    late = [solution.standard_error, solution.p_value, *vars(solution.error).values()]
+    return [*(getattr(solution, name) for name in names), *late]
 
 
 def of_batch(solution: Solution, name: str) -> tuple[Any, ...]:
@@ -405,10 +410,13 @@ def test_a_map_is_its_inputs_own(
     ids = first + torch.arange(batch)
     whole = ALL[method](model, max_batch=max_batch, **own).attribute(x, 2, ids=ids, return_solution=True)
     alone = ALL[method](model, **own).attribute(x[i : i + 1], 2, ids=ids[i : i + 1], return_solution=True)
-    for of_whole, expected in zip(tensors_of(whole), tensors_of(alone), strict=True):
+    exact = len(fields(Solution)) - len(FROM_VARIANCE)
+    for k, (of_whole, expected) in enumerate(zip(tensors_of(whole), tensors_of(alone), strict=True)):
         got = of_whole[i : i + 1]
         if got.is_floating_point():
-            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+            # A variance is the difference of two sums: of the root of one that is 0, √ε of a gradient is left.
+            rtol, atol = (1e-10, 1e-12) if k < exact else (1e-5, 1e-7)
+            torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
         else:
             assert torch.equal(got, expected)
 
@@ -563,7 +571,7 @@ def test_a_ratio_of_one_is_zero_and_says_so_once(method: str) -> None:
     e = ALL[method](smooth(), eta_ratio=torch.tensor([0.2, 1.0, 3.0]))
     with pytest.warns(UserWarning, match=r"2 of 3 maps are zero everywhere.*Solution.empty says which") as record:
         s = e.attribute(x, 1, return_solution=True)
-    assert len(record) == 1
+    assert len(others(record)) == 1
     assert record[0].filename == __file__
     assert s.empty.tolist() == [False, True, True]
     assert torch.equal(s.attribution[1:], torch.zeros_like(x[1:]))
@@ -872,7 +880,7 @@ def test_train_mode_is_said_once_and_explained_in_eval_mode() -> None:
     model.train()
     with pytest.warns(UserWarning, match="the model is in train mode: it is explained in eval mode") as record:
         a = MoreauGrad(model, solver=SHORT).attribute(x, 1)
-    assert len(record) == 1
+    assert len(others(record)) == 1
     assert record[0].filename == __file__
     assert torch.equal(a, expected)
     assert all(m.training for m in model.modules())
@@ -1151,9 +1159,9 @@ INPUTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: images().to_sparse(), TypeError, r"inputs: expected a dense tensor, got torch.sparse_coo"),
     (lambda: (images(), images().int()), TypeError, r"inputs\[1\]: expected floating point, got torch.int32"),
     (lambda: images().numpy(), TypeError, r"inputs: expected a tensor or a tuple of tensors, got ndarray"),
-    (lambda: [images()], TypeError, r"inputs: expected a tensor or a tuple of tensors, got list"),
-    (lambda: (), TypeError, r"inputs: expected a tensor or a tuple of tensors, got tuple"),
-    (lambda: (images(), None), TypeError, r"inputs: expected a tensor or a tuple of tensors, got tuple"),
+    (lambda: [images()], TypeError, r"inputs: expected .*, got a list of tensors; torch.stack\(x\)"),
+    (lambda: (), TypeError, r"inputs: expected .*, got a tuple of nothing"),
+    (lambda: (images(), None), TypeError, r"inputs: expected .*, got a tuple of NoneType, Tensor"),
     (lambda: None, TypeError, r"inputs: expected a tensor or a tuple of tensors, got NoneType"),
     (lambda: torch.tensor(1.0), ValueError, r"inputs: expected a batch axis, got a tensor without axes"),
     (lambda: (images(3), images(2)), ValueError, r"inputs\[1\]: expected 3 inputs, as in inputs\[0\], got 2"),

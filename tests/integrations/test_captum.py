@@ -150,7 +150,7 @@ def net() -> nn.Module:
 
 @pytest.fixture(params=EXPLAINERS)
 def method(request: pytest.FixtureRequest) -> CaptumAttribution:
-    solver = ProximalGradient(num_samples=8, max_steps=10)
+    solver = ProximalGradient(num_samples=8, max_steps=10, tol=0.0)
     return CaptumAttribution(EXPLAINERS[request.param](net(), rho=0.1, noise_level=0.1, solver=solver))
 
 
@@ -196,7 +196,7 @@ def test_infidelity_and_captums_figure(method: CaptumAttribution) -> None:
 
 
 def test_a_feature_mask_is_the_groups() -> None:
-    x, solver = drawn(2, 3, 6, 6), ProximalGradient(num_samples=8, max_steps=10)
+    x, solver = drawn(2, 3, 6, 6), ProximalGradient(num_samples=8, max_steps=10, tol=0.0)
     explainer = GroupSparseMoreauGrad(net(), rho=0.1, eta_ratio=0.5, solver=solver)
     mask = torch.arange(36).view(6, 6) // 12
     expected = replace(explainer, groups=Labels(mask)).attribute(x, 1, ids=0)
