@@ -58,15 +58,15 @@ class CaptumAttribution:
         return isinstance(self.explainer, IntegratedGradients)
 
     def has_convergence_delta(self) -> bool:
-        """False: a map does not add up to a difference of outputs."""
+        """False: gradients do not add up to a difference of outputs."""
         return False
 
     def compute_convergence_delta(self, *_: object, **__: object) -> NoReturn:
         """Raises NotImplementedError."""
         raise NotImplementedError(
-            "compute_convergence_delta: these maps do not add up to a difference of outputs, so there is no delta. How "
-            "well a map is solved is in Solution.relative_residual and Solution.error: "
-            "explainer.attribute(..., return_solution=True)"
+            "compute_convergence_delta: gradients do not add up to a difference of outputs, so there is no delta (for "
+            "Integrated Gradients use captum.attr.IntegratedGradients). How well a map is solved is in "
+            "Solution.relative_residual and Solution.error: explainer.attribute(..., return_solution=True)"
         )
 
     # NoiseTunnel calls attribute.__wrapped__, so a decorator there must be.
