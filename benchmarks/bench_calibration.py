@@ -258,9 +258,11 @@ def measured_residual(explainer: Any, x: Tensor, target: Tensor, solution: Solut
 
 
 def run(case: Case, count: int, samples: int, max_gradients: int = 2048) -> dict[str, Any]:
-    settings: dict[str, Any] = {"rho": 1.0} | case.settings
+    settings: dict[str, Any] = {"rho": 1.0, "noise_level": 0.1} | case.settings
     if "radius_ratio" in settings:
         del settings["rho"]
+    if "sigma" in settings:
+        del settings["noise_level"]
     if case.method != "dense" and "support" not in settings:
         settings["eta_ratio"] = 0.3
     solver = case.solver or AdaptiveProximalGradient(TOL, max_gradients)

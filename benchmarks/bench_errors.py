@@ -28,14 +28,23 @@ from moreau_ext.solvers.errors import benjamini_hochberg
 from moreau_ext.solvers.penalties import L1, GroupL2, NoPenalty, Penalty
 
 # net: inputs, samples of the reference, tile
-NETS = {"digits_cnn": (16, 1 << 15, 2), "digits_vit": (8, 1 << 14, 2), "efficientnet_lite0": (2, 2048, 14)}
-COUNTS = (128, 512)
+NETS = {
+    "digits_cnn": (16, 1 << 15, 2),
+    "digits_vit": (8, 1 << 14, 2),
+    "digits32_resnet20": (4, 1 << 13, 4),
+    "efficientnet_lite0": (2, 1 << 13, 14),
+}
+COUNTS = (128, 512, 2048)
 PARTS = 4
 
 
 def inputs_of(net: str, count: int) -> tuple[Any, Tensor, Tensor]:
-    if net != "efficientnet_lite0":
+    if net == "digits32_resnet20":
         model: Any = zoo.trained(net)
+        x = zoo.digits32("test").inputs[:count]
+        return prepare(model, x, max_batch=32), x, model(x).argmax(1)
+    if net != "efficientnet_lite0":
+        model = zoo.trained(net)
         x = zoo.digits("test").inputs[:count]
         return model, x, model(x).argmax(1)
     photographs = zoo.photographs(224)

@@ -125,7 +125,8 @@ def beside_the_passes(case: Case, device: str, quick: bool, x: Tensor, target: T
     steps = STEPS // 3 if quick else STEPS
     fixed: dict[str, Any] = {"solver": ProximalGradient(SAMPLES, steps, tol=0.0), "max_batch": None}
     # Where nobody converges, every input takes all that it is given.
-    adaptive: dict[str, Any] = {"solver": AdaptiveProximalGradient(max_gradients=SAMPLES * steps), "max_batch": 1024}
+    solver = AdaptiveProximalGradient(0.01, SAMPLES * steps)
+    adaptive: dict[str, Any] = {"rho": 1.0, "solver": solver, "max_batch": 1024}
     noisy = x.repeat_interleave(SAMPLES, 0)
     noisy = noisy + 0.1 * torch.randn(noisy.shape, device=device)
     kinds: dict[str, Callable[..., Any]] = {
@@ -180,8 +181,8 @@ def beside_the_published(case: Case, device: str, quick: bool, x: Tensor, target
         return run
 
     paper = ProximalGradient.paper(max_steps=few)
-    ours = MoreauGrad(model, solver=paper, max_batch=None, cuda_graphs="auto")
-    auto = MoreauGrad(model, cuda_graphs="auto")
+    ours = MoreauGrad(model, noise_level=0.1, solver=paper, max_batch=None, cuda_graphs="auto")
+    auto = MoreauGrad(model, rho=1.0, noise_level=0.1, solver=AdaptiveProximalGradient(0.01), cuda_graphs="auto")
     for explainer in (ours, auto) * (4 if device == "cuda" else 0):
         explainer.attribute(x, target)
     runs: dict[str, Callable[[], Any]] = {

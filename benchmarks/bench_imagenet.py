@@ -73,8 +73,9 @@ def main() -> None:
 
     cat, target = images[1:2], data.targets[1:2].to(device)
     settings: dict[str, Any] = {
+        "rho": 1.0,
         "noise_level": NOISE_LEVEL,
-        "solver": AdaptiveProximalGradient(max_gradients=gradients),
+        "solver": AdaptiveProximalGradient(0.01, gradients),
     }
     sigma = NOISE_LEVEL * float(cat.max() - cat.min())
     made = {

@@ -24,7 +24,7 @@ from moreau_ext.model.precision import PRECISIONS
 CASES = [("digits_cnn", 32), ("digits_cnn_softplus", 32), ("digits_vit", 16), ("digits32_resnet20", 4)]
 SOLVERS: dict[str, Any] = {
     "fixed": ProximalGradient(8, 60, 0.01, tol=0.0),
-    "adaptive": AdaptiveProximalGradient(),
+    "adaptive": AdaptiveProximalGradient(0.01),
 }
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         model = zoo.trained(net).to(arguments.device)
         doubled = copy.deepcopy(model).double()
         for name, solver in SOLVERS.items():
-            settings: dict[str, Any] = {"rho": 0.1, "eta_ratio": 0.1, "solver": solver}
+            settings: dict[str, Any] = {"rho": 0.1, "noise_level": 0.1, "eta_ratio": 0.1, "solver": solver}
             exact = SparseMoreauGrad(doubled, **settings).attribute(x.double(), return_solution=True)
             explainers = {p: SparseMoreauGrad(model, precision=p, **settings) for p in PRECISIONS}
             seconds = interleaved(

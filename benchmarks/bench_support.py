@@ -33,8 +33,10 @@ def main() -> None:
         model = zoo.trained(net).to(arguments.device)
         x = data.inputs[: 16 if arguments.quick else 64].to(arguments.device)
         kind: Any = GroupSparseMoreauGrad if grouped else SparseMoreauGrad
-        shape: dict[str, Any] = {"groups": Tiles(2)} if grouped else {}
-        found = kind(model, rho=rho, support=k, **shape).attribute(x, return_solution=True)
+        shape: dict[str, Any] = {"noise_level": 0.1} | ({"groups": Tiles(2)} if grouped else {})
+        found = kind(model, rho=rho, support=k, solver=AdaptiveProximalGradient(0.01), **shape).attribute(
+            x, return_solution=True
+        )
         finer = AdaptiveProximalGradient(2e-3, 1 << 13)
         other = kind(model, rho=rho, eta=found.eta, seed=99, solver=finer, **shape)
         again = other.attribute(x, return_solution=True)

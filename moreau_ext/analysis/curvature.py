@@ -139,10 +139,9 @@ def _ends(hessian: SmoothedHessian, steps: int, confidence: float) -> dict[str, 
 _RHO_STEPS, _RHO_SAMPLES = 8, 4
 
 
-def convex_rho(problem: Problem) -> tuple[Tensor, Tensor]:
+def convex_rho(problem: Problem, unknown: float | None = None) -> tuple[Tensor, Tensor]:
     """ρ = ½ / max(λ, β/10), float64 [B], and the gradients of each input that it took, int64 [B]: half of the largest ρ
-    for which the
-    problem is strongly convex at x.
+    for which the problem is strongly convex at x.
 
     λ and β are those of the Lanczos process with products of 8 gradients, Hv = (p(x + σv) − p(x − σv))/(2σ): on a bank
     of 4 samples of its own, where both are on average larger than those of the expectation. At x the problem's second
@@ -151,8 +150,12 @@ def convex_rho(problem: Problem) -> tuple[Tensor, Tensor]:
     map is the same for every ρ. Inputs without noise have second derivatives instead, by autograd, which are counted as
     two gradients each.
 
+    Args:
+        problem: the inputs, their score and noise.
+        unknown: ρ of an input without noise whose score has kinks, and so no curvature; None raises an error.
+
     Raises:
-        ValueError: an input without noise whose score has kinks: it has no curvature.
+        ValueError: there is such an input, and no ``unknown``.
     """
     noisy = torch.stack(problem.sigma).amin(0) > 0
     out, cost = torch.ones_like(problem.value, dtype=torch.float64), torch.zeros_like(problem.keys)
@@ -164,14 +167,15 @@ def convex_rho(problem: Problem) -> tuple[Tensor, Tensor]:
         weak, smooth = measure(problem.take(rows))
         cost[rows] = (problem.passes.gradients - before) // len(rows)
         limit = torch.maximum(weak, smooth / 10)
-        unknown = limit.isnan()
-        if bool(unknown.any()):
-            which = int(problem.ids[rows[unknown]][0])
+        no_curvature = limit.isnan()
+        if unknown is None and bool(no_curvature.any()):
+            which = int(problem.ids[rows[no_curvature]][0])
             raise ValueError(
                 f"rho: 'auto' measures the curvature of the smoothed score, and input id {which} has no noise while "
                 "its score has kinks. Likely cause: a constant input, whose range is 0; give sigma, or a number for rho"
             )
-        out[rows] = torch.where(limit > 0, 0.5 / limit.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+        found = torch.where(limit > 0, 0.5 / limit.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+        out[rows] = found if unknown is None else torch.where(no_curvature, unknown, found)
     return out, cost
 
 

@@ -77,7 +77,7 @@ def add_parser(commands: Any) -> None:
     far.add_argument(
         "--rho",
         type=_rho,
-        help="how far to look, in units of x²/score, or auto: by the curvature at each input. default: 1",
+        help="how far to look, in units of x²/score, or auto: by the curvature at each input. default: auto; 1 with --steps",
     )
     far.add_argument("--radius", type=number, help="how far to look, as the length of the displacement")
     strength = parser.add_mutually_exclusive_group()
@@ -93,7 +93,7 @@ def add_parser(commands: Any) -> None:
     )
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--sigma", type=number, help="noise, absolute")
-    noise.add_argument("--noise-level", type=number, help="noise, as a fraction of each input's range. default: 0.1")
+    noise.add_argument("--noise-level", type=number, help="noise, as a fraction of each input's range. default: 0.05")
     parser.add_argument("--tile", type=positive, metavar="PIXELS", help="edge of group's tiles. default: single pixels")
     parser.add_argument(
         "--score",
@@ -115,7 +115,7 @@ def add_parser(commands: Any) -> None:
         "--tol",
         type=number,
         help="an input is done when its relative residual is at most TOL, before the last step or gradient. default: "
-        "0.01",
+        "0.05; 0.01 with --steps",
     )
     parser.add_argument(
         "--max-gradients",

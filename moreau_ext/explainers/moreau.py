@@ -42,14 +42,15 @@ class MoreauGrad(Certified):
             left as it was found, with its buffers, and so are the modules that a function, method, partial or object
             is found to use. It must not mix the inputs of a batch. Or what :func:`moreau_ext.prepare` made of one: a
             faster copy, with the number of rows and the memory layout that were measured fastest.
-        rho: ρ > 0, a number or one per input [B]: how far to look; 1 by default. Units of x²/score. The problem has one
-            solution where ρλ < 1, λ the weak-convexity constant of f_σ. "auto": ρ = ½/max(λ, β/10), with λ and the
-            smoothness β measured at each x (upper ends of their intervals, 512 gradients): half of what keeps the
-            problem strongly convex there.
+        rho: ρ > 0, a number or one per input [B]: how far to look, in units of x²/score. The problem has one solution
+            where ρλ < 1, λ the weak-convexity constant of f_σ. "auto", the default: ρ = ½/max(λ, β/10), with λ and the
+            smoothness β measured at each x by 64 gradients: half of what keeps the problem strongly convex there. By
+            default a ρ that cannot be measured, without noise on a score with kinks, is 1, and so is that of
+            :class:`ProximalGradient`, whose step size needs a number.
         radius: instead of ρ, the length ‖δ*‖₂ of the displacement, in units of the inputs; a number or one per input.
             ρ is then what leads to it, found while solving. It does not depend on the scale of the score.
         radius_ratio: the same as a fraction of each input's range max x − min x.
-        noise_level: σ as a fraction of each input's own range max x − min x (per tensor of a tuple); default 0.1. A
+        noise_level: σ as a fraction of each input's own range max x − min x (per tensor of a tuple); default 0.05. A
             constant input has range 0 and gets no noise.
         sigma: σ ≥ 0, absolute, instead; a number or one per input.
         seed: of the noise bank. Same seed and ids, same noise, whatever the batch; global generators are not touched.
@@ -137,7 +138,9 @@ class MoreauGrad(Certified):
     @property
     def _asked_rho(self) -> Any:
         """A number, "auto", or None with a radius. Fields stay as they were given, for dataclasses.replace."""
-        return 1.0 if self.rho is None and self.radius is None and self.radius_ratio is None else self.rho
+        if self.rho is not None or self.radius is not None or self.radius_ratio is not None:
+            return self.rho
+        return 1.0 if isinstance(self.solver, ProximalGradient) else "auto"
 
     @property
     def _rho_is_given(self) -> bool:
@@ -191,9 +194,9 @@ class MoreauGrad(Certified):
 
     def _with_rho(self, problem: Problem) -> tuple[Problem, int | Tensor]:
         """The problem with its rho measured, where that was asked for, and the gradients that it took."""
-        if not isinstance(self.rho, str):
+        if not isinstance(self._asked_rho, str):
             return problem, 0
-        rho, cost = convex_rho(problem)
+        rho, cost = convex_rho(problem, unknown=1.0 if self.rho is None else None)
         return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho)), cost
 
 

@@ -54,5 +54,5 @@ class Noisy(Explainer):
 
     def _levels(self, inputs: Tensors) -> Tensors:
         """σ as a fraction of the range of each input."""
-        level = 0.1 if self.noise_level is None else self.noise_level
+        level = 0.05 if self.noise_level is None else self.noise_level
         return tuple(per_input_setting("noise_level", level, x) for x in inputs)

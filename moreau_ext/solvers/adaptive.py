@@ -175,7 +175,7 @@ class AdaptiveProximalGradient:
     and Juditsky (1992); sample sizes as in Byrd, Chin, Nocedal and Wu (2012).
     """
 
-    tol: float = 1e-2
+    tol: float = 5e-2
     max_gradients: int = 2048
     progress: bool = False
     denoise: bool = True

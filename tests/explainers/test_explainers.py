@@ -467,7 +467,7 @@ def test_noise_level_is_a_fraction_of_each_inputs_range() -> None:
     assert torch.equal(copies[1], x[1].expand(4, -1, -1, -1))
     assert (copies[0] != x[0]).all()
     default = MoreauGrad(model, solver=SHORT).attribute(x, 1, return_solution=True)
-    close(default.sigma, s.sigma / 2)
+    close(default.sigma, s.sigma / 4)
 
 
 def test_noise_is_scaled_by_sigma() -> None:

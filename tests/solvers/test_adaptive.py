@@ -42,7 +42,7 @@ def test_quadratics_of_any_curvature_are_solved(top: float) -> None:
     x = torch.randn(4, 4, dtype=torch.float64)
     exact = torch.linalg.solve(torch.eye(4, dtype=torch.float64) + f.q, (x @ f.q + f.b).T).T
     solver = AdaptiveProximalGradient(tol=1e-3, max_gradients=1 << 16)
-    s = MoreauGrad(f, sigma=0.0, solver=solver).attribute(x, return_solution=True)
+    s = MoreauGrad(f, rho=1.0, sigma=0.0, solver=solver).attribute(x, return_solution=True)
     assert s.converged.all()
     error = (s.attribution - exact).norm(dim=1) / exact.norm(dim=1)
     # ‖y − δ*‖ ≤ ρβ r/(1 − ρλ)
@@ -85,7 +85,7 @@ def test_the_budget_is_kept_and_said() -> None:
     model, x = smooth_net(), torch.randn(6, 24, dtype=torch.float64)
     for budget in (1, 200, 500, 5000):
         solver = AdaptiveProximalGradient(tol=1e-9, max_gradients=budget)
-        s = MoreauGrad(model, sigma=1.0, solver=solver).attribute(x, target=0, return_solution=True)
+        s = MoreauGrad(model, rho=1.0, sigma=1.0, solver=solver).attribute(x, target=0, return_solution=True)
         assert not s.converged.any()
         assert (s.relative_residual > 1e-9).all()
         assert (s.gradient_evaluations <= max(budget, 192)).all()
@@ -140,7 +140,7 @@ def test_tuples_and_empty_maps() -> None:
         return a.square().sum(1) / 4 + b.flatten(1).sum(1)
 
     a, b = torch.randn(3, 5), torch.randn(3, 2, 2, dtype=torch.float64)
-    s = MoreauGrad(f, sigma=0.1, solver="auto").attribute((a, b), return_solution=True)
+    s = MoreauGrad(f, rho=1.0, sigma=0.1, solver="auto").attribute((a, b), return_solution=True)
     torch.testing.assert_close(s.attribution[0], a / 2 / 1.5, rtol=0.05, atol=0.05)
     torch.testing.assert_close(s.attribution[1], torch.ones_like(b), rtol=0, atol=1e-6)
     with pytest.warns(UserWarning, match="3 of 3 maps are zero"):

@@ -117,7 +117,7 @@ def test_rare_gradients_are_not_called_converged(kind: Any, width: float) -> Non
         return (x + 0.1 * torch.special.ndtr(x / (width * sigma))).sum(1)
 
     x = 0.1 + 0.05 * torch.randn(200, 1, dtype=F64, generator=torch.Generator().manual_seed(1))
-    s = kind(f, rho=rho, sigma=sigma).attribute(x, return_solution=True)
+    s = kind(f, rho=rho, sigma=sigma, solver=AdaptiveProximalGradient(0.01)).attribute(x, return_solution=True)
     spread = sigma * math.sqrt(1 + width**2)
     at = x + s.displacement
     gradient = 1 + 0.1 * torch.exp(-0.5 * (at / spread).square()) / (math.sqrt(2 * math.pi) * spread)
@@ -131,7 +131,8 @@ def test_rare_gradients_are_not_called_converged(kind: Any, width: float) -> Non
 @pytest.mark.parametrize("kind", [MoreauGrad, SparseMoreauGrad])
 def test_exponentials_that_look_flat_far_away(kind: Any, rho: float) -> None:
     x = torch.randn(100, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
-    s = kind(lambda x: x.exp().sum(1), rho=rho).attribute(x, return_solution=True)
+    explainer = kind(lambda x: x.exp().sum(1), rho=rho, noise_level=0.1, solver=AdaptiveProximalGradient(0.01))
+    s = explainer.attribute(x, return_solution=True)
     gradient = (x + s.displacement + s.sigma[:, None].square() / 2).exp()
     wrong = true_residual(s, gradient)[s.converged]
     if len(wrong):
@@ -150,7 +151,7 @@ def test_a_ramp_whose_kink_is_the_answer(dimensions: int) -> None:
         return u + 99 * torch.relu(u + 90) - 99 * torch.relu(u + 0.2)
 
     x = 0.01 * torch.rand(50, dimensions, dtype=F64, generator=torch.Generator().manual_seed(0))
-    s = MoreauGrad(f, sigma=0.05).attribute(x, return_solution=True)
+    s = MoreauGrad(f, rho=1.0, sigma=0.05, solver=AdaptiveProximalGradient(0.01)).attribute(x, return_solution=True)
     u = (x + s.displacement) @ a
     slope = 1 + 99 * torch.special.ndtr((u + 90) / 0.05) - 99 * torch.special.ndtr((u + 0.2) / 0.05)
     assert not (s.converged & (true_residual(s, slope[:, None] * a) > 0.02)).any()

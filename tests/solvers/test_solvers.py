@@ -58,10 +58,11 @@ def test_paper_reproduces_the_published_loop(penalty: str, eta: float) -> None:
     expected = published_loop(model, x, 2, noise, eta, 4 if penalty == "tiles" else None)
     solver = ProximalGradient.paper()
     assert (solver.max_steps, solver.num_samples, solver.step_size, solver.tol) == (300, 32, 0.1, 0.0)
+    settings: dict[str, Any] = {"noise_level": 0.1, "seed": 5, "solver": solver}
     explainer = {
-        ("l1", 0.0): lambda: MoreauGrad(model, seed=5, solver=solver),
-        ("l1", 5e-3): lambda: SparseMoreauGrad(model, eta=eta, seed=5, solver=solver),
-        ("tiles", 5e-2): lambda: GroupSparseMoreauGrad(model, eta=eta, groups=Tiles(4), seed=5, solver=solver),
+        ("l1", 0.0): lambda: MoreauGrad(model, **settings),
+        ("l1", 5e-3): lambda: SparseMoreauGrad(model, eta=eta, **settings),
+        ("tiles", 5e-2): lambda: GroupSparseMoreauGrad(model, eta=eta, groups=Tiles(4), **settings),
     }[(penalty, eta)]()
     solution = explainer.attribute(x, target=2, ids=ids, return_solution=True)
     assert float(expected.abs().max()) > 1e-2
