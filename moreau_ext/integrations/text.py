@@ -11,18 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..explainers.base import Explainer
-from ..explainers.moreau import GroupSparseMoreauGrad, MoreauGrad
-from ..explainers.noisy import Noisy
+from ..explainers.inputs import check_ids
+from ..explainers.moreau import GroupSparseMoreauGrad
 from ..explainers.registry import make_explainer
 from ..model.arguments import PerInput
 from ..model.target import Target, target_index
-from ..solvers.fixed import ProximalGradient
 from ..solvers.groups import Labels, Pixels
 from .words import TextExplanation, explanation
 
-# σ as a fraction of the range of a sentence's embeddings. On tiny trained BERT, DistilBERT and GPT-2 models 400
-# gradients leave errors of 2 to 7 % at 0.03, and of 25 to 46 % at 0.1.
-_NOISE_LEVEL = 0.03
 # What a tokenizer returns beside the model's arguments.
 _NOT_ARGUMENTS = ("input_ids", "attention_mask", "special_tokens_mask", "offset_mapping", "length", "labels")
 
@@ -66,10 +62,7 @@ class TextExplainer:
         tokenizer: called with strings; word_ids() of its batches say which tokens are a word. Without one, batches of
             token ids are explained.
         method: a name of ``METHODS``. "group" takes other ``groups`` too: Pixels(channel_axis=-1) are the tokens.
-        settings: of the method's explainer. Two have defaults of their own. ρ is "auto": the scales of embeddings and
-            logits differ from model to model, and where ρ is too large for the problem to be convex the iteration
-            blows up the rounding of a pass. ``noise_level`` is 0.03: of a sentence's embeddings 0.1 of the range is
-            half of a token's length.
+        settings: of the method's explainer.
 
     Raises:
         TypeError, ValueError: a model that does not take embeddings; a setting, by name.
@@ -111,13 +104,7 @@ class TextExplainer:
         if self._by_word:
             settings["groups"] = Pixels(channel_axis=-1)
         always = {"use_cache": False} if "use_cache" in parameters else {}
-        explainer = make_explainer(method, _FromEmbeddings(model, always), **settings)
-        if isinstance(explainer, Noisy) and not {"noise_level", "sigma"} & settings.keys():
-            explainer = replace(explainer, noise_level=_NOISE_LEVEL)
-        steps = isinstance(settings.get("solver"), ProximalGradient)
-        if isinstance(explainer, MoreauGrad) and not steps and not {"rho", "radius", "radius_ratio"} & settings.keys():
-            explainer = replace(explainer, rho="auto")
-        self.explainer: Explainer = explainer
+        self.explainer: Explainer = make_explainer(method, _FromEmbeddings(model, always), **settings)
 
     @overload
     def attribute(self, texts: str, target: Target = None, *, ids: Tensor | None = None) -> TextExplanation: ...
@@ -146,30 +133,32 @@ class TextExplainer:
             TypeError, ValueError: strings without a tokenizer, a batch without ``input_ids``; see
                 :meth:`Explainer.attribute`.
         """
-        batch = self._batch([texts] if isinstance(texts, str) else texts)
+        given = [texts] if isinstance(texts, str) else texts
+        if not len(given):
+            return []
+        batch = self._batch(given)
         embedding = self.model.get_input_embeddings()  # type: ignore[operator]
         device = embedding.weight.device
-        numbers = batch["input_ids"]
-        real = torch.as_tensor(batch.get("attention_mask", torch.ones_like(numbers))).bool()
+        numbers = batch["input_ids"].to(device)
+        real = torch.as_tensor(batch.get("attention_mask", torch.ones_like(numbers)), device=device).bool()
         special = self._special(batch, numbers) | ~real
         count = len(numbers)
-        index = target if target is None or callable(target) else target_index(target, count)
-        names = torch.zeros(count, dtype=torch.int64) if ids is None else ids
+        index = target if target is None or callable(target) else target_index(target, count).to(device)
+        names = check_ids(torch.zeros(count, dtype=torch.int64) if ids is None else ids, count, device)
+        if not bool(real.any(1).all()):
+            raise ValueError(f"texts: sentence {int((~real.any(1)).nonzero()[0])} has no tokens")
         # From the first to the last token that is not padding.
         first, stop = real.int().argmax(1), real.shape[1] - real.flip(1).int().argmax(1)
-        lengths = torch.where(real.any(1), stop - first, 0)
-        average = embedding.weight.detach().mean(0)
+        average = embedding.weight.detach().mean(0, dtype=torch.float32)
         found: list[TextExplanation | None] = [None] * count
-        for length in sorted(set(lengths.tolist())):
-            rows = (lengths == length).nonzero().squeeze(1)
-            if length == 0:
-                raise ValueError(f"texts: sentence {int(rows[0])} has no tokens")
-            columns = first[rows, None] + torch.arange(length)
+        for length in sorted(set((stop - first).tolist())):
+            rows = (stop - first == length).nonzero().squeeze(1)
+            columns = first[rows, None] + torch.arange(length, device=device)
             words = [self._words(batch, row, columns[i].tolist()) for i, row in enumerate(rows.tolist())]
             with torch.no_grad():
-                x = embedding(numbers[rows[:, None], columns].to(device))
-            arguments = self._arguments(batch, real, rows, columns, device)
-            fixed = special[rows[:, None], columns].to(device)
+                x = embedding(numbers[rows[:, None], columns])
+            arguments = self._arguments(batch, real, rows, columns)
+            fixed = special[rows[:, None], columns]
             explainer = self.explainer
             groups = torch.tensor(words, device=device)
             if self._by_word and isinstance(explainer, GroupSparseMoreauGrad) and bool((groups.diff(dim=1) == 0).any()):
@@ -179,9 +168,11 @@ class TextExplainer:
                 x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None], return_solution=True
             )
             for i, row in enumerate(rows.tolist()):
+                places = columns[i].tolist()
                 tokens = self._tokens(numbers[row, columns[i]].tolist())
+                written = self._written(tokens, words[i], self._spans(given, batch, row, places))
                 one = solution.take(torch.tensor([i], device=device))
-                found[row] = explanation(tokens, words[i], x[i] - average, one, self.tokenizer)
+                found[row] = explanation(tokens, words[i], written, x[i] - average, one)
         explained = [e for e in found if e is not None]
         return explained[0] if isinstance(texts, str) else explained
 
@@ -205,11 +196,11 @@ class TextExplainer:
     def _special(self, batch: Mapping[str, Any], numbers: Tensor) -> Tensor:
         """Which tokens stand for no text; bool [B, T]."""
         if "special_tokens_mask" in batch:
-            return torch.as_tensor(batch["special_tokens_mask"]).bool()
+            return torch.as_tensor(batch["special_tokens_mask"], device=numbers.device).bool()
         names = set(getattr(self.tokenizer, "all_special_ids", ()))
         # These stand for a word.
         names -= {getattr(self.tokenizer, name, None) for name in ("unk_token_id", "mask_token_id")}
-        return torch.isin(numbers, torch.tensor(sorted(names), dtype=numbers.dtype))
+        return torch.isin(numbers, torch.tensor(sorted(names), dtype=numbers.dtype, device=numbers.device))
 
     def _words(self, batch: Any, row: int, columns: list[int]) -> list[int]:
         """The number of each token's word, from 0."""
@@ -226,16 +217,37 @@ class TextExplainer:
             return [str(n) for n in numbers]
         return [str(t) for t in self.tokenizer.convert_ids_to_tokens(numbers)]
 
-    def _arguments(
-        self, batch: Mapping[str, Any], real: Tensor, rows: Tensor, columns: Tensor, device: torch.device
-    ) -> dict[str, Any]:
+    def _spans(self, given: Any, batch: Any, row: int, columns: list[int]) -> list[tuple[str, int, int] | None]:
+        """The string that each token stands in, with its first and last place; None where it is not known."""
+        if isinstance(given, Mapping) or not getattr(batch, "is_fast", False):
+            return [None] * len(columns)
+        strings = (given[row],) if isinstance(given[row], str) else given[row]
+        parts, found = batch.sequence_ids(row), []
+        for column in columns:
+            span = batch.token_to_chars(row, column)
+            found.append(None if span is None else (strings[parts[column]], span.start, span.end))
+        return found
+
+    def _written(self, tokens: list[str], words: list[int], spans: list[tuple[str, int, int] | None]) -> list[str]:
+        """The words as they stand in the string, or as the tokenizer joins their tokens."""
+        join = getattr(self.tokenizer, "convert_tokens_to_string", "".join)
+        written = []
+        for word in range(max(words) + 1):
+            some = [i for i, w in enumerate(words) if w == word]
+            known = [span for i in some if (span := spans[i]) is not None]
+            text = known[0][0][min(s for _, s, _ in known) : max(e for _, _, e in known)] if known else ""
+            written.append((text or str(join([tokens[i] for i in some]))).strip())
+        return written
+
+    def _arguments(self, batch: Mapping[str, Any], real: Tensor, rows: Tensor, columns: Tensor) -> dict[str, Any]:
         """The model's further arguments for some sentences without their padding."""
         made = {}
         for name, value in batch.items():
             if name not in _NOT_ARGUMENTS and isinstance(value, Tensor):
                 of_tokens = value.shape[:2] == real.shape
-                made[name] = (value[rows[:, None], columns] if of_tokens else value[rows]).to(device)
+                value = value.to(real.device)
+                made[name] = value[rows[:, None], columns] if of_tokens else value[rows]
         held = real[rows[:, None], columns]
         if not bool(held.all()):
-            made["attention_mask"] = held.long().to(device)
+            made["attention_mask"] = held.long()
         return made

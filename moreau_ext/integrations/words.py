@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,24 +105,22 @@ def _of_words(values: Tensor, word_of_token: Tensor, words: int) -> Tensor:
 
 
 def explanation(
-    tokens: list[str], words: list[int], moved: Tensor, solution: Solution, tokenizer: Any
+    tokens: list[str], words: list[int], written: list[str], moved: Tensor, solution: Solution
 ) -> TextExplanation:
     """The explanation of one sentence.
 
     Args:
         tokens: T of them.
         words: the number of each token's word, from 0.
+        written: each word as text.
         moved: x − m, [T, features].
         solution: of the sentence.
-        tokenizer: joins tokens to text; None: they are text.
     """
-    count = max(words) + 1
+    count = len(written)
     place = torch.tensor(words, device=moved.device)
     a, c, error = solution.attribution[0].double(), moved.double(), solution.standard_error[0].double()
-    parts = [[t for t, w in zip(tokens, words, strict=True) if w == word] for word in range(count)]
-    join = getattr(tokenizer, "convert_tokens_to_string", "".join)
     return TextExplanation(
-        words=tuple([str(join(part)).strip() for part in parts]),
+        words=tuple(written),
         scores=_of_words((a * c).sum(1), place, count),
         norms=_of_words(a.square().sum(1), place, count).sqrt(),
         standard_error=_of_words((error * c).square().sum(1), place, count).sqrt(),
