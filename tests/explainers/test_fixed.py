@@ -135,7 +135,8 @@ def test_certificates_derivatives_and_paths_are_those_of_the_restricted_problem(
 
 
 def test_a_mask_for_each_input_is_that_input_alone() -> None:
-    """Scattered masks of other sizes, without noise: elements have other numbers in the restricted problems."""
+    """Scattered masks of other sizes. Elements have other numbers in the restricted problems, and so other noise, also
+    in what measures ρ: there is none."""
     model, x = net(nn.SiLU()), tokens()
     mask = (
         torch.rand(B, T, E, generator=torch.Generator().manual_seed(1)) < torch.tensor([0.2, 0.5, 0.8])[:, None, None]
@@ -144,7 +145,7 @@ def test_a_mask_for_each_input_is_that_input_alone() -> None:
     for settings in ({"eta_ratio": 0.3}, {"support": 0.4}, {"groups": Labels(labels, "sqrt"), "support": 0.5}):
 
         def of(f: Any, some: dict[str, Any]) -> Any:
-            return (GroupSparseMoreauGrad if "groups" in some else SparseMoreauGrad)(f, sigma=0.0, **some)
+            return (GroupSparseMoreauGrad if "groups" in some else SparseMoreauGrad)(f, sigma=0.0, rho=0.5, **some)
 
         whole = of(model, settings).attribute(x, 1, fixed=mask, return_solution=True)
         for row in range(B):
