@@ -418,10 +418,11 @@ class Explainer(ABC):
             The maps, in the form, shape, dtype and device of ``inputs``; or the Solution.
 
         Raises:
-            ValueError: NaN or infinity in an input, a target out of range or of the wrong length, groups or a mask that do
-                not fit, a score that does not depend on an input, a gradient that is not finite, or a model that mixes
-                the inputs of a batch or treats them by their places.
-            TypeError: inputs that are no floating-point tensors, targets that are no integers, or a mask that is not bool.
+            ValueError: NaN or infinity in an input, a target out of range or of the wrong length, groups or a mask that
+                do not fit, a score that does not depend on an input, a gradient that is not finite, or a model that
+                mixes the inputs of a batch or treats them by their places.
+            TypeError: inputs that are no floating-point tensors, targets that are no integers, or a mask that is not of
+                bool.
         """
         with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
             solution = empty_solution(tensors) if problem is None else self._solve(problem)
