@@ -7,8 +7,8 @@ noise       for noise levels: share of noisy copies that keep the class, gradien
 rho         for rho: length of the displacement relative to the input, converged inputs, their gradients, cosine of the
             map to the mean gradient at the input. At noise 0.05 and a tolerance of 5 %, at most 2,048 gradients.
 tolerance   maps of mean gradients of 8 to 2,048 samples against long references, by their relative error: how much of
-            the 5 % largest features (support of sparse maps) they share, how many of these have the same sign, and by how
-            much the area under the deletion curve (blurred baseline) differs, in probability.
+            the 5 % largest features (support of sparse maps) they share, how many of these have the same sign, and by
+            how much the area under the deletion curve (blurred baseline) differs, in probability.
 
 EfficientNet-Lite0 has its ImageNet weights, and photographs at 112 × 112; ResNet-20 is trained on digits at 32 × 32.
 --quick: the digits alone.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import evaluation as evaluation
     from . import plots as plots
     from . import zoo as zoo
+    from ._errors import ConvergenceWarning as ConvergenceWarning
     from .analysis.certificate import Certificate as Certificate
     from .explainers.base import Explainer as Explainer
     from .explainers.gradients import Gradient as Gradient
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "AdaptiveProximalGradient": "solvers.adaptive",
     "Certificate": "analysis.certificate",
+    "ConvergenceWarning": "_errors",
     "Explainer": "explainers.base",
     "Gradient": "explainers.gradients",
     "GroupSparseMoreauGrad": "explainers.moreau",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 
@@ -42,6 +43,16 @@ class EmptyMapWarning(MoreauWarning):
     """Some maps are zero everywhere."""
 
 
+class ConvergenceWarning(MoreauWarning):
+    """Some maps did not converge to the tolerance; ``Solution.converged`` says which.
+
+    Example:
+        >>> import warnings
+        >>> from moreau_ext import ConvergenceWarning
+        >>> warnings.simplefilter("ignore", ConvergenceWarning)  # where Solution.converged is read anyway
+    """
+
+
 class TrainModeWarning(MoreauWarning):
     """The model is in train mode; it is explained in eval mode and restored afterwards."""
 
@@ -67,6 +78,10 @@ class OutputRowsError(ValueError):
         self.folded = folded
 
 
+class OutputTypeError(TypeError):
+    """A model's output is no tensor."""
+
+
 class MixingError(ValueError):
     """A model gives the inputs of a batch no outputs of their own."""
 
@@ -77,6 +92,15 @@ class MixingError(ValueError):
             "contrastive head, or the nodes of a graph given as a batch (explain x[None] with a model of [n, nodes, "
             "features] instead). max_batch=1 explains every input in passes of its own, for a model that runs on one"
         )
+
+
+@contextlib.contextmanager
+def without(*categories: type[Warning]) -> Iterator[None]:
+    """Silences warnings whose contents are columns of the results."""
+    with warnings.catch_warnings():
+        for category in categories:
+            warnings.simplefilter("ignore", category)
+        yield
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import subprocess
 import sysconfig
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moreau_ext import _core
+from moreau_ext import ConvergenceWarning, _core
 from moreau_ext.ops.noise import Noise, noise_keys
 from moreau_ext.ops.reference import normals
 
@@ -138,3 +138,8 @@ def same_results(one: Path, other: Path) -> None:
     for name in COLUMNS:
         assert a[name].equals(b[name]), name
     np.testing.assert_array_equal(read_maps(one), read_maps(other))
+
+
+def others(record: Iterable[warnings.WarningMessage]) -> list[warnings.WarningMessage]:
+    """The warnings beside the one that too few gradients were taken."""
+    return [w for w in record if w.category is not ConvergenceWarning]

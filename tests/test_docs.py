@@ -1,16 +1,23 @@
-"""README.md and docs/: Python blocks run, links lead somewhere, benchmark tables are rendered."""
+"""README.md and docs/: Python and shell blocks run, links lead somewhere, benchmark tables are rendered."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, SCRIPT
+
+from moreau_ext import cli
+from moreau_ext.batch import Config
+from moreau_ext.cli import explain
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A Python block, the comment that takes it out of this test where there is one, and the output that is shown below it.
@@ -18,6 +25,7 @@ BLOCK = re.compile(
     r"(?P<skip><!-- not tested: .+? -->\n)?^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
     re.DOTALL | re.MULTILINE,
 )
+SHELL = re.compile(r"(?P<skip><!-- parsed only: .+? -->\n)?^```bash\n(?P<code>.*?)^```\n", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -26,23 +34,55 @@ def blocks(page: Path) -> list[re.Match[str]]:
     return [block for block in BLOCK.finditer(page.read_text("utf-8")) if not block["skip"]]
 
 
+def commands(block: str) -> list[list[str]]:
+    """The arguments of each ``moreau-ext`` in a shell block."""
+    lines = block.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line[:1] == ["moreau-ext"]]
+
+
+def run_python(page: Path, block: re.Match[str], names: dict[str, object]) -> None:
+    # Empty lines before the code, so that a traceback names the line of the page.
+    code = "\n" * page.read_text("utf-8").count("\n", 0, block.start("code")) + block["code"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, str(page), "exec"), names)
+    if block["output"] is not None:
+        assert NUMBER.sub("N", printed.getvalue()) == NUMBER.sub("N", block["output"])
+        # Another processor rounds otherwise while the example's net is trained, and that moves its maps a little.
+        shown = [float(number) for number in NUMBER.findall(block["output"])]
+        assert [float(number) for number in NUMBER.findall(printed.getvalue())] == pytest.approx(shown, rel=0.25)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace, in an empty folder."""
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, Python in one namespace, from an empty folder; no file has the place of a tracked one."""
     monkeypatch.chdir(tmp_path)
-    text, names = page.read_text("utf-8"), {"__name__": "__main__"}
-    for block in blocks(page):
-        # Empty lines before the code, so that a traceback names the line of the page.
-        code = "\n" * text.count("\n", 0, block.start("code")) + block["code"]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, str(page), "exec"), names)
-        if block["output"] is not None:
-            assert NUMBER.sub("N", printed.getvalue()) == NUMBER.sub("N", block["output"])
-            # Another processor rounds otherwise while the example's net is trained, and that moves its maps a little.
-            shown = [float(number) for number in NUMBER.findall(block["output"])]
-            assert [float(number) for number in NUMBER.findall(printed.getvalue())] == pytest.approx(shown, rel=0.25)
+    names: dict[str, object] = {"__name__": "__main__"}
+    path = f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}"
+    text = page.read_text("utf-8")
+    for block in sorted([*blocks(page), *SHELL.finditer(text)], key=lambda match: match.start()):
+        if block.re is BLOCK:
+            run_python(page, block, names)
+        elif not block["skip"] and "pip install" not in block["code"]:
+            subprocess.run(["bash", "-e", "-c", block["code"]], check=True, env={**os.environ, "PATH": path})
+    made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    for folder in (ROOT, page.parent):
+        listed = subprocess.run(["git", "-C", folder, "ls-files"], capture_output=True, text=True, check=False)
+        assert not {str(path) for path in made} & {*listed.stdout.splitlines()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shell_commands_are_understood(page: Path) -> None:
+    """Also of blocks that are too expensive to run: every option exists and takes its value."""
+    for block in SHELL.finditer(page.read_text("utf-8")):
+        for line in commands(block["code"]):
+            arguments = argparse.Namespace(command=None)
+            cli._Commands().parse(line, arguments)
+            if arguments.command == "explain":
+                settings = {name: getattr(arguments, name) for name in explain._SETTINGS}
+                Config(**settings, target=arguments.target)
 
 
 def test_every_page_with_python_is_tested() -> None:

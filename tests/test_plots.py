@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import io
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from moreau_ext import plots
+from moreau_ext import Tiles, plots
 from moreau_ext.plots import gallery
 
 INPUTS = torch.rand(3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
@@ -28,21 +29,25 @@ def colours(figure: Figure, panel: int) -> np.ndarray:
 def test_rows_are_inputs_and_columns_methods() -> None:
     figure = gallery(INPUTS, {"b": MAPS, "a": -MAPS}, titles=["x", "y", "z"], caption="settings")
     axes = figure.axes
-    assert len(axes) == 9
-    assert [a.get_title() for a in axes] == ["input", "b", "a"] + [""] * 6
-    assert [a.get_ylabel() for a in axes[::3]] == ["x", "y", "z"]
+    assert len(axes) == 10  # with the colour bar
+    assert [a.get_title() for a in axes] == ["input", "b", "a"] + [""] * 7
+    assert [a.get_ylabel() for a in axes[:9:3]] == ["x", "y", "z"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["exactly 0"]
     assert [t.get_text() for t in figure.texts] == ["settings"]
     np.testing.assert_allclose(axes[3].images[0].get_array(), INPUTS[1, 0])
     np.testing.assert_allclose(axes[4].images[0].get_array(), MAPS[1, 0] / MAPS[1].abs().max(), rtol=1e-6)
 
 
-def test_red_raises_blue_lowers_and_zero_is_neutral() -> None:
-    value = torch.tensor([[[-2.0, -1e-3, 0.0, 1e-3, 2.0]]])
-    minus, _, zero, _, plus = colours(gallery(torch.ones(1, 1, 5), {"map": value}), 1)[0]
+def test_red_raises_blue_lowers_and_only_zero_is_white() -> None:
+    value = torch.tensor([[[-2.0, -1e-9, 0.0, 1e-9, 2.0]]])
+    minus, *small, plus = colours(gallery(torch.ones(1, 1, 5), {"map": value}), 1)[0]
     assert plus[0] > plus[2]
     assert minus[2] > minus[0]
-    # Exactly gray and near white, while the neighbouring colours of the scale are not gray.
-    assert zero.min() == zero.max() > 0.95
+    assert (small[1] == 1).all()
+    # Small values of both signs are the same gray, well below white.
+    for near in (small[0], small[2]):
+        assert near.max() < 0.86
+        assert near.max() - near.min() < 0.02
     # Symmetric: neither sign looks stronger than the other.
     assert abs(plus.sum() - minus.sum()) < 0.3
 
@@ -61,10 +66,16 @@ def test_a_map_of_zeros_is_blank_and_says_so() -> None:
     assert (colours(figure, 1) == 1).all()
 
 
-def test_channels_are_summed() -> None:
+def test_inputs_of_three_channels_have_colours_and_maps_are_summed() -> None:
     rgb = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     figure = gallery(rgb, {"map": rgb})
-    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), rgb[0].sum(0), rtol=1e-6)
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), rgb[0].permute(1, 2, 0), rtol=1e-6)
+    np.testing.assert_allclose(figure.axes[1].images[0].get_array(), rgb[0].sum(0) / rgb[0].sum(0).max(), rtol=1e-6)
+    assert "colours scaled" not in figure.texts[0].get_text()
+    # Of another range: scaled, and said so.
+    other = gallery(5 * rgb - 2, {"map": rgb})
+    assert other.axes[0].images[0].get_array().max() == 1
+    assert "colours scaled from its minimum to its maximum" in " ".join(other.texts[0].get_text().split())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -126,8 +137,133 @@ def test_no_global_state() -> None:
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
-def test_examples() -> None:
-    assert doctest.testmod(plots).failed == 0
+@pytest.mark.parametrize("module", ["charts", "heat", "maps"])
+def test_examples(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"moreau_ext.plots.{module}")).failed == 0
+
+
+# --- a map over its image ------------------------------------------------------------------------------------------
+
+IMAGE = np.random.default_rng(0).random((3, 8, 6))
+TILES = Tiles(2)
+
+
+def sparse(channels: int = 3) -> torch.Tensor:
+    """[channels, 8, 6]: tile (0, 0), a tile at the right edge, and zeros."""
+    one = torch.zeros(channels, 8, 6)
+    one[:, :2, :2], one[:, 2:4, 4:] = torch.tensor([[1.0, -2.0], [3.0, 0.5]]), 4.0
+    return one
+
+
+@pytest.mark.parametrize(
+    ("image", "map", "rows"),
+    [
+        (IMAGE, sparse(), 1),
+        (IMAGE[0], sparse(1)[0].numpy(), 1),
+        (IMAGE[None].repeat(3, 0), torch.stack([sparse()] * 3), 3),
+        (IMAGE[None].repeat(2, 0), torch.stack([sparse(1)[0]] * 2), 2),  # channels summed before
+        ((255 * IMAGE).astype(np.uint8), sparse().bfloat16(), 1),
+        (torch.rand(2, 8, 6), sparse()[::1].flip(0).numpy()[::-1], 1),  # two channels; strides below zero
+        (None, sparse(), 1),
+    ],
+)
+@pytest.mark.parametrize("how", [{}, {"groups": TILES}, {"groups": TILES, "norms": True}, {"blur": 1.0}])
+def test_overlay_takes_all_shapes(image, map, rows: int, how: dict) -> None:
+    figure = plots.overlay(image, map, "title", "caption", **how)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert len(panels) == rows * (1 if image is None else 3)
+    titles = [axes.get_title() for axes in panels]
+    assert ("over the image" in titles) == (image is not None)
+    assert titles[0].startswith("title")
+    assert figure.texts[0].get_text().startswith("caption\n")
+    assert figure._repr_png_().startswith(b"\x89PNG")  # as notebooks ask for it
+    width, height = figure.bbox.width, figure.bbox.height
+    for text in [*figure.texts, *figure.legends[0].get_texts(), *(axes.title for axes in figure.axes)]:
+        box = text.get_window_extent()
+        assert -1 <= box.x0 <= box.x1 <= width + 1, text
+        assert -1 <= box.y0 <= box.y1 <= height + 1, text
+
+
+def test_the_figure_states_what_was_done() -> None:
+    figure = plots.overlay(IMAGE, sparse(), percentile=75, blur=2.0, significant=sparse() > 2)
+    said = " ".join(figure.texts[0].get_text().split())
+    assert "75 % quantile of the non-zero |values|" in said
+    assert "blurred by 2 pixels" in said
+    summed = sparse().sum(0)
+    full = np.percentile(summed[summed != 0].abs(), 75)
+    assert figure.axes[1].get_title() == f"full colour from {full:.2g} on\n5 of 8 pixels significant"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["exactly 0", "significant"]
+    large = plots.overlay(None, torch.rand(1, 600, 600), percentile=100)
+    assert "Of each 3 x 3 pixels of a map the strongest is drawn" in " ".join(large.texts[0].get_text().split())
+
+
+def test_groups_are_outlined_and_norms_are_their_lengths() -> None:
+    figure = plots.overlay(IMAGE, sparse(), groups=TILES, norms=True)
+    drawn = np.ma.filled(figure.axes[1].images[0].get_array(), 0.0)
+    lengths = np.array([np.sqrt(3 * 14.25), np.sqrt(3 * 64)]) / np.sqrt(3 * 64)
+    np.testing.assert_allclose(drawn[:2, :2], lengths[0], rtol=0.01)
+    np.testing.assert_allclose(drawn[2:4, 4:], 1, rtol=0.01)
+    assert (drawn != 0).sum() == 8
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["exactly 0", "group in the map"]
+    (borders,) = figure.axes[1].collections
+    ends = {tuple(sorted(map(tuple, path.vertices.tolist()))) for path in borders.get_paths()}
+    expected = set()
+    for top, left in ((0, 0), (2, 4)):
+        y, x = top - 0.5, left - 0.5
+        for i in (0, 1):
+            expected |= {((x + i, at), (x + i + 1, at)) for at in (y, y + 2)}
+            expected |= {((at, y + i), (at, y + i + 1)) for at in (x, x + 2)}
+    assert ends == expected
+
+
+def test_blank_maps_are_drawn_blank() -> None:
+    for how in ({}, {"groups": TILES, "norms": True}, {"blur": 2.0}, {"significant": torch.zeros(3, 8, 6).bool()}):
+        figure = plots.overlay(IMAGE, torch.zeros(3, 8, 6), **how)
+        assert [t.get_text() for t in figure.axes[1].texts] == ["empty"]
+        assert figure.axes[1].get_title().startswith("all values are 0")
+        assert (colours(figure, 1) == 1).all()
+        over = np.asarray(figure.axes[2].images[0].get_array())
+        np.testing.assert_allclose(over, over[..., :1].repeat(3, -1))
+    # Tiny values are values.
+    assert not plots.overlay(IMAGE, torch.full((3, 8, 6), 1e-300, dtype=torch.float64)).axes[1].texts
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: plots.overlay(IMAGE.transpose(1, 2, 0), sparse()), r"channels come before .* to \(3, 8, 6\)"),
+        (lambda: plots.overlay(IMAGE, sparse()[:, :4]), r"image: shape \(3, 8, 6\) does not fit .*\(3, 4, 6\)"),
+        (lambda: plots.overlay(IMAGE, sparse() / 0), "map: .*NaN or infinity"),
+        (lambda: plots.overlay(IMAGE, torch.rand(4)), r"map: expected \[H, W\] or .*got shape \(4,\)"),
+        (lambda: plots.overlay(IMAGE, sparse(), ["a", "b"]), "titles: expected one per map, 1, got 2"),
+        (lambda: plots.overlay(IMAGE, sparse(), percentile=0), "percentile: expected"),
+        (lambda: plots.overlay(IMAGE, sparse(), norms=True), "norms: needs groups"),
+        (lambda: plots.overlay(IMAGE, sparse(), groups=TILES, norms=True, blur=1), "norms: .*nothing to blur"),
+        (lambda: plots.overlay(IMAGE, sparse(), groups=torch.zeros(3, 3).long()), "groups: expected Groups, or whole"),
+        (lambda: plots.overlay(IMAGE, sparse(), significant=torch.ones(2, 2)), "significant: shape"),
+        (lambda: plots.features(torch.ones(3), ["a"]), "names: expected one per feature, 3, got 1"),
+        (lambda: plots.features(torch.ones(3), errors=torch.ones(2)), r"errors: expected \[3\]"),
+        (lambda: gallery(INPUTS, {"m": MAPS}, groups={"n": TILES}), "groups: expected names of maps, got n"),
+    ],
+)
+def test_overlay_errors_say_what_came(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_features_are_bars_with_errors() -> None:
+    values = torch.tensor([0.1, -2.0, 0.0, 1.0])
+    errors, sure = torch.tensor([0.5, 0.1, float("nan"), 0.2]), torch.tensor([False, True, False, True])
+    figure = plots.features(values, ["a", "b$", "c", "d"], "title", errors=errors, significant=sure, limit=3)
+    (axes,) = figure.axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["b$", "d", "a"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([-2.0, 1.0, 0.1])
+    assert [tuple(bar.get_facecolor()[:3]) == (1, 1, 1) for bar in axes.patches] == [False, False, True]
+    lines = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    np.testing.assert_allclose(lines[:3], [[-2.1, -1.9], [0.8, 1.2], [-0.4, 0.6]], rtol=1e-6)
+    assert figure.texts[0].get_text() == "1 smaller ones are not shown; 1 of them are exactly 0."
+    assert len(figure.legends[0].get_texts()) == 4
+    plots.features(torch.zeros(2)).savefig(io.BytesIO(), format="svg")
 
 
 # --- curves and points ---------------------------------------------------------------------------------------------
@@ -171,7 +307,7 @@ def test_heat_gallery_has_two_rows_per_photograph() -> None:
     assert figure.texts[-1].get_text() == "settings"
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), images[0].permute(1, 2, 0), rtol=1e-6)
     # A map of zeros is white, and leaves the photograph gray.
-    np.testing.assert_allclose(colours(figure, 2), 0.97, atol=0.03)
+    np.testing.assert_allclose(colours(figure, 2), 1)
     gray = np.asarray(figure.axes[5].images[0].get_array())
     np.testing.assert_allclose(gray, gray[..., :1].repeat(3, -1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -21,7 +22,7 @@ BOUND, MEASURED, FAILED = "bound", "measured locally", "premise not satisfied"
 _BLOCKS = 32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Certificate:
     """What can be said about a displacement δ that was returned, per input; all tensors are float64 [B].
 
@@ -128,8 +129,11 @@ class Certificate:
             )
         return "\n".join(lines)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.summary()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
 
 
 def measure_residual(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +18,7 @@ from .._errors import SettingError
 from ..explainers.registry import make_explainer
 from ..model.precision import Precision, check_precision
 from ..preparation.prepare import prepare
-from ..solvers.adaptive import AdaptiveProximalGradient
+from ..solvers.adaptive import AdaptiveProximalGradient, least_gradients
 from ..solvers.fixed import ProximalGradient
 from ..solvers.groups import Pixels, Tiles
 from .models import fingerprint, load_model, load_preprocess
@@ -40,8 +43,6 @@ _METHODS_WITH: dict[str, tuple[str, ...]] = {
 }
 # Settings of the explainers, passed on as they are.
 _EXPLAINER = ("rho", "radius", "eta", "eta_ratio", "support", "sigma", "noise_level")
-# Gradients of the adaptive solver's first levels, and of the search for η_max.
-_LEAST, _ETA_MAX = 192, 32
 # The published step size is this fraction of rho.
 _STEP = 0.1
 
@@ -78,7 +79,8 @@ class Config:
         seed: of the noise bank.
         steps, samples: fixed steps of size ρ/10 and noisy copies per step (60 and 8 if only one is given), in place of
             the adaptive solver; for smoothgrad, the number of copies.
-        tol: relative residual at which an input has converged (1 % for the adaptive solver; fixed steps are all taken).
+        tol: relative residual at which an input has converged and is done, 5 % by default; with fixed steps 1 %, and
+            checked every ten.
         max_gradients: budget per input of the adaptive solver.
         tile: edge of group's tiles in pixels; by default the channels of each pixel are a group.
         target: "predicted", a class, or the name of the source's column of targets.
@@ -131,8 +133,8 @@ class Config:
             )
         if self.fixed_steps and self.max_gradients:
             raise SettingError("max_gradients", "steps and samples fix the number of gradients; leave it out, or them")
-        follows = self.method in ("sparse", "group") and self.eta is None
-        least = _LEAST + _ETA_MAX * follows
+        relative = self.method in ("sparse", "group") and self.eta is None and self.support is None
+        least = least_gradients(relative, self.radius is not None or self.support is not None)
         if self.max_gradients is not None and self.max_gradients < least:
             raise SettingError(
                 "max_gradients", f"expected at least {least}, which the first levels take, got {self.max_gradients}"
@@ -246,6 +248,33 @@ class Config:
             )
         fastest = torch.channels_last if choices["layout"] == "channels_last" else torch.preserve_format
         return self.explainer(dataclasses.replace(again, memory_format=fastest)), choices
+
+    def check_target(self, model: nn.Module, example: Tensor, folders: Sequence[str]) -> None:
+        """Refuses a class that the model does not have, and warns of folders that are fewer or more than its classes.
+
+        Args:
+            model: on its device.
+            example: inputs on the CPU; the first is passed.
+            folders: of the images, where they are the targets.
+        """
+        if not isinstance(self.target, int) and not folders:
+            return
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
+        output: Any = None
+        with contextlib.suppress(Exception), torch.no_grad():  # a model may fail on this input alone
+            output = model(example[:1].to(torch.device(self.device), dtype))
+        classes = output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else None
+        if classes is None:
+            return
+        if isinstance(self.target, int):
+            if not 0 <= self.target < classes:
+                raise SettingError("target", f"expected a class of the model, 0 to {classes - 1}, got {self.target}")
+        elif classes != len(folders):
+            warnings.warn(
+                f"target class: the model has {classes} classes, and there are {len(folders)} folders, numbered in "
+                "alphabetical order; where a class has no folder, add an empty one",
+                stacklevel=2,
+            )
 
     def record(self, model: nn.Module, preprocess: Preprocess | None) -> dict[str, Any]:
         """The settings that are compared between runs: all but the device, with the contents of files in place of their

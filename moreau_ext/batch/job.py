@@ -6,7 +6,6 @@ import contextlib
 import math
 import platform
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from .. import __version__
 from .._checks import check_count
-from .._errors import EmptyMapWarning, SettingError, TrainModeWarning, one_line
+from .._errors import ConvergenceWarning, EmptyMapWarning, SettingError, TrainModeWarning, one_line, without
 from ..explainers.base import Explainer
 from ..preparation.report import Prepared
 from .engine import EXAMPLE, Engine, example_of
-from .models import fingerprint
+from .models import class_names, fingerprint
 from .sink import Output, output_error
 from .sources.base import Source, Unreadable
 from .sources.datasets import Stream
@@ -51,6 +50,7 @@ class Summary:
         converged: share of the rows explained by this call.
         seconds: from the first batch to the last byte.
         bytes: of the shards written by this call.
+        empty: rows explained by this call whose map is zero everywhere.
         left_out: number of the source's entries that are no rows, such as files that are no images, by the reason.
     """
 
@@ -63,6 +63,7 @@ class Summary:
     bytes: int
     left_out: dict[str, int] = field(default_factory=dict)
     failed: int = 0
+    empty: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,10 @@ def open_job(
         ) from error
     if manifest is None:
         rows = shard_size(shard_rows, batch, shape)
-        manifest = output.begin(configuration, {"shape": shape, "shard_rows": rows, "prepared": choices})
+        model: Any = explainer.model
+        names = class_names(model.model if isinstance(model, Prepared) else model)
+        named = {} if names is None else {"classes": names}
+        manifest = output.begin(configuration, {"shape": shape, "shard_rows": rows, "prepared": choices, **named})
     engine = Engine(explainer, target, shape, configuration["map_dtype"])
     return Job(output, manifest, engine, batch, manifest["shard_rows"])
 
@@ -295,10 +299,6 @@ def locked(out: str | Path) -> Iterator[Output]:
                 path.rmdir()
 
 
-@contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
+def without_warnings() -> contextlib.AbstractContextManager[None]:
     """Silences the warnings of explainers whose contents are columns of the results."""
-    with warnings.catch_warnings():
-        for category in (EmptyMapWarning, TrainModeWarning):
-            warnings.simplefilter("ignore", category)
-        yield
+    return without(ConvergenceWarning, EmptyMapWarning, TrainModeWarning)

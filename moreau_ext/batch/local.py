@@ -102,7 +102,7 @@ def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -
         pieces = [piece for _, start, stop in todo for piece in batches_of(start, stop, job.batch)]
         batches = read_batches(source, pieces, workers, engine.device.type == "cuda")
     writer = _Writer(lambda key, rows: job.output.write(key, rows, job.manifest, about))
-    began, explained, failed, converged, inputs = time.perf_counter(), 0, 0, 0, 0
+    began, explained, failed, converged, empty, inputs = time.perf_counter(), 0, 0, 0, 0, 0
     shard: list[Rows] = []
     solves = False  # the method has a residual
     finished: int | None = None  # rows of the stream's current shard, if an earlier run wrote it
@@ -127,6 +127,7 @@ def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -
                 explained += len(rows)
                 failed += sum(error is not None for error in rows.columns["error"])
                 converged += sum(map(bool, rows.columns["converged"]))
+                empty += rows.columns["nnz"].count(0)
                 solves |= any(value is not None for value in rows.columns["residual"])
                 advance(len(rows), f"{converged / explained:.0%} converged" if solves else "")
                 if stop % job.shard_rows == 0 or stop == total:
@@ -154,4 +155,5 @@ def run_local(source: Source | Stream, job: Job, workers: int, progress: bool) -
         bytes=writer.bytes,
         left_out=dict(source.left_out),
         failed=failed,
+        empty=empty,
     )

@@ -65,6 +65,27 @@ def load_model(spec: str, weights: str | Path | None = None) -> tuple[nn.Module,
     return model, preprocess
 
 
+def class_names(model: Any) -> list[str] | None:
+    """The names of a model's classes by number, from the metadata of Hugging Face or timm; None if it has none.
+
+    Example:
+        >>> import torch
+        >>> from moreau_ext.batch.models import class_names
+        >>> model = torch.nn.Linear(4, 2)
+        >>> model.pretrained_cfg = {"label_names": ["cat", "dog"]}
+        >>> class_names(model)
+        ['cat', 'dog']
+    """
+    found = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(found, dict) and set(found) == set(range(len(found))):
+        named = [str(found[number]) for number in range(len(found))]
+        # "LABEL_3" is what Hugging Face calls a class without a name.
+        return None if all(name == f"LABEL_{number}" for number, name in enumerate(named)) else named
+    settings = getattr(model, "pretrained_cfg", None)
+    found = settings.get("label_names") if isinstance(settings, dict) else None
+    return [str(name) for name in found] if isinstance(found, (list, tuple)) else None
+
+
 def load_preprocess(spec: str) -> Preprocess:
     """Loads a preprocessing by name.
 

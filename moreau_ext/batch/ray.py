@@ -57,7 +57,7 @@ class _Actor:
         self._engine = Engine(explainer, config.target, tuple(manifest["shape"]), configuration["map_dtype"])
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        done: dict[str, list[Any]] = {n: [] for n in ("shard", "rows", "failed", "converged", "bytes")}
+        done: dict[str, list[Any]] = {n: [] for n in ("shard", "rows", "failed", "converged", "empty", "bytes")}
         for shard, start, stop in zip(*(batch[n].tolist() for n in ("shard", "start", "stop")), strict=True):
             with without_warnings(), ThreadPoolExecutor(1) as reader:
                 pieces = batches_of(start, stop, self._batch)
@@ -75,6 +75,7 @@ class _Actor:
             done["rows"].append(len(rows))
             done["failed"].append(sum(error is not None for error in rows.columns["error"]))
             done["converged"].append(sum(map(bool, rows.columns["converged"])))
+            done["empty"].append(rows.columns["nnz"].count(0))
             done["bytes"].append(size)
         return done
 
@@ -138,6 +139,7 @@ def explain(
             configuration = configuration_of(settings, source, batch, map_dtype, map_format)
 
             def make(example: Tensor, choices: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+                config.check_target(model, example, getattr(source, "classes", ()))
                 return config.prepared_explainer(model, example, choices)
 
             job = open_job(source, output, make, configuration, config.target, shard_rows)
@@ -192,14 +194,14 @@ def _run(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}},
     )
     total = len(source)
-    explained = failed = converged = size = 0
+    explained = failed = converged = empty = size = 0
     began = time.perf_counter()
     skipped = total - sum(stop - start for _, start, stop in todo)
     bar = progress_bar(total, show=progress, extra="batch", initial=skipped, unit="image", smoothing=0.05)
     with bar as advance:
         for row in results.iter_rows():
             explained, converged, size = explained + row["rows"], converged + row["converged"], size + row["bytes"]
-            failed += row["failed"]
+            failed, empty = failed + row["failed"], empty + row["empty"]
             advance(row["rows"], f"{converged / explained:.0%} converged" if config.solves else "")
     return Summary(
         inputs=total,
@@ -211,6 +213,7 @@ def _run(
         bytes=size,
         left_out=dict(source.left_out),
         failed=failed,
+        empty=empty,
     )
 
 

@@ -71,6 +71,7 @@ def explain_config(
                     f"{len(opened)} inputs; preparing the model" if isinstance(opened, Source) else "preparing",
                     progress,
                 )
+                config.check_target(model, example, getattr(opened, "classes", ()))
                 return config.prepared_explainer(model, example, choices)
 
             job = open_job(opened, output, make, configuration, config.target, shard_rows)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .. import __version__
-from .._errors import SettingError
+from .._errors import ConvergenceWarning, SettingError
 from . import demo, evaluate, explain, info, show, study
 from .common import Refused, place_in_users_code, say
 
@@ -34,9 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     commands = _Commands()
     arguments = argparse.Namespace(command=None, debug=False)
     try:
-        commands.parser.parse_args(argv, arguments)
+        commands.parse(argv, arguments)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            # Commands sum up what converged.
+            warnings.simplefilter("ignore", ConvergenceWarning)
             run: Callable[[argparse.Namespace], int | None] = arguments.run
             return run(arguments) or 0
     except KeyboardInterrupt:
@@ -90,8 +92,17 @@ class _Commands:
         self._commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         for command in (demo, explain, show, evaluate, study, info):
             command.add_parser(self._commands)
-        for parser in self._commands.choices.values():
-            parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
+        # Before or after the command; what an option is not given must not undo the other.
+        for parser in (self.parser, *self._commands.choices.values()):
+            parser.add_argument(
+                "--debug", action="store_true", default=argparse.SUPPRESS, help="print the traceback of an error"
+            )
+
+    def parse(self, argv: list[str] | None, arguments: argparse.Namespace) -> None:
+        """Parses arguments into a namespace; the hint of an error names the command's own --help."""
+        _, rest = self.parser.parse_known_args(argv, arguments)
+        if rest:
+            self._commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(rest)}")
 
     def option(self, command: str, name: str) -> str:
         """The option of a command that gives a setting of the library; the name itself if there is none."""

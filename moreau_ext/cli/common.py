@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from .._errors import printable
@@ -38,6 +40,14 @@ def integer(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+
+
+def seed(text: str) -> int:
+    """A key of the noise, an integer of 64 bits, for argparse."""
+    value = integer(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}")
+    return value
 
 
 def number(text: str) -> float:
@@ -69,14 +79,25 @@ def need(command: str, extra: str, *modules: str) -> None:
         raise Refused(f'{command} needs {" and ".join(missing)}: pip install "moreau_ext[{extra}]"')
 
 
-def check_writable(folder: Path) -> None:
-    """Creates a folder, and refuses one to which no file can be written, before any work is done."""
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """A folder for the files of a command, which is created; refuses one to which no file can be written.
+
+    What is still empty at the end of the block is removed, so that a command that is refused within it leaves nothing.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise Refused(f"--out {folder}: cannot write there ({error.strerror or error})") from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise Refused(f"--out {folder}: cannot write there ({error.strerror or error})") from error
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def say(text: str, error: bool = False) -> None:

@@ -6,12 +6,13 @@ import argparse
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Refused, add_prepare, check_writable, need, positive, versions, write
+from .common import Refused, add_prepare, need, output_folder, positive, say, versions, write
 
 if TYPE_CHECKING:
     import torch
@@ -73,33 +74,45 @@ def _demo(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda: torch finds no CUDA device here (moreau-ext info shows what it has)")
+    missing = [name for name in _PHOTOGRAPH_PACKAGES if importlib.util.find_spec(name) is None]
+    if arguments.data == "photographs" and missing:
+        need("the demo of photographs", "imagenet", *missing)
+    with output_folder(arguments.out):
+        _write_all(arguments, device, missing)
+
+
+def _write_all(arguments: argparse.Namespace, device: torch.device, missing: list[str]) -> None:
+    """Writes the pictures and summary.json.
+
+    Args:
+        missing: packages without which there are no photographs.
+    """
+    import torch
+
     out: Path = arguments.out
-    check_writable(out)
     summary: dict[str, Any] = {}
     wrote = []
     if arguments.data != "photographs":
         summary |= _digits(arguments, device)
         wrote.append("digits.png")
-    if arguments.data != "digits":
-        missing = [name for name in _PHOTOGRAPH_PACKAGES if importlib.util.find_spec(name) is None]
-        if not missing:
-            summary["photographs"] = _photographs(arguments, device)
-            wrote.append("photographs.png")
-        elif arguments.data == "photographs":
-            need("the demo of photographs", "imagenet", *missing)
-        else:
-            print(f'no photographs: {" and ".join(missing)} missing; pip install "moreau_ext[imagenet]"')
+    if arguments.data != "digits" and not missing:
+        summary["photographs"] = _photographs(arguments, device)
+        wrote.append("photographs.png")
+    elif arguments.data != "digits":
+        say(f'no photographs: {" and ".join(missing)} missing; pip install "moreau_ext[imagenet]"')
     summary["versions"] = {**versions(), "threads": torch.get_num_threads()}
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     write(out / "summary.json", lambda file: file.write(text.encode()))
-    print(f"wrote {', '.join(wrote)} and summary.json to {out}")
+    say(f"wrote {', '.join(wrote)} and summary.json to {out}")
 
 
 def _photographs(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Explains the photographs, draws them, and returns their part of the summary."""
+    from ..data.progress import report
     from ..preparation.prepare import prepare
     from . import photographs
 
+    report("loading EfficientNet-Lite0", sys.stderr.isatty())
     model, data = photographs.load(arguments.limit, device)
     fast: Any = model
     print(f"explaining {len(data.inputs)} photographs with EfficientNet-Lite0", flush=True)
@@ -123,8 +136,10 @@ def _photographs(arguments: argparse.Namespace, device: torch.device) -> dict[st
 def _digits(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Explains the digits, draws ten of them, and returns their part of the summary."""
     from .. import zoo
+    from ..data.progress import report
     from ..preparation.prepare import prepare
 
+    report(f"loading {_NET}, which is trained at the first use", sys.stderr.isatty())
     data = zoo.digits()
     model = zoo.trained(_NET, _SEED).to(device)
     test_accuracy = zoo.accuracy(model, zoo.digits("test"))
@@ -237,6 +252,7 @@ def _picture(
 ) -> None:
     import torch
 
+    from .. import Tiles
     from ..plots import gallery
 
     inputs, targets = data.inputs[:_SHOWN], data.targets[:_SHOWN].tolist()
@@ -256,7 +272,8 @@ def _picture(
         f"\n{how}; SmoothGrad with {settings['smoothgrad_samples']} samples."
     )
     shown = {title: batch[:_SHOWN] for title, batch in maps.items()}
-    gallery(inputs, shown, titles, caption).savefig(file, format="png", dpi=150)
+    figure = gallery(inputs, shown, titles, caption, groups={_TITLES["group"]: Tiles(_TILE)})
+    figure.savefig(file, format="png", dpi=150)
 
 
 def _table(results: dict[str, dict[str, Any]]) -> str:

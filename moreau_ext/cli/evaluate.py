@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Refused, check_writable, need, positive, write
+from .common import Refused, need, output_folder, positive, seed, write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +23,7 @@ _PUBLISHED = (0.3, 1.0, 3.0, 10.0)
 # costs a thousand times a digit's; 256 gradients are about the fewest with which the solver adapts.
 _PHOTOGRAPHS: dict[str, Any] = {
     "budget": 256,
-    "rho": 1.0,
+    "rho": 0.1,
     "noise_level": 0.05,
     "sparse_ratio": 0.1,
     "group_ratio": 0.3,
@@ -48,13 +48,16 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
+    words = tuple(word for word in text.split(",") if word)
+    if not words:
+        raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
+    return words
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(word) for word in _words(text))
-    except ValueError:
+    except (argparse.ArgumentTypeError, ValueError):
         values = ()
     if not values or any(not 0 < v < float("inf") for v in values):
         raise argparse.ArgumentTypeError(f"expected positive numbers with commas between, got {text!r}")
@@ -62,9 +65,10 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _number(text: str) -> float:
-    (value,) = _numbers(text) if "," not in text else (None,)
-    if value is None:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    try:
+        (value,) = _numbers(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}") from None
     return value
 
 
@@ -115,7 +119,7 @@ def add_parser(commands: Any) -> None:
         help="also the strong attacks (100 steps, restarts) and the published settings of every method: hours",
     )
     parser.add_argument("--budget", type=positive, help="gradients per map. default: 480; photographs: 256")
-    parser.add_argument("--rho", type=_number, help="of MoreauGrad. default: 0.1; photographs: 1")
+    parser.add_argument("--rho", type=_number, help="of MoreauGrad. default: 0.1")
     parser.add_argument("--noise-level", type=_number, help="of every method. default: 0.1; photographs: 0.05")
     parser.add_argument("--sparse-ratio", type=_number, help="eta/eta_max. default: 0.3; photographs: 0.1")
     parser.add_argument("--group-ratio", type=_number, help="eta/eta_max. default: 0.5; photographs: 0.3")
@@ -127,7 +131,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--block", type=positive, help="inputs per part that is kept. default: 100; photographs: 6")
     parser.add_argument("--no-checks", action="store_true", help="leave out max-sensitivity and the randomised models")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of noise, attacks and the zoo's nets. default: %(default)s"
+        "--seed", type=seed, default=0, help="of noise, attacks and the zoo's nets. default: %(default)s"
     )
     parser.add_argument(
         "--gallery", type=positive, default=24, metavar="N", help="inputs in the report. default: %(default)s"
@@ -143,16 +147,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     need("evaluate", "evaluation", "skimage", "pyarrow", "matplotlib", "PIL", "tqdm", "captum")
     import torch
 
+    _check_together(arguments)
+    plan = _plan(arguments)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda: torch finds no CUDA device here (moreau-ext info shows what it has)")
+    with output_folder(arguments.out):
+        _run(arguments, plan)
+
+
+def _run(arguments: argparse.Namespace, plan: Plan) -> None:
+    """Evaluates, and writes all files."""
+    from ..data.progress import report
     from ..evaluation import data as sources
     from ..evaluation import run
     from ..evaluation.report import figure, png_of, write_report
     from ..evaluation.tables import write_tables
 
-    plan = _plan(arguments)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise Refused("--device cuda: torch finds no CUDA device here (moreau-ext info shows what it has)")
     out: Path = arguments.out
-    check_writable(out)
+    report(f"loading {arguments.data} and the model", sys.stderr.isatty())
     data = sources.load(arguments.data, "test", arguments.size)
     model = _model(arguments, data, out).to(arguments.device).eval()
     began = time.perf_counter()
@@ -177,6 +189,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(_summary(results))
     print(f"wrote report.html, {', '.join(tables)} and robustness.png to {out}")
     print(f"{time.perf_counter() - began:.0f} s")
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    """Refuses options that would be ignored."""
+    from .. import zoo
+
+    if arguments.size and arguments.data != "photographs" and not arguments.data.startswith("imagefolder:"):
+        raise Refused(f"--size: the inputs of {arguments.data} have one size")
+    name = arguments.model or {"digits": "digits_cnn", "photographs": "efficientnet_lite0"}.get(arguments.data)
+    if name in (*zoo.NAMES, "efficientnet_lite0"):
+        for option in ("weights", "train"):
+            if getattr(arguments, option):
+                raise Refused(f"--{option}: {name} has weights of its own; name another --model")
+    if arguments.weights and arguments.train:
+        raise Refused("--train: --weights are there already; leave one of the two out")
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import SettingError
-from .common import Refused, add_prepare, integer, need, number, positive, say
+from .common import Refused, add_prepare, integer, need, number, positive, say, seed
 
 # Options that are settings of Config under the same name.
 _SETTINGS = (
@@ -77,7 +77,8 @@ def add_parser(commands: Any) -> None:
     far.add_argument(
         "--rho",
         type=_rho,
-        help="how far to look, in units of x²/score, or auto: by the curvature at each input. default: auto; 1 with --steps",
+        help="how far to look, in units of x²/score, or auto: by the curvature at each input. default: auto, with "
+        "--steps 1",
     )
     far.add_argument("--radius", type=number, help="how far to look, as the length of the displacement")
     strength = parser.add_mutually_exclusive_group()
@@ -101,7 +102,7 @@ def add_parser(commands: Any) -> None:
         choices=("logit", "log_prob", "prob", "margin"),
         help="the number that is explained. default: %(default)s",
     )
-    parser.add_argument("--seed", type=integer, default=0, help="key of the noise. default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="key of the noise. default: %(default)s")
     parser.add_argument(
         "--steps",
         type=positive,
@@ -121,8 +122,8 @@ def add_parser(commands: Any) -> None:
         "--max-gradients",
         type=positive,
         metavar="N",
-        help="most gradients per input, beside what rho auto takes; at least the first levels, which take 192 or, "
-        "where eta is a ratio, 224. default: 2048",
+        help="most gradients per input, beside what rho auto takes; at least the first levels, which take 192; "
+        "where eta is a ratio 32 more, with --radius or --support 144 more. default: 2048",
     )
     parser.add_argument(
         "--target",
@@ -211,6 +212,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         say(
             f"{done.explained / done.seconds:.1f} images/s, "
             + (f"{done.converged:.0%} converged, " if config.solves else "")
+            + (f"{done.empty} of {done.explained} maps are zero everywhere, " if done.empty else "")
             + f"{done.bytes / done.explained:,.0f} bytes per image, in {arguments.out}"
         )
     if not done.errors:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from .common import check_writable, need, positive
+from .common import need, output_folder, positive, say
 
 # The names of STUDIES, repeated because the parser is made before torch is imported.
 _NAMES = ("consistency", "regularised", "perturbation", "tabular")
@@ -29,13 +30,15 @@ def add_parser(commands: Any) -> None:
 
 def _study(arguments: argparse.Namespace) -> None:
     need("study", "evaluation", "matplotlib", "sklearn", "captum")
-    check_writable(arguments.out)
+    from ..data.progress import report
     from ..evaluation.studies import STUDIES
 
-    for name in _NAMES if arguments.name == "all" else (arguments.name,):
-        began = time.perf_counter()
-        settings = {} if arguments.limit is None else {"limit": arguments.limit}
-        found = STUDIES[name](**settings)
-        found.save(arguments.out)
-        print(found.text())
-        print(f"wrote {arguments.out / name}.md, .csv and .png in {time.perf_counter() - began:.0f} s\n", flush=True)
+    with output_folder(arguments.out):
+        for name in _NAMES if arguments.name == "all" else (arguments.name,):
+            report(f"running {name}", sys.stderr.isatty())
+            began = time.perf_counter()
+            settings = {} if arguments.limit is None else {"limit": arguments.limit}
+            found = STUDIES[name](**settings)
+            found.save(arguments.out)
+            say(found.text())
+            say(f"wrote {arguments.out / name}.md, .csv and .png in {time.perf_counter() - began:.0f} s\n")

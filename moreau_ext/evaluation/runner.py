@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from .._errors import SettingError
+from .._errors import ConvergenceWarning, SettingError, without
 from .._files import write
 from ..data.manifest import check_same, differences, read_manifest, write_manifest
 from ..data.progress import progress_bar
@@ -208,7 +208,8 @@ def run(
     else:
         check_same(folder, differences(manifest, identity))
     data = data._replace(inputs=data.inputs[: plan.limit], targets=data.targets[: plan.limit])
-    with evaluating(model):
+    # Residuals are a column of the table.
+    with evaluating(model), without(ConvergenceWarning):
         runner = _Runner(model, data, plan, folder / "parts")
         table = _columns(_parts(runner, units_of(plan, len(data.inputs)), progress), data)
     return Results(table, plan, folder, data, runner.hessian)

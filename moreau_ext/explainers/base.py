@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_count
-from .._errors import BatchWarning, EmptyMapWarning, MixingError
+from .._errors import BatchWarning, ConvergenceWarning, EmptyMapWarning, MixingError, OutputTypeError
 from ..model.arguments import arguments_of
 from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
 from ..model.fixed import Fixed
-from ..model.memory import BLIND_ROWS, Footprint, budget, same_random_numbers
+from ..model.forms import named_cure
+from ..model.memory import BLIND_ROWS, Footprint, same_random_numbers
 from ..model.modes import Evaluating, evaluating
 from ..model.passes import PassRunner
 from ..model.precision import Precision, check_precision, without_autocast
@@ -49,6 +51,12 @@ def _outside_inference() -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
+def _in_short(value: Any) -> str:
+    """The repr of a setting in at most 100 characters: tensors and maps of groups are long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
     """Equal for calls whose passes take equal memory."""
     tensors = [(x.shape[1:], x.dtype, x.device) for x in inputs]
@@ -56,24 +64,52 @@ def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
     return (*tensors, *args, score.fixed is None)
 
 
+def warn_unconverged(found: Sequence[Solution], tol: float, budget: str) -> None:
+    """Warns once if inputs of a call did not converge.
+
+    Args:
+        found: the solutions of the call.
+        tol: of the solver; 0 for one that takes all of its steps and makes no claim.
+        budget: its setting that buys a smaller residual.
+    """
+    failed = [~s.converged for s in found]
+    count = int(torch.stack([f.sum() for f in failed]).sum())
+    if count == 0 or not 0 < tol < math.inf:
+        return
+    residual = torch.cat([s.relative_residual for s in found])
+    needed = torch.cat([s.forecast(tol)[f] for s, f in zip(found, failed, strict=True)])
+    spent = torch.cat([s.gradient_evaluations[f] for s, f in zip(found, failed, strict=True)])
+    about = int(needed.median())
+    takes = f" (noise alone takes about {about:,} gradients, see Solution.forecast)" if about > spent.median() else ""
+    warnings.warn(
+        f"{count} of {len(residual)} maps did not converge to tol={tol:g}: relative residual "
+        f"{float(residual.max()):.2g} at worst, {float(residual.median()):.2g} in the median; raise {budget}{takes} or "
+        "tol of the solver",
+        ConvergenceWarning,
+        stacklevel=4,
+    )
+
+
 @dataclass
 class _Known:
     """What earlier calls found out about the model, by the kind of inputs and arguments.
 
     Args:
-        fits: rows per pass that fit by measure, or were found to by failing with more.
+        fits: rows per pass by measure, or fewer where that many did not fit.
         exact: rows of a pass, for a model that takes no other number.
         readings: which arguments follow the inputs.
         unmixed: kinds whose inputs do not mix.
+        structured: whether the model's output is no tensor, so that a callable target reads it.
     """
 
     fits: dict[Any, int] = field(default_factory=dict)
     exact: dict[Any, int] = field(default_factory=dict)
     readings: dict[Any, Any] = field(default_factory=dict)
     unmixed: set[Any] = field(default_factory=set)
+    structured: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explainer(ABC):
     """What all explainers share: checking, and leaving the model as it was found.
 
@@ -100,6 +136,14 @@ class Explainer(ABC):
             object.__setattr__(self, "max_batch", int(self.max_batch))  # numpy's too
         check_score_settings(self.score, self.unused_inputs)
         check_precision(self.precision)
+
+    def __repr__(self) -> str:
+        """The settings; of the model its name alone."""
+        model = self.model
+        name = repr(model) if isinstance(model, Prepared) else getattr(model, "__qualname__", type(model).__name__)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "model"}
+        settings = [f"{n}={_in_short(v)}" for n, v in given.items() if v is not None]
+        return f"{type(self).__name__}({', '.join([name, *settings])})"
 
     @property
     def _module(self) -> Callable[..., Any]:
@@ -180,9 +224,31 @@ class Explainer(ABC):
                     raise
                 # A model that does not take one or two rows may take those that were given.
                 return max(BLIND_ROWS, inputs[0].shape[0]), {}
-            fitting = BLIND_ROWS if taken is None else taken.rows(budget(inputs[0].device))
-            fits.setdefault(kind, min(_MAX_BATCH, fitting))
+            fits.setdefault(kind, BLIND_ROWS if taken is None else taken.fast_rows(inputs[0].device, _MAX_BATCH))
         return fits[kind], outputs
+
+    def _begin(self, score: Score, inputs: Tensors, found: Evaluating) -> tuple[PassRunner, Score, Tensor]:
+        """:meth:`_first`, where the output may be no tensor if the target is a callable.
+
+        Raises:
+            ValueError, TypeError: naming the cure where the model takes the inputs in another form alone.
+        """
+        asked = callable(score.target)
+        try:
+            if asked and self._known.structured:
+                score = score.of_any_output()
+            return self._first(score, inputs, found)
+        except OutputTypeError:
+            if not asked:
+                raise
+            self._known.structured = True
+        except Exception as error:
+            cure = named_cure(score, inputs, error)
+            found.restore_buffers()
+            if cure is None:
+                raise
+            raise cure from error
+        return self._begin(score, inputs, found)
 
     def _first(self, score: Score, inputs: Tensors, found: Evaluating) -> tuple[PassRunner, Score, Tensor]:
         """The passes of one call, the score with its target, and its values. A size that an earlier call found not to
@@ -292,6 +358,11 @@ class Explainer(ABC):
         """The problem with the settings of this explainer; as it comes, it has σ = 0, ρ = 1 and no penalty."""
         return problem
 
+    @property
+    def _claim(self) -> tuple[float, str]:
+        """(tol, the setting that buys a smaller residual); a tol of 0 for methods that claim no convergence."""
+        return 0.0, ""
+
     @abstractmethod
     def _solve(self, problem: Problem) -> Solution:
         """The solution of a batch that has at least one input."""
@@ -310,7 +381,7 @@ class Explainer(ABC):
                 return
             with without_autocast(tensors[0].device), evaluating(self._module, depth=4) as found:
                 score = self._unresolved(tensors, target, additional_forward_args, held, found)
-                passes, score, value = self._first(score, tensors, found)
+                passes, score, value = self._begin(score, tensors, found)
                 sigma = tuple([per_input_setting("sigma", 0.0, x) for x in tensors])
                 rho = tuple([per_input_setting("rho", 1.0, x) for x in tensors])
                 problem = Problem(tensors, score, value, names, names, sigma, rho, passes=passes)
@@ -435,4 +506,5 @@ class Explainer(ABC):
                 EmptyMapWarning,
                 stacklevel=3,
             )
+        warn_unconverged([solution], *self._claim)
         return solution if return_solution else solution.attribution

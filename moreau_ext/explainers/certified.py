@@ -80,7 +80,7 @@ def _like_states(displacement: Tensors, inputs: Tensors) -> Tensors:
     return tuple([s.copy_(d) for s, d in zip(states, displacement, strict=True)])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Certified(Noisy):
     """An explainer that solves a problem: its solutions can be certified, and its maps differentiated."""
 

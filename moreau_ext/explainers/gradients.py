@@ -74,7 +74,7 @@ def _one_step(problem: Problem, num_samples: int, antithetic: bool) -> Solution:
     return at_zero(solve(problem, solver, Runner()))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gradient(Explainer):
     """The plain gradient, A(x) = ∇f(x).
 
@@ -94,7 +94,7 @@ class Gradient(Explainer):
         return _one_step(problem, 1, False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SmoothGrad(Noisy):
     """The mean gradient over noisy copies, A(x) = (1/m) Σ_i ∇f(x + σz_i).
 
@@ -126,7 +126,7 @@ class SmoothGrad(Noisy):
         return _one_step(problem, self.num_samples, self.antithetic)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SoftThresholdedSmoothGrad(Sparse, SmoothGrad):
     """SmoothGrad, soft-thresholded: A(x) = S_η(mean gradient), the cheapest sparse rival: one step of SparseMoreauGrad.
 
@@ -144,7 +144,7 @@ class SoftThresholdedSmoothGrad(Sparse, SmoothGrad):
     """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparsifiedSmoothGrad(Noisy):
     """The mean over noisy copies of sparsified gradients, A(x) = (1/m) Σ_i τ(|∇f(x + σz_i)|).
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def check_inputs(inputs: Any, model: Callable[..., Any], precision: str, layout:
     """
     tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
     if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
-        raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {type(inputs).__name__}")
+        raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {_made_of(inputs)}")
     for i, x in enumerate(tensors):
         name = "inputs" if isinstance(inputs, Tensor) else f"inputs[{i}]"
         if x.is_complex():
@@ -67,6 +68,19 @@ def check_inputs(inputs: Any, model: Callable[..., Any], precision: str, layout:
             raise ValueError(f"inputs: are on {tensors[0].device}, but the model is on {devices.pop()}")
     check_dtypes(precision, tensors)
     return tuple(_own(x, layout) for x in tensors)
+
+
+def _made_of(inputs: Any) -> str:
+    """The type of what is no tensor, and how it becomes one."""
+    name = type(inputs).__name__
+    if isinstance(inputs, np.ndarray) or hasattr(inputs, "to_numpy"):
+        array = "x" if isinstance(inputs, np.ndarray) else "x.to_numpy()"
+        return f"{name}; torch.tensor({array}, dtype=torch.float32) is one, in the dtype of a float32 model"
+    if isinstance(inputs, list) and inputs and all(isinstance(x, Tensor) for x in inputs):
+        return "a list of tensors; torch.stack(x) is a batch of them, tuple(x) several inputs of one model"
+    if isinstance(inputs, (list, tuple)):
+        return f"a {name} of {', '.join(sorted({type(x).__name__ for x in inputs})) or 'nothing'}"
+    return name
 
 
 def check_ids(ids: Tensor | None, batch: int, device: torch.device) -> Tensor:

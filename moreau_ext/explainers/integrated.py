@@ -17,7 +17,7 @@ from .base import Explainer
 from .gradients import unsolved
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class IntegratedGradients(Explainer):
     """Integrated Gradients from a zero (or given) baseline, as captum computes them.
 

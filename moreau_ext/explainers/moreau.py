@@ -25,13 +25,14 @@ from ..solvers.path import solve_path
 from ..solvers.penalties import GroupL2, Penalty
 from ..solvers.problem import Problem, Tuning
 from ..solvers.solution import Solution
+from .base import warn_unconverged
 from .certified import Certified
 from .inputs import empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
 from .sparse import Sparse
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MoreauGrad(Certified):
     """The gradient of the Moreau envelope of a smoothed score,
 
@@ -66,10 +67,11 @@ class MoreauGrad(Certified):
             must not draw from torch's generator of the device. False, the default until a GPU has confirmed what was
             repaired after a crash of a benchmark (docs/limitations.md), captures nothing.
         max_batch: most noisy inputs in one forward pass; results agree to rounding. None is no limit. "auto" is what a
-            prepared model was measured with; otherwise 1,024, or the largest power of two of rows that fits half of a
-            GPU's free memory, or a quarter of what the CPU has for the process. That is measured at the first call for
-            each shape and dtype of the inputs, by passes of one and of two rows (the model's hooks see them,
-            gradient_evaluations do not count them). A pass that runs out of memory is done again in halves, whatever
+            prepared model was measured with; otherwise the largest power of two of rows, 1,024 at most, that fits half
+            of a GPU's free memory, or on a CPU 64 MiB for each thread (more leave the caches; four rows at least) and a
+            quarter of what there is for the process. Their bytes are measured at the first call for each shape and
+            dtype of the inputs, by passes of one and of two rows (the model's hooks see them, gradient_evaluations do
+            not count them). A pass that runs out of memory is done again in halves, whatever
             max_batch, with one warning per call; a single row that does not fit raises MemoryError.
         unused_inputs: "raise", or "zero" for a zero map, when the score does not depend on an input.
         precision: how float32 models multiply in their passes; displacement, sums and the map are float32 in each.
@@ -136,6 +138,10 @@ class MoreauGrad(Certified):
         return cast(Solver, self.solver)
 
     @property
+    def _claim(self) -> tuple[float, str]:
+        return self._method.tol, self._method.budget
+
+    @property
     def _asked_rho(self) -> Any:
         """A number, "auto", or None with a radius. Fields stay as they were given, for dataclasses.replace."""
         if self.rho is not None or self.radius is not None or self.radius_ratio is not None:
@@ -200,7 +206,7 @@ class MoreauGrad(Certified):
         return replace(problem, rho=tuple(rho.to(r.dtype) for r in problem.rho)), cost
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseMoreau(Sparse, MoreauGrad):
     """MoreauGrad with a penalty."""
 
@@ -268,10 +274,11 @@ class SparseMoreau(Sparse, MoreauGrad):
                 first = steps.index(max(steps))
                 spent = found[first].gradient_evaluations + cost
                 found[first] = replace(found[first], gradient_evaluations=spent)
+        warn_unconverged(found, *self._claim)
         return tuple([in_form(solution, isinstance(inputs, Tensor)) for solution in found])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseMoreauGrad(SparseMoreau):
     """MoreauGrad with an L1 penalty on the displacement: exactly sparse maps,
 
@@ -300,7 +307,7 @@ class SparseMoreauGrad(SparseMoreau):
     """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GroupSparseMoreauGrad(SparseMoreau):
     """MoreauGrad with a group penalty on the displacement: whole groups of features are in the map or out of it,
 

@@ -14,7 +14,7 @@ from .base import Explainer
 from .settings import Scalar, check_scalar, per_input_setting
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Noisy(Explainer):
     """An explainer that smooths the score with the noise bank."""
 

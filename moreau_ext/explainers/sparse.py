@@ -12,7 +12,7 @@ from .base import Explainer
 from .settings import Scalar, check_scalar, per_feature, per_input_setting
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sparse(Explainer):
     """An explainer with a strength η: absolute, as a fraction of each input's η_max, or by the support it leads to."""
 

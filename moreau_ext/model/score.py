@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .._errors import MixingError, OutputRowsError
+from .._errors import MixingError, OutputRowsError, OutputTypeError
 from ..ops.layout import Tensors
 from .arguments import Items, take_rows
 from .fixed import Fixed
@@ -21,7 +22,7 @@ from .memory import Footprint, measure_footprint
 from .modes import plain_attention
 from .modules import modules_of
 from .precision import Precision, autocast, flags
-from .target import InOrder, row_scores
+from .target import InOrder, one_each, row_scores
 
 ScoreName = Literal["logit", "log_prob", "prob", "margin"]
 
@@ -70,6 +71,11 @@ class Score:
         args = tuple([take_rows(a, index) if per else a for a, per in zip(self.args, self.per_row, strict=True)])
         return replace(self, target=target, args=args, fixed=self.fixed and self.fixed.take(index))
 
+    def of_any_output(self) -> Score:
+        """The same for a model whose output is no tensor: the callable target reads it, as the last part of the
+        model."""
+        return replace(self, model=partial(_model_and_target, self.model, self.target), target=None)
+
     def passing(self, device: torch.device) -> AbstractContextManager[None]:
         """The context of a pass and its gradients."""
         # cuDNN refuses the backward pass of a recurrent layer in eval mode; torch's own kernels do not.
@@ -117,9 +123,10 @@ class Score:
         if not isinstance(output, Tensor):
             output = getattr(output, "logits", output)
         if not isinstance(output, Tensor):
-            raise TypeError(
-                f"model: expected a tensor (or an object with .logits) as output, got {type(output).__name__}; wrap "
-                "the model in a function that returns the tensor to explain"
+            raise OutputTypeError(
+                f"model: expected a tensor (or an object with .logits) as output, got {type(output).__name__}; give a "
+                "callable target that makes one score per input of it, or wrap the model in a function that returns "
+                "the tensor to explain"
             )
         rows = inputs[0].shape[0]
         if output.dim() == 0 or output.shape[0] != rows:
@@ -255,6 +262,10 @@ class Score:
                     [g for g, _ in slopes], leaves, [v.to(g.dtype) for g, v in slopes], allow_unused=True
                 )
         return tuple(torch.zeros_like(x) if h is None else h for x, h in zip(inputs, found, strict=True))
+
+
+def _model_and_target(model: Callable[..., Any], target: Any, x: Tensor, *more: Any) -> Tensor:
+    return one_each(target(model(x, *more)), x.shape[0])
 
 
 def _copies(inputs: Tensors) -> Tensors:

@@ -53,7 +53,11 @@ def row_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
     Raises:
         ValueError: not one score per row.
     """
-    scores, rows = score(output), output.shape[0]
+    return one_each(score(output), output.shape[0])
+
+
+def one_each(scores: Any, rows: int) -> Tensor:
+    """What a callable target returned, [rows], checked."""
     if not isinstance(scores, Tensor) or scores.shape not in ((rows,), (rows, 1)):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"target: the callable must return one score per row, [{rows}], got {got}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -93,21 +94,30 @@ def copy_into(targets: Tensors, values: Tensors) -> None:
         target.copy_(value)
 
 
-def take(value: Any, index: Tensor) -> Any:
-    """Some inputs of a batch: of a tensor [B, ...], in its memory layout, of a tuple, or of a record of such.
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor changed, or all those of a tuple or of a record.
 
     A record is a dataclass. Numbers and None are as they are.
     """
     if isinstance(value, Tensor):
-        layout = memory_layout(value)
-        if layout is None or layout[0] == 1:
-            return value[index]
-        return value.movedim(1, -1)[index].movedim(-1, 1)
+        return change(value)
     if isinstance(value, tuple):
-        return tuple([take(v, index) for v in value])
+        return tuple([each_tensor(v, change) for v in value])
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: take(getattr(value, f.name), index) for f in fields(value)})
+        return replace(value, **{f.name: each_tensor(getattr(value, f.name), change) for f in fields(value)})
     return value
+
+
+def take(value: Any, index: Tensor) -> Any:
+    """Some inputs of a batch: of a tensor [B, ...], in its memory layout, of a tuple, or of a record of such."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        layout = memory_layout(tensor)
+        if layout is None or layout[0] == 1:
+            return tensor[index]
+        return tensor.movedim(1, -1)[index].movedim(-1, 1)
+
+    return each_tensor(value, rows)
 
 
 def join(parts: list[Any]) -> Any:

@@ -47,7 +47,7 @@ class Lever:
         return f"{line} ({measured})" if measured else line
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prepared:
     """A model made ready for many passes, and how.
 
@@ -74,6 +74,9 @@ class Prepared:
         """The levers that the model has, and the rows per pass."""
         levers = [lever.name for lever in self.report if lever.applied and lever.name not in ("copy", "max_batch")]
         return [*levers, f"{self.max_batch} rows per pass"]
+
+    def __repr__(self) -> str:
+        return f"Prepared({type(self.model).__name__}: {', '.join(self.used)})"
 
     def __str__(self) -> str:
         return "\n".join(str(lever) for lever in self.report)

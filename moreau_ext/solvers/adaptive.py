@@ -147,9 +147,10 @@ class AdaptiveProximalGradient:
 
     Args:
         tol: relative residual asked for, ‖δ − y‖ / max(‖δ‖, ‖y‖, 10⁻³ρ‖p(0)‖).
-        max_gradients: most gradient evaluations per input, those of looks included. The first two levels, 48 (192
-            where η or ρ follow the solution; 32 more where η is a ratio) and 144, always run; each later one costs half
-            of what was spent before it, at least 144, the last what is left of the budget.
+        max_gradients: most gradient evaluations per input, those of looks included, beside those of ``rho="auto"``. The
+            first two levels take 48 (192 where η or ρ follow the solution; 32 more where η is a ratio) and 144: less
+            than that is refused. Each later one costs half of what was spent before it, at least 144, the last what is
+            left of the budget.
         progress: show a progress bar over inputs (needs tqdm).
         denoise: correct the map for what sampling noise adds to the magnitudes that η is compared with, and to the
             length of the map (docs/method.md). At the default tolerance it changes next to nothing; where the budget
@@ -159,7 +160,7 @@ class AdaptiveProximalGradient:
     solver's own, made from its own samples; ``explainer.certificate`` judges a solution on independent ones.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range; when called, a ``max_gradients`` that the first levels exceed.
 
     Example:
         >>> import torch
@@ -190,9 +191,19 @@ class AdaptiveProximalGradient:
     def rows(self) -> int:
         return _FIRST_SAMPLES
 
+    @property
+    def budget(self) -> str:
+        return "max_gradients"
+
     def init(self, problem: Problem, runner: Runner) -> _State:
         """δ = 0, or where the problem starts. Where η is a fraction of η_max, p(0) is measured."""
         tuned = problem.tuning is not None
+        least = least_gradients(problem.penalty.relative, tuned)
+        if self.max_gradients < least:
+            raise ValueError(
+                f"max_gradients: expected at least {least}, which the first levels take with these settings, got "
+                f"{self.max_gradients}"
+            )
         zero = torch.zeros_like(problem.value, dtype=torch.float64)
         eta, evaluations, looked = problem.penalty.eta, 0, torch.zeros_like(problem.keys)
         if problem.penalty.relative:
@@ -607,6 +618,17 @@ def _measure_bias(ended: _LevelEnd) -> tuple[Estimate, Tensor]:
     shift = tuple([over_features(r, a) * (a - b) for a, b, r in zip(maps, found.maps, problem.rho, strict=True)])
     envelope = problem.objective(ended.x_prev, ended.score / ended.samples)
     return replace(found, bias2=inner(shift, shift)), envelope
+
+
+def least_gradients(relative: bool, tuned: bool) -> int:
+    """Gradients of the first two levels, and of η_max.
+
+    Args:
+        relative: whether η is a fraction of η_max.
+        tuned: whether η or ρ follow the solution.
+    """
+    burn_in = _TUNED_FEWEST * _TUNED_BURN_IN if tuned else _FEWEST * _BURN_IN
+    return burn_in + _LEAST + 2 * _FD_SAMPLES + _AT_ZERO * relative
 
 
 def _first_draw(level: int) -> int:

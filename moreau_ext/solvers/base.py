@@ -77,6 +77,10 @@ class Solver(Protocol):
     def rows(self) -> int:
         """Rows of one input in a pass, from which the size of a group of inputs follows."""
 
+    @property
+    def budget(self) -> str:
+        """The setting that limits the gradients of an input, by its name."""
+
     def init(self, problem: Problem, runner: Runner) -> State:
         """The state at the start."""
 

@@ -148,6 +148,10 @@ class ProximalGradient:
     def rows(self) -> int:
         return self.num_samples
 
+    @property
+    def budget(self) -> str:
+        return "max_steps"
+
     def init(self, problem: Problem, runner: Runner) -> State:
         """All of p(0) is needed before the first shrinkage, where η is a fraction of η_max: it is taken here."""
         start = problem.start

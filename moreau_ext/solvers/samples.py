@@ -47,6 +47,9 @@ class NoisyCopies:
             if problem.passes.max_rows is None
             else min(num_samples, max(1, problem.passes.max_rows // batch))
         )
+        if antithetic:
+            # The variance is that of pairs. A pass of fewer rows is split where it is run.
+            chunk = max(2, chunk // 2 * 2)
         self.chunks = [(start, min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
         self.step = torch.full((1,), step, dtype=torch.int64, device=device)
         self.inputs, self.passes = problem.inputs, problem.passes

@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.layout import Tensors, flat_rows, join, take
+from ..ops.layout import Tensors, each_tensor, flat_rows, join, take
 from .errors import Errors, benjamini_hochberg
 from .problem import Problem
 
@@ -141,6 +141,40 @@ class Solution:
         wanted = (self.error.unit_cost / tol**2).ceil().clamp_max(2.0**62)
         return torch.where(wanted.isnan(), -1, wanted.nan_to_num(0.0).clamp_min(1)).long()
 
+    def __getitem__(self, index: Any) -> Solution:
+        """The solution of some inputs, by position: an integer, a slice, a list, or a mask [B].
+
+        The batch axis stays, also for a single one.
+
+        Raises:
+            IndexError: out of range, or of another form.
+
+        Example:
+            >>> import torch
+            >>> from moreau_ext import SmoothGrad
+            >>> f = SmoothGrad(lambda x: x.square().sum(1), num_samples=4)
+            >>> s = f.attribute(torch.ones(5, 2), return_solution=True)
+            >>> s[3].ids, len(s[1:4]), len(s[s.score > 5])
+            (tensor([3]), 3, 0)
+        """
+        positions = torch.arange(len(self), device=self.ids.device)
+        try:
+            found = positions[index]
+        except TypeError as error:
+            raise IndexError(str(error)) from None
+        if found.dim() > 1:
+            raise IndexError(f"expected an integer, a slice, a list or a mask of the {len(self)} inputs, got {index!r}")
+        return self.take(found.reshape(-1))
+
+    def to(self, device: torch.device | str) -> Solution:
+        """The solution with its tensors on a device. Dtypes differ between fields, and stay."""
+        moved: Solution = each_tensor(self, lambda tensor: tensor.to(device))
+        return moved
+
+    def cpu(self) -> Solution:
+        """The solution with its tensors on the CPU."""
+        return self.to("cpu")
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -203,7 +237,8 @@ class Solution:
 
     def take(self, index: Tensor) -> Solution:
         """The solution of some of the inputs."""
-        return replace(self, **{f.name: take(getattr(self, f.name), index) for f in fields(self)})
+        some: Solution = take(self, index)
+        return some
 
 
 @dataclass

@@ -143,6 +143,7 @@ def efficientnet_lite0() -> nn.Module:
         "interpolation": "bicubic",
         "mean": (_MEAN,) * 3,
         "std": (_STD,) * 3,
+        "label_names": _class_names(),
     }
     net: nn.Module = model.eval()
     return net
@@ -189,7 +190,12 @@ def photographs(size: int = 224, crops: int = 1) -> Dataset:
             images.append(image.convert("RGB"))
     inputs = torch.stack([_input(image, size, *window) for window in _WINDOWS[:crops] for image in images])
     targets = torch.tensor([target for *_, target in _PHOTOGRAPHS.values()]).repeat(crops)
-    return Dataset(inputs, targets, tuple(_NAMES.get(number, f"class {number}") for number in range(1000)))
+    return Dataset(inputs, targets, _class_names())
+
+
+def _class_names() -> tuple[str, ...]:
+    """Names of ImageNet's classes by number, "class 123" for those without one here."""
+    return tuple(_NAMES.get(number, f"class {number}") for number in range(1000))
 
 
 def _input(image: Image, size: int, share: float, across: float, down: float) -> Tensor:

@@ -34,6 +34,7 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings("default:target class")  # three folders for ten classes
 def test_a_folder_in_a_data_set_out(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (digits / "digits" / "0" / "bad.png").write_bytes(b"no image")
     given = ["explain", "digits", *NET, "--target", "class", "--out", "maps"]

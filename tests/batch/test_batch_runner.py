@@ -136,7 +136,7 @@ def test_warnings_of_explainers_are_columns(x: torch.Tensor, tmp_path: Path) -> 
     explainer = sparse(eta=1e6)
     with pytest.warns(EmptyMapWarning):
         explainer.attribute(x)
-    explain_dataset(explainer, x, tmp_path)
+    assert explain_dataset(explainer, x, tmp_path).empty == len(x)
     assert set(read(tmp_path)["nnz"].to_pylist()) == {0}
 
 
@@ -358,13 +358,13 @@ def test_rows_per_pass_are_those_of_the_first_run(
     ]
     for name, run in runs:
         out = tmp_path / name
-        monkeypatch.setattr("moreau_ext.explainers.base.budget", lambda device: 6 << 20)
+        monkeypatch.setattr("moreau_ext.model.memory.budget", lambda device: 6 << 20)
         run(out)
         chosen = manifest(out)["prepared"]
         assert 1 <= chosen["max_batch"] <= 1024
         before = read_maps(out)
         (out / "shard-000000.parquet").unlink()
-        monkeypatch.setattr("moreau_ext.explainers.base.budget", lambda device: 1)
+        monkeypatch.setattr("moreau_ext.model.memory.budget", lambda device: 1)
         run(out)
         np.testing.assert_array_equal(read_maps(out), before)
     assert explain_dataset(sparse(max_batch=7), x, tmp_path / "number", **SETTINGS).explained == len(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from moreau_ext import cli, zoo
+from moreau_ext.batch import read
 
 NETS = """
 import torch
@@ -105,9 +107,11 @@ TABLE: list[tuple[list[str], int, str]] = [
     (["explain", "img", *OUT], 2, "--model"),
     (["explain", "img", *NET], 2, "--out"),
     (["explian", "img"], 2, r"'explian'.*\(moreau-ext --help"),
-    (["explain", "img", *NET, *OUT, "--mehtod", "sparse"], 2, r"--mehtod .*\(moreau-ext --help|moreau-ext explain"),
+    (["explain", "img", *NET, *OUT, "--mehtod", "sparse"], 2, r"--mehtod sparse \(moreau-ext explain --help shows"),
     (["explain", "img", *NET, *OUT, "--method", "lime"], 2, "--method: .*'lime'"),
     (["show"], 2, r"OUT \(moreau-ext show --help shows"),
+    ([], 2, r"COMMAND \(moreau-ext --help shows"),
+    (["info", "extra"], 2, r"unrecognized arguments: extra \(moreau-ext info --help shows"),
     # numbers
     (["explain", "img", *NET, *OUT, "--rho", "fast"], 2, "--rho: expected a number of at least 0, or auto, got 'fast'"),
     (["explain", "img", *NET, *OUT, "--eta", "much"], 2, "--eta: expected a number of at least 0, got 'much'"),
@@ -122,6 +126,7 @@ TABLE: list[tuple[list[str], int, str]] = [
     (["explain", "img", *NET, *OUT, "--shard-rows", "3"], 2, "--shard-rows: expected a multiple of batch, 32"),
     (["explain", "img", *DIGITS, *OUT, "--max-gradients", "10"], 2, "--max-gradients: expected at least 224"),
     (["explain", "img", *DIGITS, *OUT, "--eta", "1", "--max-gradients", "10"], 2, "at least 192, which the first"),
+    (["explain", "img", *DIGITS, *OUT, "--radius", "1", "--max-gradients", "300"], 2, "at least 368, which the first"),
     # settings that do not go together
     (["explain", "img", *NET, *OUT, "--rho", "1"], 2, "--rho: gradient has none; it is a setting of moreau"),
     (["explain", "img", *NET, *OUT, "--tile", "2"], 2, "--tile: gradient has none; it is a setting of group"),
@@ -143,6 +148,8 @@ TABLE: list[tuple[list[str], int, str]] = [
     (["explain", "img", *NET, *OUT, "--column", "c"], 2, "--column: image files have none"),
     (["explain", "img", *NET, *OUT, "--target", "label"], 2, "--target: image files have only the column 'class'"),
     (["explain", "img", *NET, *OUT, "--target", "class"], 2, "--target: 'class' is the folder of a file"),
+    (["explain", "img", *NET, *OUT, "--target", "-1"], 2, "--target: expected a class of the model, 0 to 9, got -1"),
+    (["explain", "img", *NET, *OUT, "--target", "10"], 2, "--target: expected a class of the model, 0 to 9, got 10"),
     (["explain", "tokens.npy", *NET, *OUT], 1, "tokens.npy:0 holds int64, whose scale is not known"),
     (["explain", "junk", *NET, *OUT], 1, "none of the inputs can be read; a.png UnidentifiedImageError"),
     # the model
@@ -184,7 +191,40 @@ TABLE: list[tuple[list[str], int, str]] = [
     (["show", "nowhere"], 2, "OUT: nowhere holds no manifest.json"),
     (["show", "img", "--id", "x"], 2, "--id: expected an integer, got 'x'"),
     (["show", "img", "--limit", "0"], 2, "--limit: expected a positive integer"),
+    (["show", "img", "--to", "maps"], 2, "--to maps: expected a suffix of png, pdf.*got none"),
+    (["show", "img", "--rows", "best"], 2, "--rows: invalid choice: 'best'"),
+    # the other commands
+    (["demo", "--data", "cats"], 2, "--data: invalid choice: 'cats'"),
+    (["demo", "--out", "gray.toml"], 2, "--out gray.toml: cannot write there"),
+    (["demo", "--out", "empty/a/b", "--device", "cuda"], 2, "--device cuda: torch finds no CUDA device"),
+    (["evaluate", "--data", "cifar100"], 2, "--data: expected digits, photographs, cifar10:PATH or imagefolder:PATH"),
+    (["evaluate", "--data", "imagefolder:img", "--model", "resnet20"], 2, "--data: img: found no images in folders"),
+    (["evaluate", "--data", "imagefolder:img", "--out", "empty/a"], 2, "--data: img: found no images"),
+    (["evaluate", "--model", "lenet"], 2, "--model: expected one of digits_cnn"),
+    (["evaluate", "--model", "no_such:net"], 2, "--model: cannot import no_such"),
+    (["evaluate", "--model", "resnet20"], 2, "--model resnet20 has no weights: give --weights FILE or --train EPOCHS"),
+    (["evaluate", "--model", "resnet20", "--weights", "gone.pt"], 2, "--weights: gone.pt is not there"),
+    (["evaluate", "--weights", "w.pt"], 2, "--weights: digits_cnn has weights of its own"),
+    (["evaluate", "--train", "3"], 2, "--train: digits_cnn has weights of its own"),
+    (["evaluate", "--size", "64"], 2, "--size: the inputs of digits have one size"),
+    (["evaluate", "--methods", "lime"], 2, "--methods: expected some of gradient, smoothgrad.*got 'lime'"),
+    (["evaluate", "--methods", ","], 2, "--methods: expected names with commas between, got ','"),
+    (["evaluate", "--attack", "pgd"], 2, "--attack: expected some of gaussian.*got 'pgd'"),
+    (["evaluate", "--magnitudes", "0"], 2, "--magnitudes: expected positive numbers with commas between, got '0'"),
+    (["evaluate", "--rho", "1,2"], 2, "--rho: expected a positive number, got '1,2'"),
+    (["evaluate", "--seed", str(2**63)], 2, "--seed: expected an integer of 64 bits"),
+    (["study", "everything"], 2, "NAME: invalid choice: 'everything'"),
+    (["study", "tabular", "--out", "gray.toml"], 2, "--out gray.toml: cannot write there"),
 ]  # fmt: skip
+
+# Unusual lines that are right, with a part of what they print on stdout.
+RIGHT: list[tuple[list[str], str]] = [
+    (["--debug", "info"], "CPU kernels"),
+    (["explain", "img/00.png", "img/00.png", *NET, *OUT], "1 inputs: 1 explained now"),
+    (["explain", "img/0[01].png", *NET, "--out", "o/deep/"], "2 inputs: 2 explained now"),
+    (["explain", "x.npy", *NET, *OUT, "--target", "9", "--batch", "2", "--shard-rows", "2"], "3 inputs: 3 explained"),
+    (["explain", "x.npy", *DIGITS, *FAST[2:], *OUT, "--steps", "90", "--samples", "2", "--tol", "9"], "100% converged"),
+]
 
 
 @pytest.mark.parametrize(("line", "status", "words"), TABLE, ids=[" ".join(line)[:70] for line, _, _ in TABLE])
@@ -209,8 +249,27 @@ def test_a_wrong_line(
         (place / "o").rmdir()
 
 
+@pytest.mark.parametrize(("line", "words"), RIGHT, ids=[" ".join(line)[:70] for line, _ in RIGHT])
+def test_an_unusual_line(line: list[str], words: str, place: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line) == 0
+    printed = capsys.readouterr()
+    assert words in printed.out
+    assert "error" not in printed.err
+
+
+def test_tolerance_ends_fixed_steps(place: Path, tmp_path: Path, monkeypatch) -> None:
+    """--tol TOL: an input is done when its residual is at most TOL, before the last step."""
+    monkeypatch.chdir(place)
+    line = ["explain", "x.npy", *DIGITS, "--prepare", "none", "--steps", "30", "--samples", "2", "--rho", "0.1"]
+    for tol, steps in (("9", 10), ("0", 30)):
+        assert cli.main([*line, "--tol", tol, "--out", str(tmp_path / tol)]) == 0
+        assert read(tmp_path / tol)["steps"].to_pylist() == [steps] * 3
+
+
 def test_table_is_long() -> None:
-    assert len(TABLE) >= 60
+    assert len(TABLE) + len(RIGHT) >= 100
 
 
 def test_failed_inputs_are_status_1_with_the_first_reasons(place: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -225,6 +284,15 @@ def test_failed_inputs_are_status_1_with_the_first_reasons(place: Path, tmp_path
     errors = [text for text in printed.err.splitlines() if ": error: " in text]
     assert [e.split("error: ")[1].split(":")[0] for e in errors] == ["a.png", "b.png", "c.png", "and 3 more"]
     assert cli.main(line) == 1  # nothing left to do, but the errors are there
+
+
+@pytest.mark.filterwarnings("default:target class")
+def test_folders_that_are_no_classes_are_warned_of(place: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    for name in "ab":
+        shutil.copytree("img", tmp_path / "in" / name)
+    assert cli.main(["explain", str(tmp_path / "in"), *NET, "--target", "class", "--out", str(tmp_path / "o")]) == 0
+    assert "warning: target class: the model has 10 classes, and there are 2 folders" in capsys.readouterr().err
 
 
 def test_debug_adds_the_traceback(place: Path, monkeypatch, capsys) -> None:

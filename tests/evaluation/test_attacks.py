@@ -22,7 +22,7 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, model(x).argmax(1)
 
 
-def explainer(name: str, model: nn.Module, x: Tensor, budget: int = 176):
+def explainer(name: str, model: nn.Module, x: Tensor, budget: int = 224):
     return methods(Settings(budget=budget))[name].build(model, x)
 
 

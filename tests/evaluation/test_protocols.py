@@ -43,7 +43,7 @@ SMALL = Plan(
     attacks=("gaussian", "adaptive"),
     magnitudes=(0.3,),
     limit=6,
-    settings=methods.Settings(budget=80),
+    settings=methods.Settings(budget=224),
     block=4,
     attack_samples=16,
     draws=2,
@@ -335,7 +335,7 @@ def test_the_command_on_cifar_files(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_binary(tmp_path, "test_batch", *cifar(3, 0))
     out = tmp_path / "out"
     line = ["evaluate", "--data", f"cifar10:{tmp_path}", "--model", "resnet20", "--limit", "1", "--methods",
-            "gradient,group_superpixels", "--attack", "frozen", "--magnitudes", "3", "--budget", "80", "--tile", "4",
+            "gradient,group_superpixels", "--attack", "frozen", "--magnitudes", "3", "--budget", "224", "--tile", "4",
             "--attack-samples", "4", "--no-checks", "--out", str(out)]  # fmt: skip
     assert cli.main(line) == 2
     assert "resnet20 has no weights: give --weights FILE or --train EPOCHS" in capsys.readouterr().err

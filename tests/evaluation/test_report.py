@@ -29,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         attacks=("gaussian", "frozen"),
         magnitudes=(0.3, 1.0),
         limit=INPUTS,
-        settings=methods.Settings(budget=80),
+        settings=methods.Settings(budget=224),
         attack_samples=8,
         draws=1,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import images, in_threads, smooth
+from helpers import images, in_threads, others, smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -553,7 +553,7 @@ def test_a_ratio_of_one_is_zero_and_says_so_once(method: str) -> None:
     e = ALL[method](smooth(), eta_ratio=torch.tensor([0.2, 1.0, 3.0]))
     with pytest.warns(UserWarning, match=r"2 of 3 maps are zero everywhere.*Solution.empty says which") as record:
         s = e.attribute(x, 1, return_solution=True)
-    assert len(record) == 1
+    assert len(others(record)) == 1
     assert record[0].filename == __file__
     assert s.empty.tolist() == [False, True, True]
     assert torch.equal(s.attribution[1:], torch.zeros_like(x[1:]))
@@ -862,7 +862,7 @@ def test_train_mode_is_said_once_and_explained_in_eval_mode() -> None:
     model.train()
     with pytest.warns(UserWarning, match="the model is in train mode: it is explained in eval mode") as record:
         a = MoreauGrad(model, solver=SHORT).attribute(x, 1)
-    assert len(record) == 1
+    assert len(others(record)) == 1
     assert record[0].filename == __file__
     assert torch.equal(a, expected)
     assert all(m.training for m in model.modules())

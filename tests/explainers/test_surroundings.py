@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,63 @@ def test_a_solution_is_saved_and_loaded(target: Any, tmp_path: Path) -> None:
     # Elsewhere than in the checkout, whose package is not the one that is installed.
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == str(s.nnz.tolist()), done.stderr
+
+
+INDICES: dict[str, Any] = {
+    "integer": 1,
+    "last": -1,
+    "slice": slice(1, 3),
+    "none": slice(0, 0),
+    "list": [2, 0],
+    "mask": torch.tensor([True, False, True]),
+    "array": np.array([False, True, True]),
+}
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_a_solution_is_sliced(index: str) -> None:
+    """As its ids are, but with a batch axis."""
+    x = torch.rand(3, *X.shape[1:])
+    s = SparseMoreauGrad(NET, rho=0.1, solver=SOLVER).attribute((x,), 1, return_solution=True)
+    some = s[INDICES[index]]
+    expected = torch.arange(3)[INDICES[index]].reshape(-1)
+    assert torch.equal(some.ids, expected)
+    assert torch.equal(some.attribution[0], s.attribution[0][expected])
+    assert torch.equal(some.error.total, s.error.total[expected])
+
+
+@pytest.mark.parametrize("index", [3, None, True, (0, 1), "a", torch.tensor([[0]])])
+def test_a_solution_is_not_sliced_like_this(index: Any) -> None:
+    with pytest.raises(IndexError):
+        SmoothGrad(NET, num_samples=2).attribute(X[:1].repeat(3, 1, 1, 1), 1, return_solution=True)[index]
+
+
+def test_a_solution_moves_to_a_device() -> None:
+    s = SmoothGrad(NET, num_samples=4).attribute(X, 1, return_solution=True)
+    there = s.to("meta")
+    for moved, field in ((there.attribution, s.attribution), (there.error.total, s.error.total), (there.ids, s.ids)):
+        assert (moved.device.type, moved.dtype, moved.shape) == ("meta", field.dtype, field.shape)
+    assert torch.equal(s.cpu().attribution, s.attribution)
+
+
+def test_an_explainer_prints_its_settings() -> None:
+    """And of the model the name; long settings, such as maps of groups, in short."""
+    e = GroupSparseMoreauGrad(NET, groups=Labels(torch.zeros(9, 9, dtype=torch.int64)), solver=SOLVER, rho=0.1)
+    text = repr(e)
+    assert text.startswith(f"GroupSparseMoreauGrad({type(NET).__name__}, score='logit'")
+    assert "Linear" not in text
+    assert "\n" not in text
+    for shown in ("rho=0.1", f"solver={SOLVER!r}"[:90], "groups=Labels(map=tensor([[0"):
+        assert shown in text
+    assert len(text) < 600
+
+
+def test_certificates_are_shown_in_notebooks() -> None:
+    e = SparseMoreauGrad(NET, rho=0.1, solver=SOLVER)
+    certificate = e.certificate(X, e.attribute(X, 1, return_solution=True), 1, num_samples=64)
+    assert repr(certificate) == str(certificate) == certificate.summary()
+    assert certificate._repr_html_().startswith("<pre>certificate of ")
+    assert "<=" not in certificate._repr_html_()
 
 
 def test_complex_inputs_are_named() -> None:

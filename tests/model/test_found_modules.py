@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import others
 from torch import Tensor, nn
 
 from moreau_ext import Gradient, MoreauGrad, ProximalGradient
@@ -123,7 +124,7 @@ def test_a_wrapped_model_is_explained_in_eval_mode(name: str) -> None:
     assert {id(m) for m in net.modules()} <= {id(m) for m in modules_of(model)}
     with pytest.warns(TrainModeWarning, match="train mode") as said:
         found = MoreauGrad(model, rho=0.1, sigma=0.1, solver=SOLVER).attribute(x, 0)
-    assert len(said) == 1
+    assert len(others(said)) == 1
     assert said[0].filename == __file__
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())

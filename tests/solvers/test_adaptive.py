@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,14 +83,32 @@ def test_converged_means_what_it_says(kind: str) -> None:
     assert float((relative[s.converged] <= tol).double().mean()) >= 0.95
 
 
+LEAST: dict[int, Callable[..., Any]] = {
+    192: lambda model, s: MoreauGrad(model, rho=1.0, solver=s),
+    224: lambda model, s: SparseMoreauGrad(model, rho=1.0, solver=s),
+    336: lambda model, s: SparseMoreauGrad(model, support=3, rho=1.0, solver=s),
+    368: lambda model, s: SparseMoreauGrad(model, radius=0.5, solver=s),
+}
+
+
+@pytest.mark.parametrize("least", LEAST)
+def test_a_budget_that_the_first_levels_exceed(least: int) -> None:
+    """It is refused with the least that is possible, and that much is kept."""
+    model, x = smooth_net(), torch.randn(2, 24, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"max_gradients: expected at least {least}, which .* got {least - 1}"):
+        LEAST[least](model, AdaptiveProximalGradient(1e-9, least - 1)).attribute(x, 0)
+    s = LEAST[least](model, AdaptiveProximalGradient(1e-9, least)).attribute(x, 0, return_solution=True)
+    assert s.gradient_evaluations.tolist() == [least] * 2
+
+
 def test_the_budget_is_kept_and_said() -> None:
     model, x = smooth_net(), torch.randn(6, 24, dtype=torch.float64)
-    for budget in (1, 200, 500, 5000):
+    for budget in (192, 200, 500, 5000):
         solver = AdaptiveProximalGradient(tol=1e-9, max_gradients=budget)
         s = MoreauGrad(model, rho=1.0, sigma=1.0, solver=solver).attribute(x, target=0, return_solution=True)
         assert not s.converged.any()
         assert (s.relative_residual > 1e-9).all()
-        assert (s.gradient_evaluations <= max(budget, 192)).all()
+        assert (s.gradient_evaluations <= budget).all()
         assert (s.gradient_evaluations > 0.8 * budget).all()
     ratio = SparseMoreauGrad(model, sigma=1.0, eta_ratio=0.2, solver=AdaptiveProximalGradient(tol=1e-9))
     counted = 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from helpers import Quadratic, bank
 from torch import Tensor, nn
 
-from moreau_ext import GroupSparseMoreauGrad, MoreauGrad, ProximalGradient, SparseMoreauGrad, Tiles
+from moreau_ext import GroupSparseMoreauGrad, MoreauGrad, ProximalGradient, SmoothGrad, SparseMoreauGrad, Tiles
 
 
 def small_net(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -189,3 +190,12 @@ def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().err
     assert "/3 [" in shown, "inputs"
     assert "24 gradients each" in shown
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 5])
+def test_error_bars_do_not_depend_on_the_rows_of_a_pass(max_batch: int) -> None:
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    settings: dict[str, Any] = {"num_samples": 16, "antithetic": True}
+    whole, split = (SmoothGrad(small_net(), max_batch=b, **settings) for b in (None, max_batch))
+    a, b = (e.attribute(x, target=2, return_solution=True) for e in (whole, split))
+    torch.testing.assert_close(a.standard_error, b.standard_error, rtol=1e-9, atol=1e-9)
