@@ -64,6 +64,18 @@ def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
     return (*tensors, *args, score.fixed is None)
 
 
+def warn_empty(found: Sequence[Solution]) -> None:
+    """Warns once if maps of a call are zero everywhere."""
+    empty = sum(int(s.empty.sum()) for s in found)
+    if empty:
+        warnings.warn(
+            f"{empty} of {sum(len(s) for s in found)} maps are zero everywhere: the score is flat there, or eta is at "
+            "or above eta_max; Solution.empty says which",
+            EmptyMapWarning,
+            stacklevel=4,
+        )
+
+
 def warn_unconverged(found: Sequence[Solution], tol: float, budget: str) -> None:
     """Warns once if inputs of a call did not converge.
 
@@ -498,13 +510,6 @@ class Explainer(ABC):
         with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
             solution = empty_solution(tensors) if problem is None else self._solve(problem)
         solution = in_form(solution, isinstance(inputs, Tensor))
-        empty = int(solution.empty.sum())
-        if empty:
-            warnings.warn(
-                f"{empty} of {len(solution.empty)} maps are zero everywhere: the score is flat there, or eta is at or "
-                "above eta_max; Solution.empty says which",
-                EmptyMapWarning,
-                stacklevel=3,
-            )
+        warn_empty([solution])
         warn_unconverged([solution], *self._claim)
         return solution if return_solution else solution.attribution

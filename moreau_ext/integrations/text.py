@@ -10,11 +10,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..explainers.base import Explainer
+from .._errors import ConvergenceWarning, EmptyMapWarning, without
+from ..explainers.base import Explainer, warn_empty, warn_unconverged
 from ..explainers.inputs import check_ids
 from ..explainers.moreau import GroupSparseMoreauGrad
 from ..explainers.registry import make_explainer
 from ..model.arguments import PerInput
+from ..model.restore import leaves_as_found
 from ..model.target import Target, target_index
 from ..solvers.groups import Labels, Pixels
 from .words import TextExplanation, explanation
@@ -114,6 +116,7 @@ class TextExplainer:
         self, texts: Sequence[Any] | Mapping[str, Any], target: Target = None, *, ids: Tensor | None = None
     ) -> list[TextExplanation]: ...
 
+    @leaves_as_found
     def attribute(self, texts: Any, target: Target = None, *, ids: Tensor | None = None) -> Any:
         """The explanations of sentences.
 
@@ -164,9 +167,10 @@ class TextExplainer:
             if self._by_word and isinstance(explainer, GroupSparseMoreauGrad) and bool((groups.diff(dim=1) == 0).any()):
                 explainer = replace(explainer, groups=Labels(groups[..., None]))
             further: Any = (PerInput(arguments) if arguments else {},)
-            solution = explainer.attribute(
-                x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None], return_solution=True
-            )
+            with without(EmptyMapWarning, ConvergenceWarning):
+                solution = explainer.attribute(
+                    x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None], return_solution=True
+                )
             for i, row in enumerate(rows.tolist()):
                 places = columns[i].tolist()
                 tokens = self._tokens(numbers[row, columns[i]].tolist())
@@ -174,6 +178,8 @@ class TextExplainer:
                 one = solution.take(torch.tensor([i], device=device))
                 found[row] = explanation(tokens, words[i], written, x[i] - average, one)
         explained = [e for e in found if e is not None]
+        warn_empty([e.solution for e in explained])
+        warn_unconverged([e.solution for e in explained], *self.explainer._claim)
         return explained[0] if isinstance(texts, str) else explained
 
     def _batch(self, texts: Any) -> Mapping[str, Any]:

@@ -24,14 +24,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moreau_ext import AdaptiveProximalGradient, Pixels, ProximalGradient, TextExplainer, TextExplanation
+from moreau_ext import (
+    AdaptiveProximalGradient,
+    ConvergenceWarning,
+    Pixels,
+    ProximalGradient,
+    TextExplainer,
+    TextExplanation,
+)
+from moreau_ext._errors import EmptyMapWarning
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _WORDS = "the a cat dog house tree walks sees under over river stone bread water small big old blue red with and"
 FILL = _WORDS.split()
 DECIDING = ["good", "bad", "odd"]
 KINDS = ["bert", "distilbert", "gpt2"]
-SHORT = AdaptiveProximalGradient(max_gradients=200)
+SHORT = AdaptiveProximalGradient(max_gradients=400)
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +215,18 @@ def test_targets_follow_their_sentences() -> None:
         torch.testing.assert_close(one.solution.score[0], score.detach())
 
 
+def test_one_warning_a_call() -> None:
+    model, made = classifier("bert"), tokenizer()
+    explainer = TextExplainer(model, made, eta_ratio=1.0, solver=ProximalGradient(2, 10, tol=1e-9))
+    with pytest.warns() as record:
+        explainer.attribute(["old dog", "the cat sees"])
+    text = [str(w.message) for w in record if w.category is EmptyMapWarning]
+    assert text[0].startswith("2 of 2 maps are zero")
+    with pytest.warns(ConvergenceWarning, match="2 of 2 maps did not converge") as record:
+        TextExplainer(model, made, solver=ProximalGradient(2, 10, tol=1e-9)).attribute(["old dog", "the cat sees"])
+    assert [w.filename for w in record] == [__file__]
+
+
 def test_rendering() -> None:
     found = TextExplainer(classifier("bert"), tokenizer(), "smoothgrad", num_samples=8).attribute("the <b> cat good")
     page, line = found.to_html(), found.to_terminal()
@@ -250,7 +270,7 @@ def test_the_deciding_word_alone(kind: str, alone: int) -> None:
     """95 % of 64 sentences, and 70 % for GPT-2, whose last and first tokens weigh by their place."""
     model, made = trained(kind)
     texts, classes = sentences(64, 7)
-    explainer = TextExplainer(model, made, support=1, solver=AdaptiveProximalGradient(max_gradients=400))
+    explainer = TextExplainer(model, made, support=1, solver=SHORT)
     hits = 0
     for text, label, one in zip(texts, classes.tolist(), explainer.attribute(texts), strict=True):
         assert not bool(one.norms[one.fixed].any())
