@@ -1,1 +1,1 @@
-"""Adapters for other toolboxes. Each module imports its toolbox only when it is used."""
+"""Explainers for the models and data of other toolboxes, and adapters; each imports its toolbox only when used."""
