@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .explainers.moreau import SparseMoreauGrad as SparseMoreauGrad
     from .explainers.registry import METHODS as METHODS
     from .explainers.registry import make_explainer as make_explainer
+    from .integrations.text import TextExplainer as TextExplainer
+    from .integrations.words import TextExplanation as TextExplanation
     from .model.arguments import PerInput as PerInput
     from .model.arguments import Shared as Shared
     from .preparation.prepare import prepare as prepare
@@ -62,6 +64,8 @@ _WHERE = {
     "Solution": "solvers.solution",
     "SparseMoreauGrad": "explainers.moreau",
     "SparsifiedSmoothGrad": "explainers.gradients",
+    "TextExplainer": "integrations.text",
+    "TextExplanation": "integrations.words",
     "Tiles": "solvers.groups",
     "make_explainer": "explainers.registry",
     "prepare": "preparation.prepare",

@@ -21,6 +21,7 @@ ORDER = (
     "solvers",
     "analysis",
     "explainers",
+    "integrations",
     "zoo",
     "plots",
     "data",

@@ -178,7 +178,7 @@ def measure_residual(
     # tr C² without the bias of few blocks (Srivastava 2005).
     crossed = gram.square().sum((1, 2)) / freedom**2
     crossed = freedom**2 / ((freedom - 1) * (freedom + 2)) * (crossed - trace.square() / freedom)
-    crossed = crossed.clamp_min(0).maximum(trace.square() / features)
+    crossed = crossed.clamp_min(0).maximum(trace.square() / problem.free.sum(1).clamp_min(1))
     observed = residual.square().sum(1)
     along = torch.einsum("bkd,bd->bk", noise, residual).square().sum(1) / freedom
     c = torch.maximum(

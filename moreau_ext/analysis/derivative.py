@@ -109,22 +109,21 @@ class _Support:
         return self.stiffness * (w - self.unit * self.groups.spread(self.groups.sums(self.unit * w)))
 
 
-def _range_gradient(flat: Tensor, level: Tensor) -> Tensor:
-    """∇σ of σ = level·(max x − min x), [B, D]."""
-    gradient = torch.zeros_like(flat, dtype=torch.float64)
-    gradient.scatter_add_(1, flat.argmax(1, keepdim=True), level.double()[:, None])
-    return gradient.scatter_add_(1, flat.argmin(1, keepdim=True), -level.double()[:, None])
+def _range_gradient(low: Tensor, high: Tensor, level: Tensor) -> Tensor:
+    """∇σ of σ = level·(max x − min x), [B, D]; see :attr:`Problem.free_values`."""
+    gradient = torch.zeros_like(low, dtype=torch.float64)
+    gradient.scatter_add_(1, high.argmax(1, keepdim=True), level.double()[:, None])
+    return gradient.scatter_add_(1, low.argmin(1, keepdim=True), -level.double()[:, None])
 
 
 def _pull(hessian: SmoothedHessian, w: Tensor, product: Tensor, levels: Tensors | None) -> Tensor:
     """Hw + (wᵀ∂p/∂σ)·∇σ: how w·p(x) changes with x, where σ may follow it."""
     if levels is None:
         return product
-    inputs = hessian.bank.problem.inputs
     slopes = hessian.noise_slope(w)
     followed = [
-        slopes[:, i : i + 1] * _range_gradient(flat_rows(x), level)
-        for i, (x, level) in enumerate(zip(inputs, levels, strict=True))
+        slopes[:, i : i + 1] * _range_gradient(*ends, level)
+        for i, (ends, level) in enumerate(zip(hessian.bank.problem.free_values, levels, strict=True))
     ]
     return product + torch.cat(followed, dim=1)
 

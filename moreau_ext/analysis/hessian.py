@@ -110,6 +110,9 @@ class Bank:
             for s, x in zip(problem.sigma, problem.inputs, strict=True)
         ]
         self.sigma = torch.cat(sigma, dim=1)
+        fixed, self._fixed = problem.score.fixed, None
+        if fixed is not None:
+            self._fixed = torch.cat([flat_rows(mask).expand(self.batch, -1) for mask in fixed.of_rows], dim=1)
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """(first sample, count) of pieces that one pass can take, or two samples where it takes but one."""
@@ -131,10 +134,11 @@ class Bank:
         return self._draw(first, count, self.problem.inputs, self.displacement, sigma)
 
     def normals(self, first: int, count: int) -> Tensor:
-        """z_i of some of the samples, [B, count, D]."""
+        """z_i of some of the samples, [B, count, D]; 0 in fixed features, which have no noise."""
         zeros = tuple(torch.zeros_like(x, dtype=ops.state_dtype(x.dtype)) for x in self.problem.inputs)
         z = self._draw(first, count, zeros, None, tuple(torch.ones_like(s) for s in self.problem.sigma))
-        return columns(z, self.dtype).view(self.batch, count, self.features)
+        drawn = columns(z, self.dtype).view(self.batch, count, self.features)
+        return drawn if self._fixed is None else drawn.masked_fill(self._fixed[:, None], 0.0)
 
     def _score(self, count: int) -> Score:
         """The score of so many copies of every input."""
@@ -266,10 +270,11 @@ class SmoothedHessian:
     def noise_slope(self, vectors: Tensor) -> Tensor:
         """w·∂p/∂σ for the σ of every tensor, float64 [B, tensors]: how the mean gradient p changes with the noise.
 
-        "autograd": mean (H_i w)·z_i; "stein": mean w·(g_i − p)(‖z_i‖² − d)/σ, both restricted to the tensor's features.
+        "autograd": mean (H_i w)·z_i; "stein": mean w·(g_i − p)(‖z_i‖² − d)/σ, both restricted to the tensor's features,
+        of which d are free.
         """
         bank, w = self.bank, vectors.to(self.bank.dtype)
-        sizes = [math.prod(x.shape[1:]) for x in bank.problem.inputs]
+        sizes, free = [math.prod(x.shape[1:]) for x in bank.problem.inputs], bank.problem.free
         span = self.span(None)
         if self.method == "autograd":
             total = torch.zeros(bank.batch, len(sizes), dtype=torch.float64, device=w.device)
@@ -281,7 +286,7 @@ class SmoothedHessian:
         for chunk in bank.chunks(*span):
             slopes.append(torch.einsum("bnd,bd->bn", bank.gradients(*chunk), w).double())
             z2 = torch.split(bank.normals(*chunk).double().square(), sizes, dim=2)
-            squares.append(torch.stack([part.sum(2) - size for part, size in zip(z2, sizes, strict=True)], dim=2))
+            squares.append(torch.stack([part.sum(2) for part in z2], dim=2) - free[:, None])
         slope = torch.cat(slopes, dim=1)
         each = (slope - slope.mean(1, keepdim=True))[:, :, None] * torch.cat(squares, dim=1)
         return each.mean(1) / torch.stack([s.double() for s in bank.problem.sigma], dim=1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # At this noise the displacement and the sparsity below are settled by a few hundred gradients. The length of the
 # displacement is that of the pixels' range, the same for all three methods: about 1 % of a photograph's norm.
-_NOISE_LEVEL, _RADIUS_RATIO, _GRADIENTS = 0.05, 1.0, 320
+_NOISE_LEVEL, _RADIUS_RATIO, _GRADIENTS = 0.05, 1.0, 352
 _SUPPORT, _TILE, _TILES = 0.02, 14, 32
 _BLUR, _SIGNED_SHARE, _HEAT_SHARE = 3.0, 0.99, 0.995
 _TITLES = {

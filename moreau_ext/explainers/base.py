@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -19,6 +19,7 @@ from .._checks import check_count
 from .._errors import BatchWarning, ConvergenceWarning, EmptyMapWarning, MixingError, OutputTypeError
 from ..model.arguments import arguments_of
 from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
+from ..model.fixed import Fixed
 from ..model.forms import named_cure
 from ..model.memory import BLIND_ROWS, Footprint, same_random_numbers
 from ..model.modes import Evaluating, evaluating
@@ -31,7 +32,7 @@ from ..ops.layout import Tensors
 from ..preparation.report import Prepared
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from .inputs import check_ids, check_inputs, empty_solution, in_form
+from .inputs import check_fixed, check_ids, check_inputs, empty_solution, in_form
 from .settings import per_input_setting
 
 _lowering = threading.Lock()
@@ -60,7 +61,19 @@ def _kind(score: Score, inputs: Tensors) -> tuple[Any, ...]:
     """Equal for calls whose passes take equal memory."""
     tensors = [(x.shape[1:], x.dtype, x.device) for x in inputs]
     args = [a.shape[per:] for a, per in zip(score.args, score.per_row, strict=True) if isinstance(a, Tensor)]
-    return (*tensors, *args)
+    return (*tensors, *args, score.fixed is None)
+
+
+def warn_empty(found: Sequence[Solution]) -> None:
+    """Warns once if maps of a call are zero everywhere."""
+    empty = sum(int(s.empty.sum()) for s in found)
+    if empty:
+        warnings.warn(
+            f"{empty} of {sum(len(s) for s in found)} maps are zero everywhere: the score is flat there, or eta is at "
+            "or above eta_max; Solution.empty says which",
+            EmptyMapWarning,
+            stacklevel=4,
+        )
 
 
 def warn_unconverged(found: Sequence[Solution], tol: float, budget: str) -> None:
@@ -150,7 +163,7 @@ class Explainer(ABC):
         return self.model.model if isinstance(self.model, Prepared) else self.model
 
     @leaves_as_found
-    def footprint(self, inputs: Any, additional_forward_args: Any = None) -> Footprint | None:
+    def footprint(self, inputs: Any, additional_forward_args: Any = None, *, fixed: Any = None) -> Footprint | None:
         """What :meth:`attribute` takes on such inputs, measured by passes of one and of two rows of the first.
 
         ``footprint(x).peak(rows, inputs)`` predicts, from above, the bytes of the tensors that a call with so many
@@ -158,7 +171,7 @@ class Explainer(ABC):
         nothing of what kernels take inside.
 
         Args:
-            inputs, additional_forward_args: as in :meth:`attribute`; at least one input.
+            inputs, additional_forward_args, fixed: as in :meth:`attribute`; at least one input.
 
         Returns:
             None for a model that does not run under the counter (torch.compile's do not).
@@ -178,11 +191,12 @@ class Explainer(ABC):
             if tensors[0].shape[0] == 0:
                 raise ValueError("inputs: expected at least one to measure passes with, got none")
             with evaluating(self._module, depth=2) as found:
-                score = self._unresolved(tensors, None, additional_forward_args, found)
+                held = check_fixed(fixed, inputs, tensors)
+                score = self._unresolved(tensors, None, additional_forward_args, held, found)
                 return self._footprint(score, tensors, found, {})
 
     @leaves_as_found
-    def rows_per_pass(self, inputs: Any, additional_forward_args: Any = None) -> int | None:
+    def rows_per_pass(self, inputs: Any, additional_forward_args: Any = None, *, fixed: Any = None) -> int | None:
         """``max_batch`` as it comes out for such inputs; None for no limit. Raises what the model raises where it takes
         neither one or two of them nor all."""
         if self.max_batch != "auto":
@@ -190,7 +204,8 @@ class Explainer(ABC):
         with _outside_inference(), torch.no_grad():
             tensors = self._checked(inputs)
             with evaluating(self._module, depth=2) as found:
-                score = self._unresolved(tensors, None, additional_forward_args, found)
+                held = check_fixed(fixed, inputs, tensors)
+                score = self._unresolved(tensors, None, additional_forward_args, held, found)
                 rows = self._fit(score, tensors, found)[0]
                 if tensors[0].shape[0] and _kind(score, tensors) not in self._known.fits:
                     score.whole_output(tensors)
@@ -336,10 +351,13 @@ class Explainer(ABC):
         layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
         return check_inputs(inputs, self._module, self.precision, layout)
 
-    def _unresolved(self, inputs: Tensors, target: Target, additional_forward_args: Any, found: Evaluating) -> Score:
+    def _unresolved(
+        self, inputs: Tensors, target: Target, additional_forward_args: Any, fixed: Fixed | None, found: Evaluating
+    ) -> Score:
         batch = inputs[0].shape[0]
         arguments = arguments_of(additional_forward_args, batch)
         score = unresolved(self._module, inputs, target, self.score, arguments, self.unused_inputs, self.precision)
+        score = replace(score, fixed=fixed)
         if not arguments.ambiguous:
             return score
         kind, readings = (_kind(score, inputs), arguments.kind(batch)), self._known.readings
@@ -363,17 +381,18 @@ class Explainer(ABC):
 
     @contextmanager
     def _posed(
-        self, inputs: Any, target: Target, additional_forward_args: Any, ids: Tensor | None
+        self, inputs: Any, target: Target, additional_forward_args: Any, ids: Tensor | None, fixed: Any
     ) -> Iterator[tuple[Tensors, Problem | None]]:
         """The checked inputs of a call and their problem, with the model in eval mode; no problem for no inputs."""
         with _outside_inference(), torch.no_grad():
             tensors = self._checked(inputs)
             names = check_ids(ids, tensors[0].shape[0], tensors[0].device)
+            held = check_fixed(fixed, inputs, tensors)
             if tensors[0].shape[0] == 0:
                 yield tensors, None
                 return
             with without_autocast(tensors[0].device), evaluating(self._module, depth=4) as found:
-                score = self._unresolved(tensors, target, additional_forward_args, found)
+                score = self._unresolved(tensors, target, additional_forward_args, held, found)
                 passes, score, value = self._begin(score, tensors, found)
                 sigma = tuple([per_input_setting("sigma", 0.0, x) for x in tensors])
                 rho = tuple([per_input_setting("rho", 1.0, x) for x in tensors])
@@ -385,7 +404,13 @@ class Explainer(ABC):
 
     @leaves_as_found
     def problem(
-        self, inputs: Any, target: Target = None, additional_forward_args: Any = None, *, ids: Tensor | None = None
+        self,
+        inputs: Any,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        ids: Tensor | None = None,
+        fixed: Any = None,
     ) -> Problem:
         """The problem that :meth:`attribute` solves, with settings that are measured or follow the solution still open.
 
@@ -393,7 +418,7 @@ class Explainer(ABC):
         mode.
 
         Args:
-            inputs, target, additional_forward_args, ids: see :meth:`attribute`; at least one input.
+            inputs, target, additional_forward_args, ids, fixed: see :meth:`attribute`; at least one input.
 
         Raises:
             ValueError, TypeError: see :meth:`attribute`; no inputs.
@@ -405,7 +430,7 @@ class Explainer(ABC):
             >>> problem.rho[0][0], problem.score.target[0]
             (tensor(0.5000), tensor([1]))
         """
-        with self._posed(inputs, target, additional_forward_args, ids) as (_, problem):
+        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (_, problem):
             if problem is None:
                 raise ValueError("inputs: expected at least one, got none")
             return problem
@@ -418,6 +443,7 @@ class Explainer(ABC):
         additional_forward_args: Any = None,
         *,
         ids: Tensor | None = None,
+        fixed: Any = None,
         return_solution: Literal[False] = False,
     ) -> Any: ...
 
@@ -429,6 +455,7 @@ class Explainer(ABC):
         additional_forward_args: Any = None,
         *,
         ids: Tensor | None = None,
+        fixed: Any = None,
         return_solution: Literal[True],
     ) -> Solution: ...
 
@@ -440,6 +467,7 @@ class Explainer(ABC):
         additional_forward_args: Any = None,
         *,
         ids: Tensor | None = None,
+        fixed: Any = None,
         return_solution: bool = False,
     ) -> Any:
         """The maps of a batch.
@@ -461,27 +489,27 @@ class Explainer(ABC):
                 :class:`Shared` say it.
             ids: int64 [B], each input's name to the noise bank; its position by default. Give them when you split a
                 data set into batches, and an input draws the same noise in any of them.
+            fixed: the features that may not move, bool: padding, special tokens, a background, all outside a region. A
+                mask that broadcasts to the features ([H, W] of images, [T, 1] of embeddings) serves all inputs; one
+                with as many axes as the inputs is a mask for each. For a tuple of inputs a tuple of masks or None. The
+                model sees fixed features as they are, without noise; the map is zero there; and they count in no norm,
+                range, group, support, error or p-value, so that the map of the others is that of the problem restricted
+                to them. An input without free features has an empty map.
             return_solution: return a :class:`Solution` instead of the maps alone.
 
         Returns:
             The maps, in the form, shape, dtype and device of ``inputs``; or the Solution.
 
         Raises:
-            ValueError: NaN or infinity in an input, a target out of range or of the wrong length, groups that do not
-                fit, a score that does not depend on an input, a gradient that is not finite, or a model that mixes the
-                inputs of a batch or treats them by their places.
-            TypeError: inputs that are no floating-point tensors, or targets that are no integers.
+            ValueError: NaN or infinity in an input, a target out of range or of the wrong length, groups or a mask that
+                do not fit, a score that does not depend on an input, a gradient that is not finite, or a model that
+                mixes the inputs of a batch or treats them by their places.
+            TypeError: inputs that are no floating-point tensors, targets that are no integers, or a mask that is not of
+                bool.
         """
-        with self._posed(inputs, target, additional_forward_args, ids) as (tensors, problem):
+        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
             solution = empty_solution(tensors) if problem is None else self._solve(problem)
         solution = in_form(solution, isinstance(inputs, Tensor))
-        empty = int(solution.empty.sum())
-        if empty:
-            warnings.warn(
-                f"{empty} of {len(solution.empty)} maps are zero everywhere: the score is flat there, or eta is at or "
-                "above eta_max; Solution.empty says which",
-                EmptyMapWarning,
-                stacklevel=3,
-            )
+        warn_empty([solution])
         warn_unconverged([solution], *self._claim)
         return solution if return_solution else solution.attribution

@@ -33,8 +33,8 @@ def _check_method(method: str) -> None:
 
 def _known_of(
     solution: Solution, inputs: Any, target: Target, ids: Tensor | None
-) -> tuple[Tensors, Tensors, Target, Tensor]:
-    """(displacement, eta) of a solution as tuples, and its target and ids.
+) -> tuple[Tensors, Tensors, Target, Tensor, Any]:
+    """(displacement, eta) of a solution as tuples, and its target, ids and fixed features, on the device of the inputs.
 
     Raises:
         TypeError: not a Solution.
@@ -66,7 +66,12 @@ def _known_of(
                 f"target: the solution explains {known.squeeze(1).tolist()[:5]}, and the target given is "
                 f"{asked.squeeze(1).tolist()[:5]}; leave it out, or solve for it"
             )
-    return displacement, eta, target, ids
+    fixed = solution.fixed
+    if isinstance(inputs, Tensor):
+        fixed = fixed.to(inputs.device)
+    elif isinstance(given, tuple) and all(isinstance(x, Tensor) for x in given):
+        fixed = tuple([f.to(x.device) for f, x in zip(fixed, given, strict=True)])
+    return displacement, eta, target, ids, fixed
 
 
 def _like_states(displacement: Tensors, inputs: Tensors) -> Tensors:
@@ -181,8 +186,8 @@ class Certified(Noisy):
         _check_method(hessian)
         if not 0 < confidence < 1:
             raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
-        displacement, eta, target, ids = _known_of(solution, inputs, target, ids)
-        with self._posed(inputs, target, additional_forward_args, ids) as (tensors, problem):
+        displacement, eta, target, ids, fixed = _known_of(solution, inputs, target, ids)
+        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
 
             def known(name: str, setting: Scalar) -> Tensor:
                 check_scalar(name, setting)
@@ -267,7 +272,7 @@ class Certified(Noisy):
             check_count("num_samples", num_samples)
         if tol is not None and not 0 < tol < 1:
             raise ValueError(f"tol: expected a number between 0 and 1, got {tol!r}")
-        displacement, eta, target, ids = _known_of(solution, inputs, target, ids)
+        displacement, eta, target, ids, fixed = _known_of(solution, inputs, target, ids)
         directions = (vectors,) if isinstance(vectors, Tensor) else vectors
         expected = [tuple(d.shape) for d in displacement]
         if not isinstance(directions, tuple) or [tuple(v.shape) for v in directions] != expected:
@@ -276,7 +281,7 @@ class Certified(Noisy):
         own = None
         if num_samples is None and isinstance(self._method, ProximalGradient) and self._method.noise == "fixed":
             own = (self._method.num_samples, self._method.antithetic)
-        with self._posed(inputs, target, additional_forward_args, ids) as (tensors, problem):
+        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
             result = tensors
             if tol is None:
                 tol = 1e-10 if all(x.dtype == torch.float64 for x in tensors) else 1e-5

@@ -185,8 +185,8 @@ class SparsifiedSmoothGrad(Noisy):
         copies = NoisyCopies(problem, self.num_samples, False)
         shapes = [x.shape[1:] for x in problem.inputs]
         sizes = [math.prod(shape) for shape in shapes]
-        features = sum(sizes)
-        keep, clip = math.ceil(self.keep * features), math.ceil(self.clip * features)
+        features, free = sum(sizes), problem.free.sum(1).clamp_min(1).double()
+        keep, clip = (self.keep * free).ceil().long(), (self.clip * free).ceil().long()
         state = ops.state_dtype(problem.inputs[0].dtype)
         value = torch.zeros(batch, dtype=torch.float64, device=problem.keys.device)
         mean = torch.zeros(batch, features, dtype=state, device=problem.keys.device)
@@ -196,9 +196,11 @@ class SparsifiedSmoothGrad(Noisy):
             flat = torch.cat([flat_rows(g).to(state) for g in gradients], dim=1)
             largest = flat.abs().view(batch, -1).amax(1, keepdim=True)
             check_finite(largest, scores.sum(1), problem.ids, torch.ones_like(problem.keys))
-            top, where = flat.abs().topk(keep, dim=1)
-            level = top[:, clip - 1 : clip]
-            scaled = torch.where(level > 0, top.minimum(level) / level, 0.0)
+            each = flat.shape[0] // batch
+            top, where = flat.abs().topk(int(keep.max()), dim=1)
+            level = top.gather(1, clip.repeat_interleave(each)[:, None] - 1)
+            kept = torch.arange(top.shape[1], device=top.device) < keep.repeat_interleave(each)[:, None]
+            scaled = torch.where(kept & (level > 0), top.minimum(level) / level, 0.0)
             sparse = torch.zeros_like(flat).scatter_(1, where, scaled)
             value += scores.sum(1, dtype=torch.float64)
             mean += sparse.view(batch, -1, features).sum(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..model.fixed import Fixed
 from ..model.precision import check_dtypes
 from ..ops.layout import Tensors, flat_rows, memory_layout, tensor_of
 from ..solvers.errors import Errors
@@ -97,6 +98,48 @@ def check_ids(ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
     return names.to(device=device, dtype=torch.int64)
 
 
+def check_fixed(fixed: Any, inputs: Any, tensors: Tensors) -> Fixed | None:
+    """The fixed features of a call; None where there are none.
+
+    Args:
+        fixed: as given: a mask, a tuple of masks where the inputs are one, or None.
+        inputs: as given.
+        tensors: the checked inputs.
+
+    Raises:
+        TypeError, ValueError: by name.
+    """
+    if fixed is None:
+        return None
+    masks = (fixed,) if isinstance(inputs, Tensor) else fixed
+    if not isinstance(masks, tuple) or len(masks) != len(tensors):
+        raise TypeError(f"fixed: expected a mask for each of the {len(tensors)} input tensors, in a tuple, or None")
+    made = []
+    for i, (given, x) in enumerate(zip(masks, tensors, strict=True)):
+        name = "fixed" if isinstance(inputs, Tensor) else f"fixed[{i}]"
+        try:
+            mask = torch.zeros((), dtype=torch.bool, device=x.device) if given is None else tensor_of(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name}: expected a bool mask, got {type(given).__name__}") from None
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name}: expected bool, True where a feature is fixed, got {mask.dtype}")
+        if isinstance(given, Tensor) and given.device != x.device:
+            raise ValueError(f"{name}: expected a mask on {x.device}, as the inputs, got one on {given.device}")
+        mask, shape = mask.to(x.device), tuple(x.shape)
+        one = mask.dim() < x.dim() or (mask.dim() == x.dim() and mask.shape[0] == 1)
+        try:
+            full = mask.expand(1 if one else x.shape[0], *x.shape[1:])
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: expected a shape that broadcasts to {shape[1:]}, or to {shape} for one mask per input, got "
+                f"{tuple(mask.shape)}"
+            ) from None
+        made.append(torch.empty_like(x[: full.shape[0]], dtype=torch.bool).copy_(full))
+    if not any(bool(mask.any()) for mask in made):
+        return None
+    return Fixed(tuple(made), tensors, torch.arange(tensors[0].shape[0], device=tensors[0].device))
+
+
 def _own(x: Tensor, layout: torch.memory_format) -> Tensor:
     copy = x.detach().clone(memory_format=layout if x.dim() == 4 else torch.preserve_format)
     return copy if memory_layout(copy) is not None else copy.contiguous()
@@ -105,7 +148,16 @@ def _own(x: Tensor, layout: torch.memory_format) -> Tensor:
 def in_form(solution: Solution, single: bool) -> Solution:
     """A solver's tuples as the inputs were given: one tensor, or a tuple."""
     if single:
-        form = ("attribution", "displacement", "envelope_gradient", "eta", "sigma", "standard_error", "p_value")
+        form = (
+            "attribution",
+            "displacement",
+            "envelope_gradient",
+            "eta",
+            "sigma",
+            "standard_error",
+            "p_value",
+            "fixed",
+        )
         return replace(solution, **{name: getattr(solution, name)[0] for name in form})
     if all(e.dim() == 1 for e in solution.eta):
         return replace(solution, eta=solution.eta[0])
@@ -144,4 +196,5 @@ def empty_solution(inputs: Tensors) -> Solution:
         error=Errors.unknown(numbers),
         target=counts[:, None],
         ids=counts,
+        fixed=tuple(torch.zeros_like(x, dtype=torch.bool) for x in inputs),
     )

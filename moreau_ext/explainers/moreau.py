@@ -15,7 +15,7 @@ from ..analysis.curvature import convex_rho
 from ..capture.runner import Graphs, Mode, check_mode
 from ..model.restore import leaves_as_found
 from ..model.target import Target
-from ..ops.layout import Tensors, flat_rows, tensor_of
+from ..ops.layout import tensor_of
 from ..solvers.adaptive import AdaptiveProximalGradient
 from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
@@ -172,21 +172,25 @@ class MoreauGrad(Certified):
         # A ρ that is measured or tuned starts at 1.
         rho = self._asked_rho if self._rho_is_given else 1.0
         problem = replace(problem, rho=tuple([per_input_setting("rho", rho, x) for x in problem.inputs]))
-        radius = self._radius(problem.inputs)
+        radius = self._radius(problem)
         return problem if radius is None else replace(problem, tuning=Tuning(radius=radius))
 
-    def _radius(self, inputs: Tensors) -> Tensor | None:
+    def _radius(self, problem: Problem) -> Tensor | None:
         """‖δ*‖ asked for, float64 [B]."""
+        first = problem.inputs[0]
         if self.radius is not None:
-            return per_input_setting("radius", self.radius, inputs[0]).double()
+            return per_input_setting("radius", self.radius, first).double()
         if self.radius_ratio is None:
             return None
-        largest = torch.stack([flat_rows(x).amax(1).double() for x in inputs]).amax(0)
-        least = torch.stack([flat_rows(x).amin(1).double() for x in inputs]).amin(0)
+        ends = [*problem.free_values]
+        least = torch.stack([low.amin(1).double() for low, _ in ends]).amin(0)
+        largest = torch.stack([high.amax(1).double() for _, high in ends]).amax(0)
         if bool((largest == least).any()):
             row = int((largest == least).nonzero()[0])
             raise ValueError(f"radius_ratio: input {row} is constant, its range is 0; give radius, or rho")
-        return per_input_setting("radius_ratio", self.radius_ratio, inputs[0]).double() * (largest - least)
+        # Where nothing is free there is no displacement, whatever its length.
+        extent = (largest - least).clamp_min(0)
+        return per_input_setting("radius_ratio", self.radius_ratio, first).double() * extent
 
     def _solve(self, problem: Problem) -> Solution:
         problem, cost = self._with_rho(problem)
@@ -225,6 +229,7 @@ class SparseMoreau(Sparse, MoreauGrad):
         additional_forward_args: Any = None,
         *,
         ids: Tensor | None = None,
+        fixed: Any = None,
     ) -> tuple[Solution, ...]:
         """The solutions for η = ratio·η_max, from sparse to dense, each begun where the sparser one ended.
 
@@ -232,7 +237,7 @@ class SparseMoreau(Sparse, MoreauGrad):
         eta, eta_ratio or support does not count.
 
         Args:
-            inputs, target, additional_forward_args, ids: see :meth:`attribute`.
+            inputs, target, additional_forward_args, ids, fixed: see :meth:`attribute`.
             ratios: ≥ 0, in any order.
 
         Returns:
@@ -258,7 +263,7 @@ class SparseMoreau(Sparse, MoreauGrad):
         if self.radius is not None or self.radius_ratio is not None:
             raise ValueError("eta_path: radius leads to another rho at each eta; give rho")
 
-        with self._posed(inputs, target, additional_forward_args, ids) as (tensors, problem):
+        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
             if problem is None:
                 found = [empty_solution(tensors)] * len(steps)
             else:
@@ -338,10 +343,14 @@ class GroupSparseMoreauGrad(SparseMoreau):
                 f"groups: expected Pixels, Tiles, Labels or a tuple of them (wrap a map in Labels), got {self.groups!r}"
             )
 
-    def _penalty(self, inputs: Tensors) -> Penalty:
+    def _penalty(self, problem: Problem) -> Penalty:
+        inputs, fixed = problem.inputs, problem.score.fixed
         each = self.groups if isinstance(self.groups, tuple) else (self.groups,) * len(inputs)
         if len(each) != len(inputs):
             raise ValueError(f"groups: expected one per input tensor, {len(inputs)}, got {len(each)}")
         eta, relative = self._strength(inputs)
-        partitions = tuple(g.partition(x, ops.state_dtype(x.dtype)) for g, x in zip(each, inputs, strict=True))
+        masks = (None,) * len(inputs) if fixed is None else fixed.masks
+        partitions = tuple(
+            [g.partition(x, ops.state_dtype(x.dtype), mask) for g, x, mask in zip(each, inputs, masks, strict=True)]
+        )
         return GroupL2(eta, relative, partitions)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 
-from ..ops.layout import Tensors, flat_rows
+import torch
+
+from ..ops.layout import Tensors
 from ..ops.noise import noise_keys
 from ..solvers.problem import Problem
 from .base import Explainer
@@ -31,16 +33,24 @@ class Noisy(Explainer):
                 check_scalar(name, getattr(self, name))
 
     def pose(self, problem: Problem) -> Problem:
-        return replace(problem, keys=noise_keys(self.seed, problem.ids), sigma=self._sigmas(problem.inputs))
+        return replace(problem, keys=noise_keys(self.seed, problem.ids), sigma=self._sigmas(problem))
 
-    def _sigmas(self, inputs: Tensors) -> Tensors:
+    def _sigmas(self, problem: Problem) -> Tensors:
+        inputs = problem.inputs
         if self.sigma is not None:
             return tuple(per_input_setting("sigma", self.sigma, x) for x in inputs)
-        sigmas = []
-        for x, level in zip(inputs, self._levels(inputs), strict=True):
-            flat = flat_rows(x).to(level.dtype)
-            sigmas.append(level * (flat.amax(1) - flat.amin(1)))
-        return tuple(sigmas)
+        levels = self._levels(inputs)
+        extents = [
+            high.to(level.dtype).amax(1) - low.to(level.dtype).amin(1)
+            for level, (low, high) in zip(levels, problem.free_values, strict=True)
+        ]
+        if problem.score.fixed is None:
+            return tuple([level * extent for level, extent in zip(levels, extents, strict=True)])
+        # Without free features a tensor has the extent −∞. No feature has its σ, and it must not be a tuple's least.
+        found = [level * extent.clamp_min(0) for level, extent in zip(levels, extents, strict=True)]
+        none = torch.stack([extent < 0 for extent in extents])
+        others = torch.stack([s.double() for s in found]).amax(0).masked_fill(none.all(0), 1.0)
+        return tuple([torch.where(n, others.to(s.dtype), s) for n, s in zip(none, found, strict=True)])
 
     def _levels(self, inputs: Tensors) -> Tensors:
         """σ as a fraction of the range of each input."""

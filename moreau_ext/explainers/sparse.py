@@ -39,17 +39,19 @@ class Sparse(Explainer):
 
     def pose(self, problem: Problem) -> Problem:
         problem = super().pose(problem)
-        problem = replace(problem, penalty=self._penalty(problem.inputs))
+        problem = replace(problem, penalty=self._penalty(problem))
         if self.support is None:
             return problem
         asked = tensor_of(self.support)
         support = per_input_setting("support", asked.double(), problem.inputs[0])
+        count = problem.penalty.count(problem.free)
         if asked.is_floating_point():
-            support = (support.double() * problem.penalty.count(problem.inputs)).round().clamp_min(1)
-        return replace(problem, tuning=replace(problem.tuning or Tuning(), support=support.long()))
+            support = (support.double() * count).round().clamp_min(1)
+        return replace(problem, tuning=replace(problem.tuning or Tuning(), support=support.long(), count=count))
 
-    def _penalty(self, inputs: Tensors) -> Penalty:
+    def _penalty(self, problem: Problem) -> Penalty:
         """L1 unless overridden."""
+        inputs = problem.inputs
         if self.eta is not None and tensor_of(self.eta).dim() > 1:
             return L1((per_feature(tensor_of(self.eta, dtype=ops.state_dtype(inputs[0].dtype)), inputs),))
         return L1(*self._strength(inputs))

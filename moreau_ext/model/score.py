@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._errors import MixingError, OutputRowsError, OutputTypeError
 from ..ops.layout import Tensors
 from .arguments import Items, take_rows
+from .fixed import Fixed
 from .memory import Footprint, measure_footprint
 from .modes import plain_attention
 from .modules import modules_of
@@ -48,6 +49,7 @@ class Score:
         per_row: which of ``args`` are.
         unused_inputs: what to do when the score does not depend on an input.
         precision: of the model's passes; scores and gradients come back in the dtype of the inputs.
+        fixed: features that keep the values of their input, or None.
     """
 
     model: Callable[..., Any]
@@ -57,6 +59,7 @@ class Score:
     per_row: tuple[bool, ...]
     unused_inputs: UnusedInputs
     precision: Precision = "float32"
+    fixed: Fixed | None = None
 
     def take(self, index: Tensor | slice) -> Score:
         """The score for rows index[0], index[1], ...; an index may occur many times."""
@@ -66,7 +69,7 @@ class Score:
         elif isinstance(target, InOrder):
             target = target.take(index)
         args = tuple([take_rows(a, index) if per else a for a, per in zip(self.args, self.per_row, strict=True)])
-        return replace(self, target=target, args=args)
+        return replace(self, target=target, args=args, fixed=self.fixed and self.fixed.take(index))
 
     def of_any_output(self) -> Score:
         """The same for a model whose output is no tensor: the callable target reads it, as the last part of the
@@ -113,6 +116,8 @@ class Score:
     def output(self, inputs: Tensors) -> Tensor:
         """The model's output tensor, checked to have one row per input."""
         args = [a.value if type(a) is Items else a for a in self.args]
+        if self.fixed is not None:
+            inputs = self.fixed.restored(inputs)
         with autocast(self.precision, inputs[0].device):
             output = self.model(*inputs, *args)
         if not isinstance(output, Tensor):

@@ -405,7 +405,8 @@ class AdaptiveProximalGradient:
             size, steps = state.samples, steps_kept(state.spend // state.samples, state.samples)
             variance = divide(squares, sums[:, DIFFERENCES])
             kept = state.iterate.scores[rows]
-            missed2 = unexplained2(some, part.gradient, variance, kept, size, steps, _first_draw(state.level - 1))
+            first = _first_draw(state.level - 1)
+            missed2 = unexplained2(some, part.gradient, variance, sums, kept, size, steps, first)
             # Of points that are far apart the scores say that the gradient changes between them.
             more2 = torch.maximum(more2, torch.where(far[rows], 0.0, rho2 * missed2))
             if 0 < count < _FEWEST_LOOKED:
@@ -424,7 +425,7 @@ class AdaptiveProximalGradient:
                 more2 = more2 + (3 * rare[rows] / (part.samples + count)).square()
                 variance = divide(squares, sums[:, DIFFERENCES])
                 blocks = range(count // BLOCK)
-                missed2 = unexplained2(some, part.gradient, variance, seen.scores, BLOCK, blocks, draw)
+                missed2 = unexplained2(some, part.gradient, variance, sums, seen.scores, BLOCK, blocks, draw)
                 more2 = torch.maximum(more2, rho2 * missed2)
             nonlinearity2[rows] = more2
         return replace(found, nonlinearity2=nonlinearity2)

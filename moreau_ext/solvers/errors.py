@@ -80,14 +80,19 @@ def upper_tail(z: Tensor) -> Tensor:
     return tail
 
 
-def benjamini_hochberg(p_values: Tensor, q: float) -> Tensor:
+def benjamini_hochberg(p_values: Tensor, q: float, tested: Tensor) -> Tensor:
     """The hypotheses of each row, [B, n], that are rejected at a false discovery rate of q; bool.
+
+    Args:
+        p_values: in [0, 1].
+        q: the rate.
+        tested: bool [B, n]; the others count for nothing.
 
     Source: Benjamini and Hochberg (1995).
     """
-    count = p_values.shape[1]
+    p_values = p_values.masked_fill(~tested, torch.inf)
     ordered = p_values.sort(dim=1).values
-    line = q * torch.arange(1, count + 1, dtype=ordered.dtype, device=ordered.device) / count
-    under = ordered <= line
+    rank = torch.arange(1, p_values.shape[1] + 1, dtype=ordered.dtype, device=ordered.device)
+    under = ordered <= q * rank / tested.sum(1, keepdim=True).clamp_min(1)
     last = torch.where(under, ordered, -1.0).amax(1, keepdim=True)
     return p_values <= last

@@ -16,17 +16,23 @@ from ..ops.partition import Partition
 Weights = Literal["unit", "sqrt"]
 
 
-def _partition(labels: Tensor, count: int, weights: Weights, dtype: torch.dtype) -> Partition:
-    """From group numbers in memory order, [rows, features]."""
+def _partition(labels: Tensor, count: int, weights: Weights, dtype: torch.dtype, fixed: Tensor | None) -> Partition:
+    """From group numbers and fixed features in memory order, [rows, features]."""
     if labels.shape[1] >= 1 << 31:
         raise ValueError(f"groups support up to 2^31 - 1 features per input, got {labels.shape[1]}")
     order = torch.argsort(labels, dim=1, stable=True)
     sizes = labels.new_zeros(labels.shape[0], count).scatter_add_(1, labels, torch.ones_like(labels))
+    free = sizes if fixed is None else sizes - torch.zeros_like(sizes).scatter_add_(1, labels, fixed.to(labels.dtype))
     offsets = torch.nn.functional.pad(sizes.cumsum(1), (1, 0))
-    w = sizes.to(dtype).sqrt().clamp_min(1) if weights == "sqrt" else torch.ones_like(sizes, dtype=dtype)
+    w = free.to(dtype).sqrt().clamp_min(1) if weights == "sqrt" else torch.ones_like(sizes, dtype=dtype)
     return Partition(
         labels.to(torch.int32).contiguous(), order.to(torch.int32), offsets.to(torch.int32).contiguous(), w.contiguous()
     )
+
+
+def _consecutive(labels: Tensor) -> Tensor:
+    """Group numbers from 0 without gaps, within each input: their number does not depend on the batch."""
+    return torch.stack([torch.unique(row, return_inverse=True)[1] for row in labels])
 
 
 class Groups(ABC):
@@ -38,14 +44,32 @@ class Groups(ABC):
     def labels(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Group number of every feature, int64, [1 or B, *features], counted from 0."""
 
-    def partition(self, x: Tensor, dtype: torch.dtype) -> Partition:
-        """The groups of a batch, in its memory order, with weights in ``dtype``."""
+    def partition(self, x: Tensor, dtype: torch.dtype, fixed: Tensor | None = None) -> Partition:
+        """The groups of a batch, in its memory order, with weights in ``dtype``.
+
+        Fixed features have no displacement, so that it does not matter which group they are in: they join one that has
+        free features. Groups of fixed features alone are none, and weights count free features.
+
+        Args:
+            x: [B, *features].
+            dtype: of the weights.
+            fixed: bool [1 or B, *features].
+        """
         labels = self.labels(x.shape, x.device).expand(-1, *x.shape[1:])
         layout = memory_layout(x)
-        flat = labels if layout is None or layout[0] == 1 else labels.movedim(1, -1)
-        flat = flat.reshape(labels.shape[0], math.prod(x.shape[1:]))
-        count = int(flat.max()) + 1 if flat.numel() else 0
-        return _partition(flat, count, self.weights, dtype)
+
+        def flat(values: Tensor) -> Tensor:
+            ordered = values if layout is None or layout[0] == 1 else values.movedim(1, -1)
+            return ordered.reshape(values.shape[0], math.prod(x.shape[1:]))
+
+        numbers, held = flat(labels), None
+        if fixed is not None and numbers.numel():
+            rows = max(numbers.shape[0], fixed.shape[0])
+            numbers, held = numbers.expand(rows, -1), flat(fixed).expand(rows, -1)
+            free = held.long().argmin(1, keepdim=True)
+            numbers = _consecutive(torch.where(held, numbers.gather(1, free), numbers))
+        count = int(numbers.max()) + 1 if numbers.numel() else 0
+        return _partition(numbers, count, self.weights, dtype, held)
 
 
 def _check_weights(weights: str) -> None:
@@ -184,5 +208,4 @@ class Labels(Groups):
             full = full.unsqueeze(0)
         if full.numel() == 0:
             return full
-        # Numbered within each input, so that the number of groups does not depend on the batch.
-        return torch.stack([torch.unique(row, return_inverse=True)[1] for row in full])
+        return _consecutive(full)

@@ -37,6 +37,8 @@ SCORES = 256
 BLOCK = 8
 # How many times tr V/6 is still taken for variance: E h² comes from few pairs.
 _EXPLAINED = 2
+# Differences that a variance must rest on to be taken for what all samples have. One rare gradient makes two.
+_SPREAD = 16
 # Scores are exact to this many spacings of their numbers.
 _ROUNDING = 64
 
@@ -125,7 +127,14 @@ def upper_residual2(
 
 
 def unexplained2(
-    problem: Problem, gradient: Tensors, variance: Tensors, scores: Tensor, samples: int, steps: range, first: int
+    problem: Problem,
+    gradient: Tensors,
+    variance: Tensors,
+    sums: Tensor,
+    scores: Tensor,
+    samples: int,
+    steps: range,
+    first: int,
 ) -> Tensor:
     """What the scores say ‖p(y) − p̄‖² is at least, beyond what the variance explains; float64 [B].
 
@@ -133,6 +142,8 @@ def unexplained2(
         problem: the inputs.
         gradient: p̄.
         variance: V of one sample's gradient, per feature.
+        sums: float64 [B, 8], see ops.SUMS: of the differences that V comes from. A V that rests on few of them, a rare
+            gradient, does not explain what all scores say.
         scores: [B, SCORES], where :func:`keep_scores` put them.
         samples: m, of a step.
         steps: numbers of the steps whose scores are there.
@@ -158,7 +169,9 @@ def unexplained2(
         squares += ((gap[:, 0::2] - gap[:, 1::2]) / 2).square().sum(1)
         largest = torch.maximum(largest, seen.abs().amax(1))
     pairs = len(steps) * (kept // 2)
-    explained = sum(s.double().square() * total((v,)) for s, v in zip(problem.sigma, variance, strict=True))
+    _, once, twice = sums[:, DIFFERENCES : DIFFERENCES + 3].unbind(1)
+    spread = (once.square() / twice.clamp_min(torch.finfo(twice.dtype).tiny) / _SPREAD).clamp_max(1)
+    explained = spread * sum(s.double().square() * total((v,)) for s, v in zip(problem.sigma, variance, strict=True))
     eps = max(resolution(problem.score.precision, x) for x in problem.inputs)
     excess = (squares / pairs - _EXPLAINED / 6 * explained - (_ROUNDING * eps * largest).square()).clamp_min(0)
     # Without noise in a tensor its gradient is not averaged, and there is nothing to miss.

@@ -42,9 +42,13 @@ class Penalty(ABC):
         """The least η for which δ* = 0, from p(0): [B]."""
         return self.magnitudes(gradient).amax(1)
 
-    @abstractmethod
-    def count(self, like: Tensors) -> Tensor:
-        """Features, or groups, of every input, int64 [B]."""
+    def count(self, free: Tensor) -> Tensor:
+        """How much may be in the map of every input: its free features, or their groups; int64 [B].
+
+        Args:
+            free: features of each tensor, int64 [B, tensors].
+        """
+        return free.sum(1)
 
     @abstractmethod
     def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
@@ -90,22 +94,32 @@ class Penalty(ABC):
         """What η is compared with, of every feature or group of all tensors, [B, count]: it is zero in S_η(p) where its
         magnitude is ≤ η."""
 
-    def threshold(self, gradient: Tensors, support: Tensor) -> Tensor:
+    def threshold(self, gradient: Tensors, support: Tensor, count: Tensor | None = None) -> Tensor:
         """The η [B] for which ``support`` int64 [B] features, or groups, of S_η(p) are not zero.
 
         It lies in the middle between the magnitudes it separates. Where these are equal (a tie) no η does, and it goes
         to the side of the tie that is nearer to ``support``, above it where both are as near. 0 where all are wanted.
+
+        Args:
+            gradient: p, zero in fixed features.
+            support: see above.
+            count: of the features or groups that may be in the map, int64 [B], see :meth:`count`; all of them by
+                default.
         """
         values = self.magnitudes(gradient).sort(dim=1, descending=True).values
-        count = values.shape[1]
+        most = values.shape[1]
+        count = torch.full_like(support, most)[:, None] if count is None else count[:, None]
         padded = torch.nn.functional.pad(values, (1, 1))  # rank 0 is never reached, rank count + 1 is 0
         padded[:, 0] = 2 * values[:, 0]
-        wanted = support.clamp(0, count)[:, None]
-        # Where one value ends and the next smaller one begins: the only places where η can go.
-        border = torch.nn.functional.pad(values[:, :-1] > values[:, 1:], (1, 1), value=True)
-        distance = (torch.arange(count + 1, device=values.device) - wanted).abs().masked_fill(~border, count + 1)
+        wanted = support[:, None].clamp_min(0).minimum(count)
+        # Where one value ends and the next smaller one begins: the only places where η can go. Behind the last one that
+        # may be in the map there is always one.
+        place = torch.arange(most + 1, device=values.device)
+        border = torch.nn.functional.pad(values[:, :-1] > values[:, 1:], (1, 1), value=True) | (place == count)
+        distance = (place - wanted).abs().masked_fill(~border | (place > count), most + 1)
         at = distance.argmin(dim=1, keepdim=True)  # the first: the smaller support
-        return ((padded.gather(1, at) + padded.gather(1, at + 1)) / 2).squeeze(1).where(at.squeeze(1) < count, 0)
+        eta = (padded.gather(1, at) + padded.gather(1, at + 1)) / 2
+        return torch.where(at < count, eta, 0).squeeze(1)
 
     def strength(self, tensor: int) -> Tensor | None:
         """η of one tensor; None without a penalty."""
@@ -152,9 +166,6 @@ class NoPenalty(Penalty):
 
     def prox(self, v: Tensors, step: Tensor | None = None) -> Tensors:
         return v
-
-    def count(self, like: Tensors) -> Tensor:
-        return _feature_count(like)
 
     def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
         return tuple([torch.ones_like(p) for p in gradient])
@@ -208,11 +219,6 @@ def _shrunk(gradient: Tensors, variance: Tensors) -> tuple[Tensors, Tensors]:
     return gradient, tuple([over_features(factor.to(p.dtype), p) for p in gradient])
 
 
-def _feature_count(like: Tensors) -> Tensor:
-    features = sum(math.prod(x.shape[1:]) for x in like)
-    return torch.full((like[0].shape[0],), features, device=like[0].device)
-
-
 def _absolute(tensors: Tensors) -> Tensor:
     return torch.cat([flat_rows(t).abs() for t in tensors], dim=1)
 
@@ -239,9 +245,6 @@ class L1(Penalty):
         return tuple(
             ops.shrink(u, e if step is None else e * over_features(step, e)) for u, e in zip(v, self.eta, strict=True)
         )
-
-    def count(self, like: Tensors) -> Tensor:
-        return _feature_count(like)
 
     def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
         return tuple(
@@ -286,10 +289,10 @@ class GroupL2(Penalty):
             ops.shrink(u, e if step is None else e * step, g) for u, e, g in zip(v, self.eta, self.groups, strict=True)
         )
 
-    def count(self, like: Tensors) -> Tensor:
+    def count(self, free: Tensor) -> Tensor:
         # Groups are numbered from 0 within an input, without gaps.
-        found = torch.stack([g.labels.amax(1).long() + 1 for g in self.groups]).sum(0)
-        return found.expand(like[0].shape[0])
+        found = [(g.labels.amax(1).long() + 1).expand(free.shape[0]) for g in self.groups]
+        return (torch.stack(found, dim=1) * (free > 0)).sum(1)
 
     def gain(self, gradient: Tensors, maps: Tensors, variance: Tensors) -> Tensors:
         # J = φI + (1 − φ)uuᵀ within a group, u = p_g/‖p_g‖ and φ the factor that shrinks it.

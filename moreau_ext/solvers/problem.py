@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -31,10 +32,12 @@ class Tuning:
 
     Args:
         support: features, or groups, that are not to be zero; int64.
+        count: features, or groups, that may be in the map, where there is a ``support``; int64.
         radius: ‖δ*‖₂, float64, in units of the inputs.
     """
 
     support: Tensor | None = None
+    count: Tensor | None = None
     radius: Tensor | None = None
 
 
@@ -102,6 +105,27 @@ class Problem:
         return sum(math.prod(x.shape[1:]) for x in self.inputs)
 
     @property
+    def free(self) -> Tensor:
+        """Features of each input that may move, of each of its tensors; int64 [B, tensors]."""
+        counts = torch.stack([self.keys.new_full((self.batch,), math.prod(x.shape[1:])) for x in self.inputs], dim=1)
+        if self.score.fixed is None:
+            return counts
+        fixed = [flat_rows(mask).sum(1).expand(self.batch) for mask in self.score.fixed.of_rows]
+        return counts - torch.stack(fixed, dim=1)
+
+    @property
+    def free_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The inputs for minima and for maxima, [B, features] per tensor: fixed features are +∞ in the first and −∞ in
+        the second."""
+        for i, x in enumerate(self.inputs):
+            flat = flat_rows(x)
+            if self.score.fixed is None:
+                yield flat, flat
+            else:
+                mask = flat_rows(self.score.fixed.of_rows[i])
+                yield flat.masked_fill(mask, math.inf), flat.masked_fill(mask, -math.inf)
+
+    @property
     def rho_of_input(self) -> Tensor:
         """ρ, float64 [B]."""
         return torch.stack([r.double() for r in self.rho]).amax(0)
@@ -155,7 +179,7 @@ class Problem:
             return self
         problem, penalty = self, self.penalty
         if self.tuning.support is not None:
-            eta = penalty.threshold(gradient, self.tuning.support)
+            eta = penalty.threshold(gradient, self.tuning.support, self.tuning.count)
             penalty = replace(penalty, eta=tuple([eta.to(r.dtype) for r in self.rho]))
             problem = replace(problem, penalty=penalty)
         return problem.of_radius(penalty.prox(gradient)) if self.tuning.radius is not None else problem

@@ -51,11 +51,12 @@ class Solution:
             errs by no more without a penalty or with L1. NaN where it is not known: of a single sample or pair, and of
             methods that are no mean of samples.
         p_value: the probability of a mean gradient as large as this one if the feature, or its group, were just at the
-            threshold η, or at 0 without a penalty; see :meth:`significant`. State dtype.
+            threshold η, or at 0 without a penalty; see :meth:`significant`. State dtype; NaN for fixed features.
         error: the parts of the map's error, see :class:`Errors`.
         target: what was explained, int64 [B, k], k indices into the axes of the output behind the batch; None for a
             callable target, and for a model with one output per input.
         ids: int64 [B], the names of the inputs to the noise bank.
+        fixed: the features that were fixed; bool, in the form of the map.
     """
 
     attribution: Any
@@ -79,6 +80,7 @@ class Solution:
     error: Errors
     target: Tensor | None
     ids: Tensor
+    fixed: Any
 
     @staticmethod
     def concatenate(parts: Iterable[Solution]) -> Solution:
@@ -113,7 +115,8 @@ class Solution:
         tails, maps = ((self.p_value,), (self.attribution,)) if one else (self.p_value, self.attribution)
         flat = torch.cat([flat_rows(p) for p in tails], dim=1)
         sizes = [flat_rows(p).shape[1] for p in tails]
-        found = torch.split(benjamini_hochberg(flat.nan_to_num(1.0), q), sizes, dim=1)
+        fixed = torch.cat([flat_rows(f) for f in ((self.fixed,) if one else self.fixed)], dim=1)
+        found = torch.split(benjamini_hochberg(flat.nan_to_num(1.0), q, ~fixed), sizes, dim=1)
         marked = tuple([f.view(p.shape) & (a != 0) for f, p, a in zip(found, tails, maps, strict=True)])
         return marked[0] if one else marked
 
@@ -279,6 +282,12 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: floa
     nnz = torch.stack([flat_rows(a != 0).sum(1) for a in attribution]).sum(0)
     ones = torch.ones_like(nnz)
     tails = problem.penalty.p_values(answer.gradient, answer.variance, answer.freedom, answer.dependence)
+    none = torch.zeros((), dtype=torch.bool, device=problem.keys.device)
+    masks = (none,) * len(problem.inputs) if problem.score.fixed is None else problem.score.fixed.of_rows
+    fixed, variance = tuple([m.expand_as(x) for m, x in zip(masks, problem.inputs, strict=True)]), answer.variance
+    if problem.score.fixed is not None:
+        tails = tuple([p.masked_fill(m, torch.nan) for p, m in zip(tails, fixed, strict=True)])
+        variance = tuple([v.masked_fill(m, 0.0) for v, m in zip(variance, fixed, strict=True)])
     solved = answer.relative_residual <= tol
     eta = answer.eta or tuple([torch.zeros_like(r) for r in answer.rho])
     return Solution(
@@ -299,11 +308,12 @@ def assemble(problem: Problem, answer: Answer, *, steps: int | Tensor, tol: floa
         eta=tuple([e.expand(problem.batch, *e.shape[1:]) if e.dim() > 1 else e for e in eta]),
         rho=answer.rho[0],
         sigma=problem.sigma,
-        standard_error=tuple([v.sqrt().to(x.dtype) for v, x in zip(answer.variance, problem.inputs, strict=True)]),
+        standard_error=tuple([v.sqrt().to(x.dtype) for v, x in zip(variance, problem.inputs, strict=True)]),
         p_value=tuple([p.to(a.dtype) for p, a in zip(tails, answer.maps, strict=True)]),
         error=answer.error,
         target=problem.score.target if isinstance(problem.score.target, Tensor) else None,
         ids=problem.ids,
+        fixed=fixed,
     )
 
 

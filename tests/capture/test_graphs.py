@@ -190,6 +190,21 @@ def test_found_settings_tuples_and_arguments() -> None:
         assert tapes[0].replays > 0
 
 
+def test_fixed_features_replay() -> None:
+    """A graph that froze a mask, or the values of fixed features, would say so."""
+    x = zoo.digits("test").inputs[:9]
+    replayed = GroupSparseMoreauGrad(zoo.trained("digits_cnn"), groups=Tiles(2, "sqrt"), support=4, rho=0.1)
+    stepped = copy.deepcopy(replayed)
+    tapes = on_tape(replayed)
+    one_by_one(stepped)
+    for inputs, fixed in ((x, x < 0.5), (x.flip(0), x.flip(0) < 0.2)):
+        same(
+            replayed.attribute(inputs, fixed=fixed, return_solution=True),
+            stepped.attribute(inputs, fixed=fixed, return_solution=True),
+        )
+    assert tapes[0].replays > 0
+
+
 def test_the_path_replays() -> None:
     x = zoo.digits("test").inputs[:5]
     replayed, stepped = (SparseMoreauGrad(zoo.trained("digits_cnn"), rho=0.1) for _ in range(2))

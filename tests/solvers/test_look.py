@@ -50,7 +50,8 @@ def test_scores_show_a_step_that_no_gradient_met(features: int) -> None:
     problem = posed(f, x)
     copies = NoisyCopies(problem, 64, True, step=5)
     scores, _ = copies.gradient(0, copies.draw(0, None))
-    seen = unexplained2(problem, (a.repeat(4, 1),), (torch.zeros(4, features, dtype=F64),), scores, 64, range(1), 5)
+    nothing, sums = torch.zeros(4, features, dtype=F64), torch.zeros(4, 8, dtype=F64)
+    seen = unexplained2(problem, (a.repeat(4, 1),), (nothing,), sums, scores, 64, range(1), 5)
     # E f'(x + σz) gains 0.1·φ(0.5)/0.1 along a: what the scores say is at least about that, and of its order.
     missed = math.exp(-0.125) / math.sqrt(2 * math.pi)
     assert ((seen.sqrt() > 0.7 * missed) & (seen.sqrt() < 2 * missed)).all()
@@ -69,7 +70,7 @@ def test_scores_of_what_the_gradients_show_are_no_news(sigma: float, dtype: torc
         problem = posed(net, x, sigma)
         seen = look(problem, (torch.zeros_like(x),), 256, 9, Runner())
         variance = tuple([s / seen.sums[:, 2, None].to(s.dtype) for s in seen.squares])
-        found = unexplained2(problem, seen.gradient, variance, seen.scores, 8, range(32), 9)
+        found = unexplained2(problem, seen.gradient, variance, seen.sums, seen.scores, 8, range(32), 9)
         assert float((found.sqrt() / seen.gradient[0].norm(dim=1)).max()) < 0.01
 
 
@@ -108,8 +109,8 @@ def true_residual(s: Any, gradient: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [MoreauGrad, SparseMoreauGrad])
-@pytest.mark.parametrize("width", [0.1, 0.01, 0.001])
-def test_rare_gradients_are_not_called_converged(kind: Any, width: float) -> None:
+@pytest.mark.parametrize(("width", "tol"), [(0.1, 0.01), (0.01, 0.01), (0.001, 0.01), (0.003, 0.05), (0.001, 0.05)])
+def test_rare_gradients_are_not_called_converged(kind: Any, width: float, tol: float) -> None:
     """A slope of 1 beside a step of height σ, of which a share ``width`` of the samples sees the slope."""
     sigma, rho = 0.1, 0.1
 
@@ -117,11 +118,11 @@ def test_rare_gradients_are_not_called_converged(kind: Any, width: float) -> Non
         return (x + 0.1 * torch.special.ndtr(x / (width * sigma))).sum(1)
 
     x = 0.1 + 0.05 * torch.randn(200, 1, dtype=F64, generator=torch.Generator().manual_seed(1))
-    s = kind(f, rho=rho, sigma=sigma, solver=AdaptiveProximalGradient(0.01)).attribute(x, return_solution=True)
+    s = kind(f, rho=rho, sigma=sigma, solver=AdaptiveProximalGradient(tol)).attribute(x, return_solution=True)
     spread = sigma * math.sqrt(1 + width**2)
     at = x + s.displacement
     gradient = 1 + 0.1 * torch.exp(-0.5 * (at / spread).square()) / (math.sqrt(2 * math.pi) * spread)
-    false = s.converged & (true_residual(s, gradient) > 0.02)
+    false = s.converged & (true_residual(s, gradient) > 2 * tol)
     assert int(false.sum()) <= 2
     assert not (s.converged & (true_residual(s, gradient) > 0.1)).any()
 

@@ -59,7 +59,7 @@ def test_threshold_of_groups_counts_groups_with_their_weights() -> None:
     p = torch.tensor([[3.0, 4.0, 1.0, 0.1, 0.1, 6.0]], dtype=torch.float64)  # norms 5, 1, 6.0017 over 1.41, 1, 1.73
     groups = Labels(torch.tensor([0, 0, 1, 2, 2, 2]), "sqrt").partition(p, torch.float64)
     penalty = GroupL2((torch.zeros(1, dtype=torch.float64),), groups=(groups,))
-    assert penalty.count((p,)).tolist() == [3]
+    assert penalty.count(torch.tensor([[6]])).tolist() == [3]
     for support, mask in ((1, [1, 1, 0, 0, 0, 0]), (2, [1, 1, 0, 1, 1, 1]), (3, [1] * 6)):
         eta = penalty.threshold((p,), torch.tensor([support]))
         maps = GroupL2((eta,), groups=(groups,)).prox((p,))[0]

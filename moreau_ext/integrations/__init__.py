@@ -1,0 +1,1 @@
+"""Explainers for the models and data of other toolboxes; each toolbox is imported only when it is used."""
