@@ -54,15 +54,16 @@ def heat(map: Tensor, *, tiled: bool) -> Tensor:
 
 
 def draw(name: str, photograph: Tensor, panels: list[Panel], *, tiled: bool) -> None:
-    figure = Figure(figsize=(8, 2.45), dpi=100)
-    figure.subplots_adjust(left=0.005, right=0.995, top=0.9, bottom=0.1, wspace=0.03)
+    # Two rows, so that a panel is still large on a phone.
+    figure = Figure(figsize=(4.8, 5.6), dpi=125)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.05, wspace=0.04, hspace=0.25)
     gray = photograph.mean(0)
-    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, panel in zip(figure.subplots(2, 2).flat, panels, strict=True):
         strength = heat(panel.map, tiled=tiled)
         axes.imshow(gray, cmap="gray", vmin=-0.5, vmax=1.2, interpolation="nearest")
         axes.imshow(strength, cmap="inferno", alpha=0.9 * strength.pow(0.7), vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(panel.title, fontsize=13, pad=4)
-        axes.set_xlabel(panel.note, fontsize=11, labelpad=4)
+        axes.set_title(panel.title, fontsize=11, pad=4)
+        axes.set_xlabel(panel.note, fontsize=9, labelpad=4)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.savefig(OUT / f"{name}.png", metadata={"Software": None})
@@ -91,13 +92,13 @@ def main() -> None:
         found = explainer.attribute(x, return_solution=True)
         ((name, value),) = settings.items()
         print(
-            f"{name} = {value}: {int(found.support)} tiles, residual {float(found.relative_residual):.3f}, "
+            f"{name} = {value}: {tiles(found.support)}, residual {float(found.relative_residual):.3f}, "
             f"{int(found.gradient_evaluations)} gradients, "
             f"‖δ‖/‖x‖ {float(found.displacement.norm() / x.norm()):.4f}, "
             f"cosine of its gradient to SmoothGrad {cosine(found.envelope_gradient, plain):.2f}"
         )
         residual = f"{float(found.relative_residual):.0%}"
-        return Panel(f"{name} = {value:g}", found.attribution, f"{int(found.support)} tiles, residual {residual}")
+        return Panel(f"{name} = {value:g}", found.attribution, f"{tiles(found.support)}, residual {residual}")
 
     def smooth(title: str, *, num_samples: int, noise_level: float) -> Panel:
         maps = [
@@ -114,6 +115,10 @@ def main() -> None:
     counts = [smooth(f"{m} gradients", num_samples=m, noise_level=0.1) for m in (4, 16, 64, 256)]
     draw("gradients", photograph, counts, tiled=False)
     print(f"{time.perf_counter() - start:.0f} s")
+
+
+def tiles(support: Tensor) -> str:
+    return "1 tile" if int(support) == 1 else f"{int(support)} tiles"
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
