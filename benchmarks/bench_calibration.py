@@ -178,7 +178,7 @@ def saddle(dimensions: int) -> Callable[[int], Known]:
     return ridges(parts, 0.5, torch.zeros(dimensions, dtype=torch.float64))
 
 
-def known_cases() -> list[Case]:
+def known_cases(tol: float) -> list[Case]:
     cases = []
     for d in (1, 2, 64):
         for method in ("dense", "sparse"):
@@ -203,7 +203,7 @@ def known_cases() -> list[Case]:
     )
     for noise in ("fresh", "fixed"):
         for m in (1, 8, 32):
-            solver = ProximalGradient(m, 200, 0.03, tol=TOL, noise=noise)
+            solver = ProximalGradient(m, 200, 0.03, tol=tol, noise=noise)
             name = f"32 kinks in 2-D, 200 steps, {m} samples, {noise} noise"
             cases.append(Case(name, "dense", random_relus(2, 32), {"sigma": 0.3, "rho": 0.3}, solver))
     return cases
@@ -257,7 +257,7 @@ def measured_residual(explainer: Any, x: Tensor, target: Tensor, solution: Solut
     return torch.cat(found)
 
 
-def run(case: Case, count: int, samples: int, max_gradients: int = 2048) -> dict[str, Any]:
+def run(case: Case, count: int, samples: int, tol: float = TOL, max_gradients: int = 2048) -> dict[str, Any]:
     settings: dict[str, Any] = {"rho": 1.0, "noise_level": 0.1} | case.settings
     if "radius_ratio" in settings:
         del settings["rho"]
@@ -265,7 +265,7 @@ def run(case: Case, count: int, samples: int, max_gradients: int = 2048) -> dict
         del settings["noise_level"]
     if case.method != "dense" and "support" not in settings:
         settings["eta_ratio"] = 0.3
-    solver = case.solver or AdaptiveProximalGradient(TOL, max_gradients)
+    solver = case.solver or AdaptiveProximalGradient(tol, max_gradients)
     known = target = None
     if isinstance(case.make, str):
         model: Any = zoo.trained(case.make)
@@ -293,7 +293,7 @@ def run(case: Case, count: int, samples: int, max_gradients: int = 2048) -> dict
             residual = torch.zeros(0, dtype=torch.float64)
     row: dict[str, Any] = {"problem": case.title, "inputs": len(x), "converged": len(claimed)}
     for share in SHARES:
-        over = float((residual > share * TOL).double().mean()) if len(claimed) else None
+        over = float((residual > share * tol).double().mean()) if len(claimed) else None
         row[f"over {share}"] = over
     row["largest"] = float(residual.max()) if len(claimed) else None
     row["gradients"] = float(found.gradient_evaluations.double().quantile(0.5))
@@ -303,6 +303,7 @@ def run(case: Case, count: int, samples: int, max_gradients: int = 2048) -> dict
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", default="", help="problems with this in their name")
+    options.add_argument("--tol", type=float, default=TOL)
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     count, samples = (64, 4096) if arguments.quick else (200, 1 << 14)
@@ -310,10 +311,10 @@ def main() -> None:
     if arguments.json is not None and arguments.json.exists():
         rows = json.loads(arguments.json.read_text())["rows"]
     done = {row["problem"] for row in rows}
-    for case in [*known_cases(), *net_cases()]:
+    for case in [*known_cases(arguments.tol), *net_cases()]:
         if arguments.only in case.title and case.title not in done:
             try:
-                rows.append(run(case, count, samples))
+                rows.append(run(case, count, samples, arguments.tol))
             except ValueError as error:  # a problem without a solution that numbers hold
                 rows.append({"problem": case.title, "inputs": count, "error": str(error)[:90]})
             print(json.dumps(rows[-1]), flush=True)

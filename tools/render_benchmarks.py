@@ -201,6 +201,10 @@ def calibration() -> str:
     ]
     head = ("problem", "converged", "over tol", "over 2 tol", "over 10 tol", "gradients, median")
     exceptions = f" The exceptions: {'; '.join(broken)}." if broken else ""
+    default = "cpu-calibration-5-percent.json"
+    wide = [row for row in rows(default) if row.get("converged")]
+    many = sum(row["converged"] for row in wide)
+    at_default = {share: sum(over(row, share) for row in wide) / many for share in (1, 2, 10)}
     return f"""## Is what converged solved?
 
 Of the inputs that a solver calls converged at a tolerance of 1 %, the share whose true residual is larger. Scores made
@@ -215,6 +219,10 @@ Of all {count(total)} claims {percent(overall[1], 1)} are over the tolerance, {p
 {percent(overall[10], 2)} over ten times. In {len(claimed) - len(broken)} of the {len(claimed)} problems with claims
 at most one input, or 1 % of them, is over twice the tolerance.{exceptions} In {len(none)} further problems no claim was
 made within 2,048 gradients: rightly, or for want of samples.
+
+At the default tolerance of 5 % (`--tol 0.05`; {len(rows(default))} of these problems), of {count(many)} claims
+{percent(at_default[1], 1)} are over the tolerance, {percent(at_default[2], 2)} over twice, and
+{percent(at_default[10], 2)} over ten times. Data: `{default}`.
 
 `OMP_NUM_THREADS=1 python benchmarks/bench_calibration.py --json benchmarks/results/{name}`
 
