@@ -32,7 +32,7 @@ from ..ops.layout import Tensors
 from ..preparation.report import Prepared
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from .inputs import check_fixed, check_ids, check_inputs, empty_solution, in_form
+from .inputs import Ids, check_fixed, check_ids, check_inputs, empty_solution, in_form
 from .settings import per_input_setting
 
 _lowering = threading.Lock()
@@ -381,7 +381,7 @@ class Explainer(ABC):
 
     @contextmanager
     def _posed(
-        self, inputs: Any, target: Target, additional_forward_args: Any, ids: Tensor | None, fixed: Any
+        self, inputs: Any, target: Target, additional_forward_args: Any, ids: Ids, fixed: Any
     ) -> Iterator[tuple[Tensors, Problem | None]]:
         """The checked inputs of a call and their problem, with the model in eval mode; no problem for no inputs."""
         with _outside_inference(), torch.no_grad():
@@ -409,7 +409,7 @@ class Explainer(ABC):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         fixed: Any = None,
     ) -> Problem:
         """The problem that :meth:`attribute` solves, with settings that are measured or follow the solution still open.
@@ -442,7 +442,7 @@ class Explainer(ABC):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         fixed: Any = None,
         return_solution: Literal[False] = False,
     ) -> Any: ...
@@ -454,7 +454,7 @@ class Explainer(ABC):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         fixed: Any = None,
         return_solution: Literal[True],
     ) -> Solution: ...
@@ -466,7 +466,7 @@ class Explainer(ABC):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         fixed: Any = None,
         return_solution: bool = False,
     ) -> Any:
@@ -488,7 +488,9 @@ class Explainer(ABC):
                 happens to have B entries, two small passes of the first call decide; :class:`PerInput` and
                 :class:`Shared` say it.
             ids: int64 [B], each input's name to the noise bank; its position by default. Give them when you split a
-                data set into batches, and an input draws the same noise in any of them.
+                data set into batches, and an input draws the same noise in any of them. One integer gives all inputs
+                the same noise: maps of copies or neighbours of an input then differ by the inputs alone, which is what
+                robustness metrics compare.
             fixed: the features that may not move, bool: padding, special tokens, a background, all outside a region. A
                 mask that broadcasts to the features ([H, W] of images, [T, 1] of embeddings) serves all inputs; one
                 with as many axes as the inputs is a mask for each. For a tuple of inputs a tuple of masks or None. The

@@ -22,6 +22,7 @@ from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
+from .inputs import Ids
 from .noisy import Noisy
 from .settings import Scalar, check_scalar, per_input_setting
 
@@ -31,9 +32,7 @@ def _check_method(method: str) -> None:
         raise ValueError(f"hessian: expected one of {', '.join(ESTIMATES)}, got {method!r}")
 
 
-def _known_of(
-    solution: Solution, inputs: Any, target: Target, ids: Tensor | None
-) -> tuple[Tensors, Tensors, Target, Tensor, Any]:
+def _known_of(solution: Solution, inputs: Any, target: Target, ids: Ids) -> tuple[Tensors, Tensors, Target, Ids, Any]:
     """(displacement, eta) of a solution as tuples, and its target, ids and fixed features, on the device of the inputs.
 
     Raises:
@@ -131,7 +130,7 @@ class Certified(Noisy):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         num_samples: int = 4096,
         num_hvp_samples: int = 128,
         hessian: Method = "auto",
@@ -218,7 +217,7 @@ class Certified(Noisy):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         num_samples: int | None = None,
         hessian: Method = "auto",
         hold_settings: bool = False,

@@ -17,6 +17,9 @@ from ..ops.layout import Tensors, flat_rows, memory_layout, tensor_of
 from ..solvers.errors import Errors
 from ..solvers.solution import Solution
 
+# Names of inputs to the noise bank: one per input [B], one for all, or None for their positions.
+Ids = int | Tensor | None
+
 
 def check_inputs(inputs: Any, model: Callable[..., Any], precision: str, layout: torch.memory_format) -> Tensors:
     """Checked copies of the inputs of a call, dense and owned by it.
@@ -83,18 +86,20 @@ def _made_of(inputs: Any) -> str:
     return name
 
 
-def check_ids(ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """The names of the inputs, int64 [B]; their positions by default."""
+def check_ids(ids: Ids, batch: int, device: torch.device) -> Tensor:
+    """The names of the inputs, int64 [B]: their positions by default; one integer names all."""
     if ids is None:
         return torch.arange(batch, device=device)
     try:
         names = tensor_of(ids)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"ids: expected int64, one per input, got {ids!r}") from None
+        raise TypeError(f"ids: expected int64, one per input or one for all, got {ids!r}") from None
     if names.is_floating_point() or names.is_complex() or names.dtype == torch.bool:
         raise TypeError(f"ids: expected int64, got {names.dtype}")
+    if names.dim() == 0:
+        names = names.repeat(batch)
     if names.shape != (batch,):
-        raise ValueError(f"ids: expected one per input, [{batch}], got shape {tuple(names.shape)}")
+        raise ValueError(f"ids: expected one per input, [{batch}], or one integer, got shape {tuple(names.shape)}")
     return names.to(device=device, dtype=torch.int64)
 
 

@@ -27,7 +27,7 @@ from ..solvers.problem import Problem, Tuning
 from ..solvers.solution import Solution
 from .base import warn_unconverged
 from .certified import Certified
-from .inputs import empty_solution, in_form
+from .inputs import Ids, empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
 from .sparse import Sparse
 
@@ -228,7 +228,7 @@ class SparseMoreau(Sparse, MoreauGrad):
         target: Target = None,
         additional_forward_args: Any = None,
         *,
-        ids: Tensor | None = None,
+        ids: Ids = None,
         fixed: Any = None,
     ) -> tuple[Solution, ...]:
         """The solutions for η = ratio·η_max, from sparse to dense, each begun where the sparser one ended.

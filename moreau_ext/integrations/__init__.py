@@ -1,1 +1,1 @@
-"""Explainers for the models and data of other toolboxes; each toolbox is imported only when it is used."""
+"""Explainers for the models and data of other toolboxes, and adapters; each imports its toolbox only when used."""

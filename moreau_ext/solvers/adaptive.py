@@ -169,7 +169,7 @@ class AdaptiveProximalGradient:
         >>> explainer = MoreauGrad(lambda x: (x * a).sum(1), solver=AdaptiveProximalGradient())
         >>> s = explainer.attribute(a, return_solution=True)
         >>> bool(s.converged), int(s.gradient_evaluations)
-        (True, 240)
+        (True, 256)
 
     Deterministic, and independent of the batch beyond the rounding of the model's passes.
     Source: the method of arXiv 2302.05294; momentum with restart of O'Donoghue and Candès (2015); averaging of Polyak

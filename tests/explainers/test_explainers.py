@@ -362,6 +362,16 @@ def test_ids_name_the_noise(method: str) -> None:
     assert not torch.equal(a[0], a[1])
 
 
+@pytest.mark.parametrize("method", ALL)
+def test_one_id_gives_all_inputs_one_noise(method: str) -> None:
+    x = images(1).expand(3, -1, -1, -1).clone()
+    e = ALL[method](smooth())
+    found = e.attribute(x, 1, ids=7, return_solution=True)
+    close(found.attribution[:2], found.attribution[1:])
+    assert found.ids.tolist() == [7, 7, 7]
+    assert torch.equal(found.attribution, e.attribute(x, 1, ids=torch.full((3,), 7)))
+
+
 @given(
     method=st.sampled_from([m for m in ALL if m != "gradient"]),
     batch=st.integers(1, 4),
@@ -1085,7 +1095,10 @@ def test_a_model_is_called() -> None:
     ("settings", "message"),
     [
         ({"rho": torch.ones(2)}, r"rho: expected a number or one per input, \[3\], got shape \(2,\)"),
-        ({"sigma": torch.ones(4)}, r"sigma: expected a number or one per input, \[3\], got shape \(4,\)"),
+        (
+            {"sigma": torch.ones(4)},
+            r"sigma: expected a number or one per input, \[3\], got shape \(4,\)",
+        ),
         ({"noise_level": torch.ones(3, 1)}, r"noise_level: expected a number or one per input, \[3\], got .*\(3, 1\)"),
         ({"eta": torch.ones(4)}, r"eta: expected a number or one per input, \[3\], got shape \(4,\)"),
         ({"eta": torch.ones(2, 2, 5, 4)}, r"eta: expected .* one per feature \(1, 2, 5, 4\) or \(3, 2, 5, 4\), got"),
@@ -1179,11 +1192,15 @@ def test_a_model_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        (torch.arange(2), ValueError, r"ids: expected one per input, \[3\], got shape \(2,\)"),
-        (torch.arange(3)[:, None], ValueError, r"ids: expected one per input, \[3\], got shape \(3, 1\)"),
+        (torch.arange(2), ValueError, r"ids: expected one per input, \[3\], or one integer, got shape \(2,\)"),
+        (
+            torch.arange(3)[:, None],
+            ValueError,
+            r"ids: expected one per input, \[3\], or one integer, got shape \(3, 1\)",
+        ),
         (torch.rand(3), TypeError, r"ids: expected int64, got torch.float32"),
         (torch.ones(3) > 0, TypeError, r"ids: expected int64, got torch.bool"),
-        (["a", "b", "c"], TypeError, r"ids: expected int64, one per input, got \['a', 'b', 'c'\]"),
+        (["a", "b", "c"], TypeError, r"ids: expected int64, one per input or one for all, got \['a', 'b', 'c'\]"),
     ],
 )
 def test_bad_ids(ids: Any, error: type[Exception], message: str) -> None:
