@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, SCRIPT
 
+import moreau_ext
 from moreau_ext import cli
 from moreau_ext.batch import Config
 from moreau_ext.cli import explain
@@ -109,6 +110,13 @@ def test_the_readme_fits_a_page() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.splitlines()) <= 100
     assert len(text.split()) <= 700
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    listed = re.findall(r"^::: moreau_ext\.(\S+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
+    public = {f"{where}.{name}" for name, where in moreau_ext._WHERE.items()}
+    public |= {f"{name}.{member}" for name in moreau_ext._MODULES for member in getattr(moreau_ext, name).__all__}
+    assert sorted(listed) == sorted(public)
 
 
 def test_benchmark_tables_are_rendered() -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .._errors import SettingError
+from ..solvers.adaptive import least_gradients
 from ..zoo.data import Dataset
 from .attacks import ATTACKS, Attack, Norm
 from .derivatives import Hessian
-from .methods import Settings, methods
+from .methods import OURS, Settings, methods
 
 Numbers = dict[str, np.ndarray[Any, Any]]
 
@@ -99,6 +100,10 @@ class Plan:
         for radius in self.magnitudes:
             if not 0 < radius < math.inf:
                 raise SettingError("magnitudes", f"expected positive numbers, got {radius!r}")
+        for name in self.methods:
+            least = least_gradients(relative=name != "moreau", tuned=False)
+            if name in OURS and self.settings.budget < least:
+                raise SettingError("budget", f"{name} takes at least {least} gradients, got {self.settings.budget}")
 
     def identity(self) -> dict[str, Any]:
         """The settings that change numbers."""

@@ -172,7 +172,7 @@ def quick_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Photographs of 32 pixels, and few gradients."""
     small = zoo.photographs(32)
     monkeypatch.setattr(zoo, "photographs", lambda: small)
-    monkeypatch.setattr(photographs, "_GRADIENTS", 16)
+    monkeypatch.setattr(photographs, "_GRADIENTS", 336)
     monkeypatch.setattr(photographs, "_TILE", 4)
     monkeypatch.setattr(photographs, "_TILES", 12)
 

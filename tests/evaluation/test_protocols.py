@@ -236,6 +236,7 @@ def test_a_full_disk_loses_nothing(model, tmp_path: Path, monkeypatch, capsys) -
         ({"methods": ("magic",)}, "methods: expected some of gradient"),
         ({"attacks": ("magic",)}, "attacks: expected some of gaussian"),
         ({"magnitudes": (-1.0,)}, "magnitudes: expected positive numbers"),
+        ({"methods": ("sparse",), "settings": Settings(budget=192)}, "budget: sparse takes at least 224 gradients"),
     ],
 )
 def test_plans_refuse(more: dict, words: str) -> None:
@@ -351,7 +352,7 @@ def test_the_command_on_cifar_files(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_command_on_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["evaluate", "--data", "photographs", "--size", "32", "--limit", "1", "--block", "1", "--budget", "192",
+    line = ["evaluate", "--data", "photographs", "--size", "32", "--limit", "1", "--block", "1", "--budget", "224",
             "--methods", "gradient,sparse", "--attack", "gaussian", "--out", str(tmp_path)]  # fmt: skip
     assert cli.main(line) == 0
     assert "1 inputs, 2 methods, 1 attacks" in capsys.readouterr().out
@@ -393,7 +394,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
     ("arguments", "words"),
     [
         (["--magnitudes", "0.3,-1"], "--magnitudes: expected positive numbers"),
-        (["--rho", "0"], "--rho: expected positive numbers"),
+        (["--rho", "0"], "--rho: expected a positive number"),
         (["--methods", "magic"], "--methods: expected some of gradient"),
         (["--attack", "magic"], "--attack: expected some of gaussian"),
         (["--data", "mnist"], "--data: expected digits, photographs, cifar10:PATH or imagefolder:PATH, got 'mnist'"),
