@@ -236,7 +236,10 @@ def test_a_full_disk_loses_nothing(model, tmp_path: Path, monkeypatch, capsys) -
         ({"methods": ("magic",)}, "methods: expected some of gradient"),
         ({"attacks": ("magic",)}, "attacks: expected some of gaussian"),
         ({"magnitudes": (-1.0,)}, "magnitudes: expected positive numbers"),
-        ({"methods": ("sparse",), "settings": Settings(budget=192)}, "budget: sparse takes at least 224 gradients"),
+        (
+            {"methods": ("sparse",), "settings": methods.Settings(budget=192)},
+            "budget: sparse takes at least 224 gradients",
+        ),
     ],
 )
 def test_plans_refuse(more: dict, words: str) -> None:
