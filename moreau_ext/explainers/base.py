@@ -32,7 +32,7 @@ from ..ops.layout import Tensors
 from ..preparation.report import Prepared
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from .inputs import Ids, check_fixed, check_ids, check_inputs, empty_solution, in_form
+from .inputs import Ids, Mask, check_fixed, check_ids, check_inputs, empty_solution, in_form
 from .settings import per_input_setting
 
 _lowering = threading.Lock()
@@ -438,38 +438,62 @@ class Explainer(ABC):
     @overload
     def attribute(
         self,
-        inputs: Any,
+        inputs: Tensor,
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
-        fixed: Any = None,
+        fixed: Mask = None,
         return_solution: Literal[False] = False,
-    ) -> Any: ...
+    ) -> Tensor: ...
 
     @overload
     def attribute(
         self,
-        inputs: Any,
+        inputs: tuple[Tensor, ...],
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
-        fixed: Any = None,
+        fixed: Mask = None,
+        return_solution: Literal[False] = False,
+    ) -> tuple[Tensor, ...]: ...
+
+    @overload
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        ids: Ids = None,
+        fixed: Mask = None,
         return_solution: Literal[True],
     ) -> Solution: ...
+
+    @overload
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        ids: Ids = None,
+        fixed: Mask = None,
+        return_solution: bool,
+    ) -> Tensor | tuple[Tensor, ...] | Solution: ...
 
     @leaves_as_found
     def attribute(
         self,
-        inputs: Any,
+        inputs: Tensor | tuple[Tensor, ...],
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
-        fixed: Any = None,
+        fixed: Mask = None,
         return_solution: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, ...] | Solution:
         """The maps of a batch.
 
         Args:
@@ -514,4 +538,5 @@ class Explainer(ABC):
         solution = in_form(solution, isinstance(inputs, Tensor))
         warn_empty([solution])
         warn_unconverged([solution], *self._claim)
-        return solution if return_solution else solution.attribution
+        found: Tensor | tuple[Tensor, ...] = solution.attribution
+        return solution if return_solution else found

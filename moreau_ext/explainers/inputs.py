@@ -19,6 +19,8 @@ from ..solvers.solution import Solution
 
 # Names of inputs to the noise bank: one per input [B], one for all, or None for their positions.
 Ids = int | Tensor | None
+# Which features are fixed: a mask for the input, or one or None for each of several.
+Mask = Tensor | tuple[Tensor | None, ...] | None
 
 
 def check_inputs(inputs: Any, model: Callable[..., Any], precision: str, layout: torch.memory_format) -> Tensors:
