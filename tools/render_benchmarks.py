@@ -79,6 +79,8 @@ def wrapped(text: str) -> str:
     """Paragraphs and lists in lines of 120 characters; tables, headings and pictures as they are."""
     blocks = []
     for block in text.strip().split("\n\n"):
+        if not block.strip():
+            continue
         if block[0] in "|!#<":
             blocks.append(block)
             continue
@@ -632,7 +634,8 @@ its budget of 256:
 
 {table(head_whole, body_whole)}
 
-`OMP_NUM_THREADS=1 python benchmarks/bench_imagenet.py --compile`. {source("cpu-imagenet.json")}
+`OMP_NUM_THREADS=1 python benchmarks/bench_imagenet.py{" --compile" if compiled else ""}`.
+{source("cpu-imagenet.json")}
 """
 
 
