@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,15 +52,11 @@ def bare(model: Any) -> Any:
     return model.model if isinstance(model, Prepared) else model
 
 
-def mean_gradient(net: str, noise_level: float, samples: int, seed: int) -> Callable[[Tensor, Tensor, Any], Solution]:
-    def solution(x: Tensor, target: Tensor, model: Any) -> Solution:
-        explainer = SmoothGrad(
-            model, num_samples=samples, antithetic=True, seed=seed, noise_level=noise_level, max_batch=NETS[net][3]
-        )
-        found: Solution = explainer.attribute(x, target=target, return_solution=True)
-        return found
-
-    return solution
+def mean_gradient(net: str, model: Any, x: Tensor, target: Tensor, level: float, samples: int, seed: int) -> Solution:
+    explainer = SmoothGrad(
+        model, num_samples=samples, antithetic=True, seed=seed, noise_level=level, max_batch=NETS[net][3]
+    )
+    return explainer.attribute(x, target=target, return_solution=True)
 
 
 def noises(net: str, model: Any, x: Tensor, target: Tensor) -> list[dict[str, Any]]:
@@ -73,7 +68,7 @@ def noises(net: str, model: Any, x: Tensor, target: Tensor) -> list[dict[str, An
         with torch.no_grad():
             copies = [x + level * span * torch.randn(x.shape, generator=generator) for _ in range(16)]
             kept = torch.stack([bare(model)(c).argmax(1) == target for c in copies]).double().mean()
-        maps = [mean_gradient(net, level, 256, 1)(v, target, model) for v in (x, near)]
+        maps = [mean_gradient(net, model, v, target, level, 256, 1) for v in (x, near)]
         row = {"table": "noise", "net": net, "noise level": level, "kept": float(kept)}
         row |= {"gradients for 10 %": float(maps[0].forecast(0.1).double().median())}
         row |= {"cosine": float(cosine(maps[0].envelope_gradient, maps[1].envelope_gradient).mean())}
@@ -83,11 +78,11 @@ def noises(net: str, model: Any, x: Tensor, target: Tensor) -> list[dict[str, An
 
 
 def rhos(net: str, model: Any, x: Tensor, target: Tensor) -> list[dict[str, Any]]:
-    straight = mean_gradient(net, 0.05, 2048, 1)(x, target, model).attribution
+    straight = mean_gradient(net, model, x, target, 0.05, 2048, 1).attribution
     rows = []
     for rho in RHOS:
         solver = AdaptiveProximalGradient(0.05, 2048)
-        explainer = MoreauGrad(model, rho=rho, noise_level=0.05, solver=solver, max_batch=NETS[net][3])  # type: ignore[arg-type]
+        explainer = MoreauGrad(model, rho=rho, noise_level=0.05, solver=solver, max_batch=NETS[net][3])  # type: ignore[arg-type]  # str
         s: Solution = explainer.attribute(x, target, return_solution=True)
         length = s.displacement.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
         row = {"table": "rho", "net": net, "asked": rho, "rho": float(s.rho.median()), "length": float(length.median())}
@@ -101,20 +96,20 @@ def rhos(net: str, model: Any, x: Tensor, target: Tensor) -> list[dict[str, Any]
 
 def tolerances(net: str, model: Any, x: Tensor, target: Tensor) -> list[dict[str, Any]]:
     _, samples, tile, _ = NETS[net]
-    reference = mean_gradient(net, 0.05, samples, 99)(x, target, model)
+    reference = mean_gradient(net, model, x, target, 0.05, samples, 99)
     p, v = reference.envelope_gradient, reference.standard_error.square().to(reference.envelope_gradient.dtype)
     baseline = blurred(x)
 
     def deleted(maps: Tensor) -> Tensor:
         return area(perturbation_curve(bare(model), x, maps, target, "deletion", baseline=baseline))
 
+    means = {n: mean_gradient(net, model, x, target, 0.05, n, 7).envelope_gradient for n in COUNTS}
     found = []
     for kind in ("dense", "L1, 10 %", "groups"):
         penalty = penalties(kind, p, v, tile)
         limit = penalty.prox((p,))[0]
         top, curve = topk_mask(limit, 0.05) & (limit != 0), deleted(limit)
-        for n in COUNTS:
-            mean = mean_gradient(net, 0.05, n, 7)(x, target, model).envelope_gradient
+        for mean in means.values():
             maps = penalty.prox((mean,))[0]
             error = (maps - limit).flatten(1).norm(dim=1) / limit.flatten(1).norm(dim=1)
             shared = topk_intersection(maps, limit, 0.05) if kind == "dense" else support_jaccard(maps, limit)

@@ -64,7 +64,7 @@ def penalties(kind: str, reference: Tensor, variance: Tensor, tile: int) -> Pena
         wanted = max(1, round(0.1 * one.magnitudes((reference,)).shape[1]))
     lifted, _ = one.denoised((reference,), (variance,))
     eta = one.threshold(lifted, torch.full((len(reference),), wanted)).to(reference.dtype)
-    return L1((eta,)) if kind != "groups" else GroupL2((eta,), groups=one.groups)  # type: ignore[attr-defined]
+    return L1((eta,)) if kind != "groups" else GroupL2((eta,), groups=one.groups)  # type: ignore[attr-defined]  # above
 
 
 def run(net: str) -> list[dict[str, Any]]:

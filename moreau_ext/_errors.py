@@ -114,7 +114,7 @@ def before_work(*but: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, but):
-            error.before_work = True  # type: ignore[attr-defined]
+            error.before_work = True  # type: ignore[attr-defined]  # our mark
         raise
 
 

@@ -87,7 +87,7 @@ def main() -> None:
             ready,
             groups=Tiles(TILE),
             solver=AdaptiveProximalGradient(max_gradients=GRADIENTS),
-            **{"rho": 0.1, "eta_ratio": 0.3, **settings},  # type: ignore[arg-type]
+            **{"rho": 0.1, "eta_ratio": 0.3, **settings},  # type: ignore[arg-type]  # mixed
         )
         found = explainer.attribute(x, return_solution=True)
         ((name, value),) = settings.items()

@@ -290,7 +290,7 @@ def locked(out: str | Path) -> Iterator[Output]:
         if in_words is None:
             raise
         if not begun:
-            in_words.before_work = True  # type: ignore[attr-defined]
+            in_words.before_work = True  # type: ignore[attr-defined]  # our mark
         raise in_words from error
     finally:
         # A job that was refused leaves no empty folder.

@@ -88,7 +88,7 @@ def _receive(process: Any, pipe: Connection) -> Loaded:
     loaded, raw, dtype, shape = found
     if raw is not None:
         loaded.inputs = torch.from_numpy(raw).view(dtype).view(shape)
-    return loaded  # type: ignore[no-any-return]
+    return loaded  # type: ignore[no-any-return]  # torch.load
 
 
 def _read(

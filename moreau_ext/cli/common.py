@@ -18,6 +18,15 @@ from pathlib import Path
 from .._errors import printable
 from .._files import write as write
 
+# The maps of the demo, over their columns.
+TITLES = {
+    "gradient": "Gradient",
+    "smoothgrad": "SmoothGrad",
+    "moreau": "MoreauGrad",
+    "sparse": "Sparse\nMoreauGrad",
+    "group": "Group-Sparse\nMoreauGrad",
+}
+
 
 class Refused(Exception):
     """Arguments that cannot be carried out; exit status 2."""

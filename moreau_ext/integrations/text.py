@@ -140,7 +140,7 @@ class TextExplainer:
         if not len(given):
             return []
         batch = self._batch(given)
-        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]  # of transformers
         device = embedding.weight.device
         numbers = batch["input_ids"].to(device)
         real = torch.as_tensor(batch.get("attention_mask", torch.ones_like(numbers)), device=device).bool()

@@ -250,7 +250,7 @@ class _SameRandomNumbers(Change):
 
     def do(self) -> None:
         self._turns.take(self)
-        self._before = [g.get_state() for g in self._generators], random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._before = [g.get_state() for g in self._generators], random.getstate(), np.random.get_state()  # noqa: NPY002  legacy
         # Not torch.manual_seed, which would reseed every accelerator too.
         for generator in self._generators:
             generator.manual_seed(0)
@@ -263,7 +263,7 @@ class _SameRandomNumbers(Change):
             for generator, state in zip(self._generators, states, strict=True):
                 generator.set_state(state)
             random.setstate(pythons)
-            np.random.set_state(numpys)  # noqa: NPY002
+            np.random.set_state(numpys)  # noqa: NPY002  legacy, as above
             self._before = None
         self._turns.leave(self)
 

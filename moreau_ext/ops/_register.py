@@ -46,7 +46,7 @@ def register(
     if _core.cuda_version is not None:
         _library.impl(name, kernel, "CUDA")
     overload: Callable[..., Any] = getattr(torch.ops.moreau_ext, name).default
-    names = [argument.name for argument in overload._schema.arguments]  # type: ignore[attr-defined]
+    names = [argument.name for argument in overload._schema.arguments]  # type: ignore[attr-defined]  # torch's
     _library.impl(name, _on_one_device(names, _warn_once(reference)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", _on_one_device(names, fake), lib=_library)
     return overload

@@ -214,7 +214,7 @@ def test_errors_name_the_cure() -> None:
     with pytest.raises(
         TypeError, match=r"explainer: expected an explainer such as MoreauGrad\(model\), got Sequential"
     ):
-        CaptumAttribution(net())  # type: ignore[arg-type]
+        CaptumAttribution(net())  # type: ignore[arg-type]  # the error is the test
     with pytest.raises(NotImplementedError, match=r"Solution.relative_residual"):
         CaptumAttribution(explainer).compute_convergence_delta(x, 0, 1)
     with pytest.raises(TypeError, match="SmoothGrad has no groups; use GroupSparseMoreauGrad"):

@@ -51,7 +51,7 @@ def test_a_blank_map_stays_blank() -> None:
 def test_errors_name_the_cure() -> None:
     cam = Cam(MoreauGrad(net(), rho=0.1, solver=SOLVER))
     with pytest.raises(TypeError, match="target layers are not needed"):
-        Cam(net())  # type: ignore[arg-type]
+        Cam(net())  # type: ignore[arg-type]  # the error is the test
     with pytest.raises(ValueError, match=r"input_tensor: expected images \[B, C, H, W\], got \(3, 6, 6\)"):
         cam(drawn(3, 6, 6))
     with pytest.raises(ValueError, match="targets: expected one per image, 2, got 1"):

@@ -48,7 +48,7 @@ def test_empty_maps_do_not_reach_quantus() -> None:
     with pytest.warns(EmptyMapWarning):
         assert not explain_func(net(), X, Y, method="sparse", eta=1e6, empty="keep").any()
     with pytest.raises(ValueError, match="empty: expected 'raise' or 'keep', got 'drop'"):
-        explain_func(net(), X, Y, empty="drop")  # type: ignore[arg-type]
+        explain_func(net(), X, Y, empty="drop")  # type: ignore[arg-type]  # the error is the test
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -247,7 +247,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module with get_input_emb"):
         TextExplainer(nn.Linear(2, 2))
     model = Sum().eval()
-    model.forward = lambda x: x  # type: ignore[method-assign]
+    model.forward = lambda x: x  # type: ignore[method-assign]  # a model without the argument
     with pytest.raises(TypeError, match="forward does not take inputs_embeds"):
         TextExplainer(model)
     explainer = TextExplainer(Sum().eval())

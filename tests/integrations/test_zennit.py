@@ -32,7 +32,7 @@ def test_by_default_the_output_weighs_itself() -> None:
 
 def test_errors_name_the_cure() -> None:
     with pytest.raises(TypeError, match="explainer: expected an explainer such as MoreauGrad"):
-        Attributor(smooth_net())  # type: ignore[arg-type]
+        Attributor(smooth_net())  # type: ignore[arg-type]  # the error is the test
     with pytest.raises(ValueError, match="its score is 'prob', but attr_output is the score; leave score out"):
         Attributor(Gradient(smooth_net(), score="prob"))
     with pytest.raises(ValueError, match=r"attr_output: expected the shape of the output, \(3, 3\), got \(3,\)"):

@@ -113,7 +113,7 @@ def test_embeddings_that_are_rescaled(kind: Any) -> None:
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "torch": lambda x: nn.functional.dropout(x, 0.3, training=True),
     "torch.rand": lambda x: x * torch.rand(len(x), 1),
-    "numpy": lambda x: x * float(np.random.rand()),  # noqa: NPY002
+    "numpy": lambda x: x * float(np.random.rand()),  # noqa: NPY002  models draw from the legacy generator
     "python": lambda x: x * random.random(),
 }
 
@@ -129,7 +129,7 @@ def test_the_first_call_draws_as_the_next(draw: str) -> None:
         maps = []
         for _ in range(3):
             torch.manual_seed(0)
-            np.random.seed(0)  # noqa: NPY002
+            np.random.seed(0)  # noqa: NPY002  models draw from the legacy generator
             random.seed(0)
             maps.append(e.attribute(torch.ones(2, 6), 0))
         assert torch.equal(maps[0], maps[1])
@@ -137,12 +137,12 @@ def test_the_first_call_draws_as_the_next(draw: str) -> None:
 
 
 def test_generators_are_given_back() -> None:
-    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002  models draw from the legacy generator
     with same_random_numbers(torch.device("cpu")), same_random_numbers(torch.device("cpu")):
-        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002  models draw from the legacy generator
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert str(np.random.get_state()) == states[2]  # noqa: NPY002
+    assert str(np.random.get_state()) == states[2]  # noqa: NPY002  models draw from the legacy generator
 
 
 def test_threads_take_turns_with_the_generators() -> None:
