@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +106,10 @@ class _Replaced(_Hooked):
             # Blocks of transformers return their hidden state with attention weights or a cache.
             made = [self._value, *output[1:]]
             return output._make(made) if hasattr(output, "_make") else type(output)(made)
+        if isinstance(output, Mapping):
+            whole: Any = copy.copy(output)
+            whole[next(iter(output))] = self._value
+            return whole
         return self._value
 
 
@@ -162,11 +167,13 @@ def _read(score: Score, rows: Sequence[Tensor]) -> tuple[Tensor]:
         with _Read(called.layer) as read:
             replace(called, layer=None, output_fn=None)(*[a.value if type(a) is Items else a for a in score.args])
         read.check()
-    found = read.found[0] if isinstance(read.found, (tuple, list)) and read.found else read.found
+    found = read.found
+    if isinstance(found, (tuple, list, Mapping)) and len(found):
+        found = next(iter(found.values())) if isinstance(found, Mapping) else found[0]
     kind = type(called.layer).__name__
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"layer: expected a tensor, or a tuple that begins with one, of {kind}, got {type(found).__name__}"
+            f"layer: expected a tensor of {kind}, or several that begin with one, got {type(found).__name__}"
         )
     if found.dim() == 0 or found.shape[0] != len(rows[0]):
         raise ValueError(

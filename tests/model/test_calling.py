@@ -171,6 +171,33 @@ def replaced(explainer: GroupSparseMoreauGrad, model: Any) -> GroupSparseMoreauG
     )
 
 
+def test_layers_of_a_transformer() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertForSequenceClassification(small).eval()
+    ids, mask = torch.randint(0, 50, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    embedded = model.get_input_embeddings()(ids).detach()
+    own: dict[str, Any] = {"groups": Pixels(channel_axis=-1), "eta_ratio": 0.3, **SETTINGS}
+    expected = GroupSparseMoreauGrad(model, **own).attribute(
+        {
+            "inputs_embeds": embedded,
+        },
+        1,
+        forward_kwargs={"attention_mask": mask},
+    )
+    explainer = GroupSparseMoreauGrad(model, layer="bert.embeddings.word_embeddings", **own)
+    maps = explainer.attribute({"input_ids": ids, "attention_mask": mask}, 1)
+    torch.testing.assert_close(maps, expected["inputs_embeds"])
+    # Its blocks return tensors or tuples, by version, and the encoder an object.
+    for layer in ("bert.encoder.layer.0", "bert.encoder"):
+        maps = GroupSparseMoreauGrad(model, layer=layer, **own).attribute({"input_ids": ids, "attention_mask": mask}, 1)
+        assert maps.shape == embedded.shape
+        assert maps.any()
+
+
 def test_wrong_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layer: the model has no layer '7'; it has 0, 1, 2"):
         MoreauGrad(NET, layer="7")
