@@ -283,7 +283,7 @@ def test_the_deciding_word_alone(kind: str, alone: int) -> None:
 
 
 def test_errors_of_features_that_are_correlated_add_up() -> None:
-    """g = s·v with one random number s: the error of Σ c·g is |Σ c·v|, and √Σ (c·v)² if the features were independent."""
+    """g = s·v with one random s: Σ c·g errs by |Σ c·v|, and by √Σ (c·v)² if the features were independent."""
     v, c = torch.randn(5, 3), torch.randn(5, 3)
     place = torch.tensor([0, 1, 1, 2, 2])
     found = together(torch.randn(4000, 1, 1) * v, c, place, 3)
