@@ -28,7 +28,7 @@ from ..model.precision import Precision, check_precision, without_autocast
 from ..model.restore import leaves_as_found
 from ..model.score import Score, ScoreName, UnusedInputs, check_score_settings, sample_rows
 from ..model.target import Target
-from ..ops.layout import Tensors
+from ..ops.layout import Tensors, tensors_of
 from ..preparation.report import Prepared
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
@@ -378,12 +378,28 @@ class Explainer(ABC):
         """The model as a function of values by position."""
         names = tuple(call.inputs) if isinstance(call.inputs, Mapping) else ()
         keywords = tuple(call.keywords or ())
-        if not (names or keywords or self.output_fn or self.layer):
-            return self._module
+        if both := set(names) & set(keywords):
+            raise ValueError(f"forward_kwargs: {', '.join(map(repr, sorted(both)))} is the name of an input too")
+        if not names and not keywords and self.layer is None:
+            return self._read_model
         model = without_inference_tensors(self._module)
         layer = None if self.layer is None else find_layer(model, self.layer)
-        called = Called(model, self.output_fn, names, keywords, layer)
-        return called if model is not self._module else self._known.called.setdefault((names, keywords), called)
+        shared = 0 if layer is None else len(tensors_of(call.inputs))
+        called = Called(model, self.output_fn, names, keywords, layer, shared)
+        return self._kept(called)
+
+    @property
+    def _read_model(self) -> Callable[..., Any]:
+        """The model, with ``output_fn`` read from what it returns."""
+        if self.output_fn is None:
+            return self._module
+        return self._kept(Called(without_inference_tensors(self._module), self.output_fn))
+
+    def _kept(self, called: Called) -> Called:
+        """One object for all calls of one form, so that captures know it."""
+        if called.model is not self._module:  # a copy of this call
+            return called
+        return self._known.called.setdefault((called.names, called.keywords, called.shared), called)
 
     def _displaced(self, call: Call) -> Tensors:
         """What is displaced, checked: the inputs, or the output of the layer at them."""

@@ -23,7 +23,7 @@ from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from .inputs import Call, Ids, Inputs, check_batch
+from .inputs import Call, Ids, Inputs, check_batch, in_order_of
 from .noisy import Noisy
 from .settings import Scalar, check_scalar, per_input_setting
 
@@ -50,16 +50,19 @@ def _known_of(
         raise TypeError(
             f"solution: expected a Solution (attribute with return_solution=True), got {type(solution).__name__}"
         )
-    displacement, fixed = tensors_of(solution.displacement), solution.fixed
+    held, fixed, eta = solution.displacement, solution.fixed, solution.eta
+    if inputs is not None:
+        held, fixed, eta = [in_order_of(inputs, part, "solution") for part in (held, fixed, eta)]
+    displacement = tensors_of(held)
     if inputs is not None:
         given = check_batch(inputs)
         shapes, expected = [[tuple(d.shape) for d in tensors] for tensors in (displacement, given)]
-        if shapes != expected or isinstance(inputs, Tensor) != isinstance(solution.displacement, Tensor):
+        if shapes != expected or isinstance(inputs, Tensor) != isinstance(held, Tensor):
             raise ValueError(f"solution: expected displacements shaped as the inputs, {expected}, got {shapes}")
         fixed = in_form_of(inputs, tuple([f.to(x.device) for f, x in zip(tensors_of(fixed), given, strict=True)]))
     if not any(bool(f.any()) for f in tensors_of(fixed)):
         fixed = None
-    eta = (solution.eta,) * len(displacement) if isinstance(solution.eta, Tensor) else tensors_of(solution.eta)
+    strengths = (eta,) * len(displacement) if isinstance(eta, Tensor) else tensors_of(eta)
     batch = len(solution.ids)
     ids = solution.ids if ids is None else ids
     known = solution.target
@@ -73,7 +76,7 @@ def _known_of(
                 f"target: the solution explains {known.squeeze(1).tolist()[:5]}, and the target given is "
                 f"{asked.squeeze(1).tolist()[:5]}; leave it out, or solve for it"
             )
-    return displacement, eta, target, ids, fixed
+    return displacement, strengths, target, ids, fixed
 
 
 def _like_states(displacement: Tensors, inputs: Tensors) -> Tensors:
@@ -284,6 +287,7 @@ class Certified(Noisy):
             raise ValueError(f"tol: expected a number between 0 and 1, got {tol!r}")
         displacement, eta, target, ids, fixed = _known_of(solution, inputs if self.layer is None else None, target, ids)
         expected = [tuple(d.shape) for d in displacement]
+        vectors = in_order_of(inputs, vectors, "vectors")
         directions = tensors_of(vectors) if isinstance(vectors, (Tensor, tuple, Mapping)) else ()
         if [tuple(v.shape) for v in directions] != expected:
             raise ValueError(f"vectors: expected the form and shape of the maps, {expected}")

@@ -58,6 +58,8 @@ def check_batch(inputs: Any) -> Tensors:
     held = tensors_of(inputs) if isinstance(inputs, (Tensor, tuple, Mapping)) else ()
     if not held or not all(isinstance(x, Tensor) for x in held):
         raise TypeError(f"inputs: expected a tensor, or a tuple or dict of tensors, got {_made_of(inputs)}")
+    if isinstance(inputs, Mapping) and not all(isinstance(key, str) for key in inputs):
+        raise TypeError(f"inputs: expected a dict by the names of arguments, got the keys {[*inputs][:5]}")
     names = names_of(inputs)
     for name, x in zip(names, held, strict=True):
         if x.dim() < 1:
@@ -67,6 +69,19 @@ def check_batch(inputs: Any) -> Tensors:
         if x.device != held[0].device:
             raise ValueError(f"{name}: expected a tensor on {held[0].device}, as {names[0]}, got one on {x.device}")
     return held
+
+
+def in_order_of(inputs: Inputs, held: Any, name: str) -> Any:
+    """What is held for each input, in the order of the inputs where both are dicts.
+
+    Raises:
+        ValueError: of other names, calling what is held ``name``.
+    """
+    if not isinstance(inputs, Mapping) or not isinstance(held, Mapping):
+        return held
+    if set(held) != set(inputs):
+        raise ValueError(f"{name}: expected the names of the inputs, {[*inputs]}, got {[*held]}")
+    return {key: held[key] for key in inputs}
 
 
 def check_inputs(

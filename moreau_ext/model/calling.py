@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .arguments import Items
 from .modules import modules_of
@@ -30,6 +29,8 @@ class Called:
         names: of the inputs that are passed by keyword; () where they are passed by position.
         keywords: of the arguments at the end that are passed by keyword.
         layer: whose output the first value replaces; None where the inputs come first.
+        shared: number of values, behind that of the layer, which all passes share. A pass gets copies of them, since a
+            model may change its inputs in place.
     """
 
     model: Callable[..., Any]
@@ -37,6 +38,7 @@ class Called:
     names: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
     layer: nn.Module | None = None
+    shared: int = 0
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -49,6 +51,7 @@ class Called:
                 output = replace(self, layer=None)(*values[1:])
             replaced.check()
             return output
+        values = (*[v.detach().clone() for v in values[: self.shared]], *values[self.shared :])
         named, rest = values[: len(self.names)], values[len(self.names) :]
         last = len(rest) - len(self.keywords)
         by_name = dict(zip((*self.names, *self.keywords), (*named, *rest[last:]), strict=True))
@@ -61,15 +64,16 @@ class _Hooked(Change):
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer, self._thread = layer, threading.get_ident()
-        self._handle: RemovableHandle | None = None
         self.calls = 0
 
     def do(self) -> None:
-        self._handle = self._layer.register_forward_hook(self._hook)
+        self._layer.register_forward_hook(self._hook)
 
     def undo(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        # Not by the handle, which an interrupt may have kept from being assigned.
+        hooks = self._layer._forward_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+            hooks.pop(key, None)
 
     def _hook(self, _: nn.Module, __: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread:
@@ -102,47 +106,69 @@ class _Replaced(_Hooked):
         self._value = value
 
     def on(self, output: Any) -> Any:
+        if _recomputed():
+            raise ValueError(
+                f"layer: {type(self._layer).__name__} is in a part of the model that torch.utils.checkpoint runs again "
+                "for its gradients, then with the layer's own output; turn checkpointing off"
+            )
+        # A copy: the model may change it in place, which autograd refuses for a leaf.
+        value = self._value.clone()
         if isinstance(output, (tuple, list)):
             # Blocks of transformers return their hidden state with attention weights or a cache.
-            made = [self._value, *output[1:]]
+            made = [value, *output[1:]]
             return output._make(made) if hasattr(output, "_make") else type(output)(made)
         if isinstance(output, Mapping):
             whole: Any = copy.copy(output)
-            whole[next(iter(output))] = self._value
+            whole[next(iter(output))] = value
             return whole
-        return self._value
+        return value
 
 
 class _Read(_Hooked):
-    """A layer whose output is kept."""
+    """A layer whose output is kept; what follows in the pass may change it in place."""
 
     found: Any = None
 
     def on(self, output: Any) -> None:
-        self.found = output
+        if isinstance(output, (tuple, list, Mapping)) and len(output):
+            output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+        self.found = output.detach().clone() if isinstance(output, Tensor) else output
+
+
+def _recomputed() -> bool:
+    """Whether torch.utils.checkpoint is to run again what runs now (the form with use_reentrant=False; the other one is
+    seen in a score that depends on nothing)."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = top and top(False)
+    return bool(hooks) and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def find_layer(model: Callable[..., Any], layer: str | nn.Module) -> nn.Module:
     """A layer of a model, by its name in ``named_modules()`` or itself.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer, or one of torch.jit.
         TypeError: neither a name nor a module.
     """
     if isinstance(layer, nn.Module):
-        if any(module is layer for module in modules_of(model)):
-            return layer
-        raise ValueError(
-            f"layer: {type(layer).__name__} is no part of the model; of a prepared model, or a copy, give the layer's "
-            "name"
-        )
-    if not isinstance(layer, str):
+        if not any(module is layer for module in modules_of(model)):
+            raise ValueError(
+                f"layer: {type(layer).__name__} is no part of the model; of a prepared model, or a copy, give the "
+                "layer's name"
+            )
+        found = layer
+    elif isinstance(layer, str):
+        # A module may have several names.
+        named = dict(model.named_modules(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+        if not layer or layer not in named:
+            some = ", ".join([name for name in named if name][-6:])
+            raise ValueError(f"layer: the model has no layer {layer!r}; it has {some or 'none'}")
+        found = named[layer]
+    else:
         raise TypeError(f"layer: expected a name or an nn.Module, got {type(layer).__name__}")
-    named: dict[str, nn.Module] = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    if not layer or layer not in named:
-        some = ", ".join([name for name in named if name][-6:])
-        raise ValueError(f"layer: the model has no layer {layer!r}; " + (f"it has {some}" if some else "it has none"))
-    return named[layer]
+    if isinstance(found, torch.jit.ScriptModule):
+        raise ValueError(f"layer: {layer!r} is torch.jit's, which calls no hooks; give the model that it was made of")
+    return found
 
 
 def layer_output(score: Score, passes: PassRunner, rows: int, device: torch.device) -> Tensor:
@@ -168,8 +194,6 @@ def _read(score: Score, rows: Sequence[Tensor]) -> tuple[Tensor]:
             replace(called, layer=None, output_fn=None)(*[a.value if type(a) is Items else a for a in score.args])
         read.check()
     found = read.found
-    if isinstance(found, (tuple, list, Mapping)) and len(found):
-        found = next(iter(found.values())) if isinstance(found, Mapping) else found[0]
     kind = type(called.layer).__name__
     if not isinstance(found, Tensor):
         raise TypeError(
@@ -180,5 +204,4 @@ def _read(score: Score, rows: Sequence[Tensor]) -> tuple[Tensor]:
             f"layer: expected an output of {kind} with one row per input, [{len(rows[0])}, ...], got "
             f"{tuple(found.shape)}"
         )
-    found = found.detach()
     return (found.float() if score.precision == "bfloat16" and found.dtype == torch.bfloat16 else found,)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from collections import OrderedDict, namedtuple
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moreau_ext import (
     Gradient,
@@ -23,6 +26,8 @@ from moreau_ext import (
     zoo,
 )
 from moreau_ext._errors import TrainModeWarning
+from moreau_ext.model import calling
+from moreau_ext.model.calling import find_layer
 
 torch.manual_seed(0)
 NET = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 3)).eval()
@@ -241,3 +246,103 @@ def test_threads_that_explain_two_layers_do_not_meet() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(maps, alone[i % 2]) for i, maps in enumerate(found))
+
+
+class Edits(nn.Module):
+    """Changes its input, and the output of its layer, in place."""
+
+    def __init__(self, scale: float = 2.0, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.scale, self.checkpointed = scale, checkpointed
+        self.body, self.shortcut, self.act, self.head = NET[0], nn.Sequential(), nn.ReLU(inplace=True), NET[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(self.scale)
+
+        def part(x: Tensor) -> Tensor:
+            return self.act(self.shortcut(self.body(x)))
+
+        return self.head(checkpoint(part, x, use_reentrant=False) if self.checkpointed else part(x))
+
+
+@pytest.mark.parametrize("layer", ["body", "shortcut"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model_may_change_its_inputs_and_the_layers_output_in_place(layer: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        x = X.clone()
+    maps = MoreauGrad(Edits().eval(), layer=layer, **SETTINGS).attribute(x, 1)
+    assert torch.equal(x, X)
+    rest = nn.Sequential(nn.ReLU(), NET[2]).eval()
+    assert torch.equal(maps, MoreauGrad(rest, **SETTINGS).attribute(NET[0](2 * X).detach(), 1))
+
+
+def test_layers_that_a_hook_does_not_serve_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer: Linear is in a part of the model that torch.utils.checkpoint runs"):
+        Gradient(Edits(checkpointed=True).eval(), layer="body").attribute(X, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(NET, X)
+    with pytest.raises(ValueError, match=r"layer: '1' is torch.jit's, which calls no hooks"):
+        Gradient(traced, layer="1")
+
+
+def test_every_name_of_a_layer_is_found() -> None:
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"tokens": NET[0]}), "first": NET[0]})
+    assert find_layer(model, "encoder.tokens") is find_layer(model, "first") is NET[0]
+
+
+def test_an_interrupt_at_any_line_leaves_no_hook() -> None:
+    explainer = Gradient(NET, layer="1", max_batch=8)
+    files = (calling.__file__, nn.modules.module.__file__)
+
+    def lines(stop: int) -> int:
+        """Explains until the line of that number; how many there were."""
+        count = 0
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename not in files or frame.f_code.co_name in ("__getattr__", "_call_impl"):
+                return None
+            if event == "line":
+                count += 1
+                if count == stop:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            explainer.attribute(X, 1)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        return count
+
+    total = lines(0)
+    assert total > 100
+    for stop in range(1, total + 1):
+        lines(stop)
+        assert not NET[1]._forward_hooks, stop
+
+
+def test_dicts_are_matched_by_name_and_not_by_place() -> None:
+    def model(a: Tensor, b: Tensor) -> Tensor:
+        return (a**2).sum(1) + 3 * (b**2).sum(1)
+
+    a, b = X, X.flip(1)
+    explainer = MoreauGrad(model, rho=0.01, sigma=0.0, solver=ProximalGradient(2, 50, step_size=1e-3))
+    found = explainer.attribute({"a": a, "b": b}, return_solution=True)
+    known: dict[str, Any] = {"num_samples": 64, "hessian": "autograd"}
+    expected = explainer.vjp({"a": a, "b": b}, found, {"a": a, "b": b}, **known)
+    slopes = explainer.vjp({"b": b, "a": a}, found, {"a": a, "b": b}, **known)
+    assert list(slopes) == ["b", "a"]
+    assert all(torch.allclose(slopes[name], expected[name]) for name in "ab")
+    proof = explainer.certificate({"b": b, "a": a}, found, num_samples=64, num_hvp_samples=64, lanczos_steps=2)
+    assert proof.residual.max() < 1e-3
+    with pytest.raises(ValueError, match=r"vectors: expected the names of the inputs, \['a', 'b'\], got \['c', 'd'\]"):
+        explainer.vjp({"a": a, "b": b}, found, {"c": a, "d": b})
+    with pytest.raises(ValueError, match="forward_kwargs: 'a' is the name of an input too"):
+        explainer.attribute({"a": a, "b": b}, forward_kwargs={"a": 1})
+    with pytest.raises(TypeError, match=r"inputs: expected a dict by the names of arguments, got the keys \[0\]"):
+        explainer.attribute({0: a})
