@@ -49,8 +49,8 @@ class CaptumAttribution:
 
     @property
     def forward_func(self) -> Callable[..., Any]:
-        """The model."""
-        return self.explainer._module
+        """The model, with ``output_fn``."""
+        return self.explainer._read_model
 
     @property
     def multiplies_by_inputs(self) -> bool:

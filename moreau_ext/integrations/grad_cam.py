@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..explainers.base import Explainer
 from ..explainers.inputs import Ids
@@ -18,7 +18,8 @@ class Cam:
     """An explainer that is called as pytorch-grad-cam's objects are: ``cam(input_tensor=x, targets=targets)``.
 
     For every image it gives the length of the map over the channels, m_p = ‖A_p‖₂ / max_q ‖A_q‖₂, in [0, 1] as
-    ``show_cam_on_image`` takes it. There is no sign in it, as there is none in a CAM, and a blank map stays blank.
+    ``show_cam_on_image`` takes it; the map of a layer is scaled up to the image. There is no sign in it, as there is
+    none in a CAM, and a blank map stays blank.
 
     Args:
         explainer: any explainer of this package, of a model of images [B, C, H, W].
@@ -61,7 +62,7 @@ class Cam:
             float32 [B, H, W] in [0, 1].
 
         Raises:
-            ValueError: inputs that are no images, or another number of targets than of images.
+            ValueError: inputs or a layer's output that are no images, or another number of targets than of images.
             ValueError, TypeError: see :meth:`moreau_ext.Explainer.attribute`.
         """
         if not isinstance(input_tensor, Tensor) or input_tensor.dim() != 4:
@@ -69,7 +70,12 @@ class Cam:
             raise ValueError(f"input_tensor: expected images [B, C, H, W], got {got}")
         if targets is not None and len(targets) != len(input_tensor):
             raise ValueError(f"targets: expected one per image, {len(input_tensor)}, got {len(targets)}")
-        length = self.explainer.attribute(input_tensor, _target_of(targets), ids=ids).float().norm(dim=1)
+        found = self.explainer.attribute(input_tensor, _target_of(targets), ids=ids)
+        if found.dim() != 4:
+            raise ValueError(f"layer: expected an output [B, C, H, W], got {tuple(found.shape)}")
+        length = found.float().norm(dim=1)
+        if found.shape[2:] != input_tensor.shape[2:]:
+            length = nn.functional.interpolate(length[:, None], input_tensor.shape[2:], mode="bilinear")[:, 0]
         largest = length.amax((1, 2), keepdim=True)
         scaled = torch.where(largest > 0, length / largest, 0.0)
         maps: np.ndarray[Any, np.dtype[np.float32]] = scaled.cpu().numpy()

@@ -17,7 +17,6 @@ from ..explainers.inputs import check_ids
 from ..explainers.moreau import GroupSparseMoreauGrad
 from ..explainers.registry import make_explainer
 from ..model.arguments import PerInput
-from ..model.modes import evaluating
 from ..model.restore import leaves_as_found
 from ..model.target import Target, target_index
 from ..solvers.groups import Labels, Pixels
@@ -107,6 +106,8 @@ class TextExplainer:
         some = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         if not some and "inputs_embeds" not in parameters:
             raise TypeError(f"model: {type(model).__name__}.forward does not take inputs_embeds")
+        if settings.get("layer") is not None:
+            raise ValueError("layer: the words' scores are those of the embeddings; give make_explainer a layer")
         self.model, self.tokenizer = model, tokenizer
         self._by_word = method == "group" and "groups" not in settings
         if self._by_word:
@@ -178,27 +179,29 @@ class TextExplainer:
                     x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None], return_solution=True
                 )
                 posed = explainer.problem(x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None])
-                gradients = self._samples(posed, solution.displacement)
-            for i, row in enumerate(rows.tolist()):
-                places = columns[i].tolist()
-                tokens = self._tokens(numbers[row, columns[i]].tolist())
-                written = self._written(tokens, words[i], self._spans(given, batch, row, places))
-                one = solution.take(torch.tensor([i], device=device))
-                found[row] = explanation(tokens, words[i], written, x[i] - average, one, gradients[i])
+            # One use of the model in eval mode, and so one warning, for all of them.
+            with self.explainer._evaluating(depth=3):
+                for i, row in enumerate(rows.tolist()):
+                    places = columns[i].tolist()
+                    tokens = self._tokens(numbers[row, columns[i]].tolist())
+                    written = self._written(tokens, words[i], self._spans(given, batch, row, places))
+                    this = torch.tensor([i], device=device)
+                    one = solution.take(this)
+                    errs = bool((one.standard_error > 0).any())  # not without noise, nor where it is not known
+                    gradients = self._samples(posed.take(this), one.displacement) if errs else None
+                    found[row] = explanation(tokens, words[i], written, x[i] - average, one, gradients)
         explained = [e for e in found if e is not None]
         warn_empty([e.solution for e in explained])
         warn_unconverged([e.solution for e in explained], *self.explainer._claim)
         return explained[0] if isinstance(texts, str) else explained
 
     def _samples(self, problem: Problem, displacement: Tensor) -> Tensor:
-        """Gradients at further noisy copies, or their means over pairs z, −z where the explainer has these; [B, n, T,
-        features]."""
+        """Gradients at further noisy copies of one sentence, or their means over pairs z, −z where the explainer has
+        these; [n, T, features]. Those of many sentences would not fit into memory."""
         pairs = getattr(getattr(self.explainer, "_method", self.explainer), "antithetic", True)
         count = _TOGETHER * (1 + pairs)
         bank = Bank(problem, (displacement,), count, antithetic=pairs)
-        with evaluating(self.model):
-            drawn = bank.gradients(0, count).view(len(displacement), _TOGETHER, -1, *displacement.shape[1:])
-        return drawn.mean(2)
+        return bank.gradients(0, count).view(_TOGETHER, -1, *displacement.shape[1:]).mean(1)
 
     def _batch(self, texts: Any) -> Mapping[str, Any]:
         if isinstance(texts, Mapping):

@@ -124,7 +124,12 @@ def together(gradients: Tensor, moved: Tensor, word_of_token: Tensor, words: int
 
 
 def explanation(
-    tokens: list[str], words: list[int], written: list[str], moved: Tensor, solution: Solution, gradients: Tensor
+    tokens: list[str],
+    words: list[int],
+    written: list[str],
+    moved: Tensor,
+    solution: Solution,
+    gradients: Tensor | None,
 ) -> TextExplanation:
     """The explanation of one sentence.
 
@@ -134,7 +139,7 @@ def explanation(
         written: each word as text.
         moved: x − m, [T, features].
         solution: of the sentence.
-        gradients: see :func:`together`.
+        gradients: see :func:`together`; None where the errors are 0 or not known.
     """
     count = len(written)
     place = torch.tensor(words, device=moved.device)
@@ -144,7 +149,7 @@ def explanation(
         words=tuple(written),
         scores=_of_words((a * c).sum(1), place, count),
         norms=_of_words(a.square().sum(1), place, count).sqrt(),
-        standard_error=apart * together(gradients, c, place, count),
+        standard_error=apart if gradients is None else apart * together(gradients, c, place, count),
         fixed=_of_words((~solution.fixed[0].all(1)).double(), place, count) == 0,
         tokens=tuple(tokens),
         word_of_token=place,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..explainers.base import Explainer
 from ..explainers.inputs import Ids
-from ..model.modes import evaluating
 from ..model.restore import leaves_as_found
 
 # What the output is weighed with: the weights, or a function of the output that gives them.
@@ -80,8 +79,8 @@ class Attributor:
             ValueError, TypeError: see :meth:`moreau_ext.Explainer.attribute`.
         """
         given = self.attr_output if attr_output is None else attr_output
-        with torch.no_grad(), evaluating(self.explainer._module, depth=3) as found:
-            output: Tensor = self.explainer._module(input.detach().clone())
+        with torch.no_grad(), self.explainer._evaluating(depth=3) as found:
+            output: Tensor = self.explainer._read_model(input.detach().clone())
             found.restore_buffers()
         weights = output if given is None else given(output) if callable(given) else given.to(output)
         if weights.shape != output.shape:

@@ -196,6 +196,14 @@ def test_infidelity_and_captums_figure(method: CaptumAttribution) -> None:
     assert len(figure.axes) == 1
 
 
+def test_metrics_call_what_output_fn_reads() -> None:
+    net = nn.Linear(3, 2).eval()
+    method = CaptumAttribution(SmoothGrad(lambda x: {"out": net(x)}, num_samples=4, output_fn=lambda made: made["out"]))
+    x = drawn(2, 3)
+    assert torch.equal(method.forward_func(x), net(x))
+    assert NoiseTunnel(method).attribute(x, target=1, nt_samples=2).shape == x.shape
+
+
 def test_a_feature_mask_is_the_groups() -> None:
     x, solver = drawn(2, 3, 6, 6), ProximalGradient(num_samples=8, max_steps=10, tol=0.0)
     explainer = GroupSparseMoreauGrad(net(), rho=0.1, eta_ratio=0.5, solver=solver)

@@ -8,7 +8,7 @@ import torch
 from helpers import drawn
 from torch import Tensor, nn
 
-from moreau_ext import MoreauGrad, ProximalGradient, SparseMoreauGrad
+from moreau_ext import Gradient, MoreauGrad, ProximalGradient, SparseMoreauGrad
 from moreau_ext._errors import EmptyMapWarning
 from moreau_ext.integrations.grad_cam import Cam
 
@@ -56,3 +56,14 @@ def test_errors_name_the_cure() -> None:
         cam(drawn(3, 6, 6))
     with pytest.raises(ValueError, match="targets: expected one per image, 2, got 1"):
         cam(drawn(2, 3, 6, 6), [ClassifierOutputTarget(0)])
+
+
+def test_the_map_of_a_layer_is_scaled_to_the_image() -> None:
+    x = drawn(2, 3, 6, 6)
+    found = Cam(Gradient(net(), layer="0"))(x)
+    assert found.shape == (2, 6, 6)
+    small = Gradient(net(), layer="0").attribute(x).norm(dim=1, keepdim=True)
+    large = nn.Upsample((6, 6), mode="bilinear")(small)[:, 0]
+    np.testing.assert_allclose(found, (large / large.amax((1, 2), keepdim=True)).numpy(), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"layer: expected an output \[B, C, H, W\], got \(2, 64\)"):
+        Cam(Gradient(net(), layer="2"))(x)

@@ -33,6 +33,7 @@ from moreau_ext import (
     TextExplanation,
 )
 from moreau_ext._errors import EmptyMapWarning
+from moreau_ext.analysis.hessian import Bank
 from moreau_ext.integrations.words import together
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -216,6 +217,25 @@ def test_targets_follow_their_sentences() -> None:
         torch.testing.assert_close(one.solution.score[0], score.detach())
 
 
+def test_samples_of_one_sentence_at_a_time_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a batch of long sentences would take gigabytes; without errors to correct, none are drawn."""
+    held: list[int] = []
+    drawn = Bank.gradients
+
+    def gradients(bank: Bank, first: int, count: int) -> Tensor:
+        found = drawn(bank, first, count)
+        held.append(len(found))
+        return found
+
+    monkeypatch.setattr(Bank, "gradients", gradients)
+    texts, model = ["old dog", "big cat", "small tree"], classifier("bert")
+    TextExplainer(model, tokenizer(), "smoothgrad", num_samples=4).attribute(texts)
+    assert held == [1, 1, 1]
+    found = TextExplainer(model, tokenizer(), "gradient").attribute(texts)
+    assert held == [1, 1, 1]
+    assert not any(bool(one.standard_error.any()) for one in found)
+
+
 def test_one_warning_a_call() -> None:
     model, made = classifier("bert"), tokenizer()
     explainer = TextExplainer(model, made, eta_ratio=1.0, solver=ProximalGradient(2, 10, tol=1e-9))
@@ -251,6 +271,8 @@ def test_wrong_arguments_are_named() -> None:
     model.forward = lambda x: x  # type: ignore[method-assign]  # a model without the argument
     with pytest.raises(TypeError, match="forward does not take inputs_embeds"):
         TextExplainer(model)
+    with pytest.raises(ValueError, match="layer: the words' scores are those of the embeddings"):
+        TextExplainer(Sum().eval(), layer="model")
     explainer = TextExplainer(Sum().eval())
     numbers = torch.ones(1, 2, dtype=torch.int64)
     for texts, error, text in (

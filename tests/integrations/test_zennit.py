@@ -30,6 +30,13 @@ def test_by_default_the_output_weighs_itself() -> None:
     torch.testing.assert_close(Attributor(Gradient(smooth_net()))(X)[1], expected)
 
 
+def test_the_output_is_what_output_fn_reads() -> None:
+    net = smooth_net()
+    output, maps = Attributor(Gradient(lambda x: {"out": net(x)}, output_fn=lambda made: made["out"]))(X)
+    assert torch.equal(output, net(X).detach())
+    assert torch.equal(maps, Attributor(Gradient(net))(X)[1])
+
+
 def test_errors_name_the_cure() -> None:
     with pytest.raises(TypeError, match="explainer: expected an explainer such as MoreauGrad"):
         Attributor(smooth_net())  # type: ignore[arg-type]  # the error is the test
