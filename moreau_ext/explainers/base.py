@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import check_count
 from .._errors import BatchWarning, ConvergenceWarning, EmptyMapWarning, MixingError, OutputTypeError
-from ..model.arguments import arguments_of
+from ..model.arguments import Arguments, arguments_of
 from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
-from ..model.calling import Called, find_layer, layer_output
+from ..model.calling import Called, find_layer, layer_rows
 from ..model.forms import named_cure
 from ..model.memory import BLIND_ROWS, Footprint, same_random_numbers
 from ..model.modes import Evaluating, evaluating, without_inference_tensors
@@ -411,14 +411,14 @@ class Explainer(ABC):
         if batch == 0:
             raise ValueError("inputs: expected at least one: a layer's output has no shape without")
         arguments = arguments_of(call.arguments, batch, call.keywords).after(inputs)
-        # In one pass of all inputs an argument is the same, whether it follows them or not.
         limit = BLIND_ROWS if self.max_batch == "auto" else self.max_batch
         with without_autocast(device), self._evaluating(depth=5) as found:
             score = unresolved(
                 self._called(call), inputs, None, self.score, arguments, self.unused_inputs, self.precision
             )
-            passes = PassRunner(None if arguments.ambiguous else limit, after=found.restore_buffers)
-            output = layer_output(score, passes, batch, device)
+            passes = PassRunner(limit, after=found.restore_buffers)
+            rows = (torch.arange(batch, dtype=torch.float32, device=device),)
+            output = passes(layer_rows, self._as_read(score, arguments, rows, call, passes, layer_rows), rows)[0]
         return check_inputs(output, self._module, self.precision, layout, "layer: its output")
 
     def _unresolved(self, tensors: Tensors, call: Call, found: Evaluating) -> Score:
@@ -430,15 +430,24 @@ class Explainer(ABC):
             self._called(call), tensors, call.target, self.score, arguments, self.unused_inputs, self.precision
         )
         score = replace(score, fixed=check_fixed(call.fixed, self._like(call, tensors), tensors))
+        return self._as_read(score, arguments, tensors, call, PassRunner(after=found.restore_buffers))
+
+    def _as_read(
+        self,
+        score: Score,
+        arguments: Arguments,
+        inputs: Tensors,
+        call: Call,
+        passes: PassRunner,
+        run: Callable[..., Any] = Score.whole_output,
+    ) -> Score:
+        """The score with its arguments read in the way that earlier calls of this kind, or trial passes, found."""
         if not arguments.ambiguous:
             return score
-        kind, readings = (
-            (_kind(score, tensors), arguments.kind(batch), tuple(call.keywords or ())),
-            self._known.readings,
-        )
+        batch, readings = inputs[0].shape[0], self._known.readings
+        kind = (_kind(score, inputs), arguments.kind(batch), tuple(call.keywords or ()), run)
         if kind not in readings:
-            passes = PassRunner(after=found.restore_buffers)
-            readings.setdefault(kind, read_arguments(score, arguments, tensors, passes))
+            readings.setdefault(kind, read_arguments(score, arguments, inputs, passes, run))
         return with_reading(score, readings[kind], arguments, batch)
 
     def _like(self, call: Call, tensors: Tensors) -> Inputs:

@@ -85,19 +85,28 @@ def with_reading(score: Score, reading: tuple[Follows, ...], arguments: Argument
     return replace(score, args=args, per_row=per_row)
 
 
-def read_arguments(score: Score, arguments: Arguments, inputs: Tensors, passes: PassRunner) -> tuple[Follows, ...]:
+def read_arguments(
+    score: Score,
+    arguments: Arguments,
+    inputs: Tensors,
+    passes: PassRunner,
+    run: Callable[[Score, Tensors], Tensors] = Score.whole_output,
+) -> tuple[Follows, ...]:
     """Which arguments follow the inputs: the first reading under which the last input has the same output alone as
     after the first input; the likeliest where there is none.
 
     An argument that all inputs share has other rows taken from it in the two passes if it is read as one per input, and
     one per input does not fit the passes if it is read as shared.
+
+    Args:
+        run: makes a pass, and returns what is compared.
     """
     readings = list(arguments.readings())
     with same_random_numbers(inputs[0].device):
         for reading in readings:
             trial = with_reading(score, reading, arguments, inputs[0].shape[0])
             try:
-                one, two = (sample_output(trial, inputs, rows, passes) for rows in (1, 2))
+                one, two = (sample_output(trial, inputs, rows, passes, run) for rows in (1, 2))
             except Exception as error:  # the wrong reading may fail in any way
                 if out_of_memory(error):
                     return readings[0]
@@ -107,10 +116,16 @@ def read_arguments(score: Score, arguments: Arguments, inputs: Tensors, passes: 
     return readings[0]
 
 
-def sample_output(score: Score, inputs: Tensors, rows: int, passes: PassRunner) -> Tensor:
+def sample_output(
+    score: Score,
+    inputs: Tensors,
+    rows: int,
+    passes: PassRunner,
+    run: Callable[[Score, Tensors], Tensors] = Score.whole_output,
+) -> Tensor:
     """The output of the last input, alone or after the first, in one pass."""
     index = sample_rows(rows, inputs)
-    return passes.once(Score.whole_output, score.take(index), tuple([x[index] for x in inputs]))[0]
+    return passes.once(run, score.take(index), tuple([x[index] for x in inputs]))[0]
 
 
 def agree(one: Tensor, other: Tensor, precision: str, inputs: Tensors) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .arguments import Items
 from .modules import modules_of
-from .passes import PassRunner
 from .precision import autocast
 from .restore import Change
 from .score import Score
@@ -171,22 +170,16 @@ def find_layer(model: Callable[..., Any], layer: str | nn.Module) -> nn.Module:
     return found
 
 
-def layer_output(score: Score, passes: PassRunner, rows: int, device: torch.device) -> Tensor:
-    """The output of a layer at the inputs, [rows, *features], by passes of the model.
+def layer_rows(score: Score, rows: Sequence[Tensor]) -> tuple[Tensor]:
+    """The output of a layer, [n, *features], by one pass of the model.
 
     Args:
         score: whose model is a :class:`Called` with a layer, and whose arguments are the inputs and what follows them.
-        passes: of the call.
-        rows: number of inputs.
-        device: of the inputs.
+        rows: one number per row, ([n],), on the device of the inputs.
 
     Raises:
         TypeError, ValueError: the layer does not run once, or returns no tensor with one row per input.
     """
-    return passes(_read, score, (torch.arange(rows, device=device),))[0]
-
-
-def _read(score: Score, rows: Sequence[Tensor]) -> tuple[Tensor]:
     called: Any = score.model
     # As in the passes that follow: a model may compute something else under torch.no_grad.
     with torch.enable_grad(), score.passing(rows[0].device), autocast(score.precision, rows[0].device):

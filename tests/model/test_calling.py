@@ -276,6 +276,23 @@ def test_a_model_may_change_its_inputs_and_the_layers_output_in_place(layer: str
     assert torch.equal(maps, MoreauGrad(rest, **SETTINGS).attribute(NET[0](2 * X).detach(), 1))
 
 
+def test_passes_up_to_a_layer_are_small_whatever_the_arguments() -> None:
+    """Whether an argument follows the inputs is found by passes of one and of two rows."""
+    seen: list[int] = []
+
+    def model(x: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+        seen.append(len(x))
+        return NET[2](NET[1](NET[0](x @ table) * scale[:, None]) * scale[:, None])
+
+    x, scale, table = torch.randn(6, 6), torch.rand(6), torch.randn(6, 6)
+    explainer = SmoothGrad(model, layer=NET[1], num_samples=8, max_batch=4)
+    maps = explainer.attribute(x, 1, (scale, table))
+    assert max(seen) == 4
+    hidden = NET[1](NET[0](x @ table) * scale[:, None])
+    rest = SmoothGrad(lambda h, s: NET[2](h * s[:, None]), num_samples=8, max_batch=4)
+    torch.testing.assert_close(maps, rest.attribute(hidden.detach(), 1, PerInput(scale)))
+
+
 def test_layers_that_a_hook_does_not_serve_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layer: Linear is in a part of the model that torch.utils.checkpoint runs"):
         Gradient(Edits(checkpointed=True).eval(), layer="body").attribute(X, 1)
