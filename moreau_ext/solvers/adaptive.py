@@ -399,7 +399,8 @@ class AdaptiveProximalGradient:
         claimed = found.bound <= self.tol
         for count in sorted(set(samples[claimed].tolist())):
             rows = (claimed & (samples == count)).nonzero().squeeze(1)
-            some, part = subset(found.problem(state.problem), rows), take(found, rows)
+            # A penalty takes its own rows: one η may be that of all inputs.
+            some, part = subset(found.problem(state.problem), rows), take(replace(found, eta=()), rows)
             squares, sums, more2 = take(carried.squares, rows), carried.sums[rows], part.nonlinearity2
             rho2 = some.rho_of_input.square()
             size, steps = state.samples, steps_kept(state.spend // state.samples, state.samples)

@@ -1129,6 +1129,17 @@ def test_groups_that_do_not_fit(groups: Any, shape: tuple[int, ...], message: st
         e.attribute(x)
 
 
+def test_eta_per_feature_of_the_default_solver() -> None:
+    """One row serves all inputs, with the numbers of a row for each."""
+    x, eta = images(2), torch.rand(1, 2, 5, 4, dtype=torch.float64) * 0.01
+    shared, own = [
+        SparseMoreauGrad(lambda x: x.flatten(1).sum(1).sin(), eta=e).attribute(x, return_solution=True)
+        for e in (eta, eta.expand(2, -1, -1, -1))
+    ]
+    assert torch.equal(shared.attribution, own.attribution)
+    assert torch.equal(shared.eta, own.eta)
+
+
 def test_eta_per_feature_is_for_one_tensor() -> None:
     x = images()
     e = SparseMoreauGrad(lambda a, b: (a + b).flatten(1).sum(1), eta=torch.ones_like(x), solver=SHORT)
