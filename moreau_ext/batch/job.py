@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from .._checks import check_count
@@ -254,8 +254,8 @@ def describe_explainer(explainer: Explainer) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
-    if isinstance(value, FunctionType):  # its repr holds an address, which another run does not have
-        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, (FunctionType, nn.Module)):  # a repr holds addresses, or no weights
+        return fingerprint(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 

@@ -368,7 +368,7 @@ class Explainer(ABC):
         if problem.passes.exact is not None:
             self._known.exact[kind] = problem.passes.exact
 
-    def _evaluating(self, depth: int) -> Evaluating:
+    def _evaluating(self, depth: int | None) -> Evaluating:
         """The model in eval mode, with what reads its output."""
         # A tuple of both is no module itself, whose flag would be compared first.
         model: Any = self._module if self.output_fn is None else (self._module, self.output_fn)
@@ -412,7 +412,8 @@ class Explainer(ABC):
             raise ValueError("inputs: expected at least one: a layer's output has no shape without")
         arguments = arguments_of(call.arguments, batch, call.keywords).after(inputs)
         limit = BLIND_ROWS if self.max_batch == "auto" else self.max_batch
-        with without_autocast(device), self._evaluating(depth=5) as found:
+        # The use that follows warns.
+        with without_autocast(device), self._evaluating(depth=None) as found:
             score = unresolved(
                 self._called(call), inputs, None, self.score, arguments, self.unused_inputs, self.precision
             )

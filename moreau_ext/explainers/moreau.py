@@ -86,7 +86,8 @@ class MoreauGrad(Certified):
         layer: explain the output of this layer in place of the inputs: a name of ``model.named_modules()``, or the
             module. Maps, noise, penalties and ``fixed`` are then those of its output at the inputs, [B, *features],
             which the model gets instead of the layer's own; so inputs may be token ids or categories. The layer runs
-            once in a pass, and returns a tensor, or a tuple or dict that begins with one.
+            once in a pass, and returns a tensor, or a tuple or dict that begins with one. In a prepared model a layer
+            with a folded BatchNorm returns what the BatchNorm did.
 
     Raises:
         ValueError, TypeError: a setting out of range, by name; when called, "tf32" or "bfloat16" for inputs that are

@@ -179,8 +179,7 @@ class TextExplainer:
                     x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None], return_solution=True
                 )
                 posed = explainer.problem(x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None])
-            # One use of the model in eval mode, and so one warning, for all of them.
-            with self.explainer._evaluating(depth=3):
+            with self.explainer._evaluating(depth=None):
                 for i, row in enumerate(rows.tolist()):
                     places = columns[i].tolist()
                     tokens = self._tokens(numbers[row, columns[i]].tolist())

@@ -138,8 +138,8 @@ def _recomputed() -> bool:
     """Whether torch.utils.checkpoint is to run again what runs now (the form with use_reentrant=False; the other one is
     seen in a score that depends on nothing)."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = top and top(False)
-    return bool(hooks) and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    hooks: Any = None if top is None else top(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def find_layer(model: Callable[..., Any], layer: str | nn.Module) -> nn.Module:
@@ -191,6 +191,11 @@ def layer_rows(score: Score, rows: Sequence[Tensor]) -> tuple[Tensor]:
     if not isinstance(found, Tensor):
         raise TypeError(
             f"layer: expected a tensor of {kind}, or several that begin with one, got {type(found).__name__}"
+        )
+    if found.is_nested:
+        raise ValueError(
+            f"layer: {kind} returns a nested tensor, in the fast path of a transformer without gradients; "
+            "torch.backends.mha.set_fastpath_enabled(False) turns it off"
         )
     if found.dim() == 0 or found.shape[0] != len(rows[0]):
         raise ValueError(

@@ -144,7 +144,7 @@ class Evaluating(Change):
         moved: whether a pass has changed a buffer.
     """
 
-    def __init__(self, registry: _Evaluation, model: Callable[..., Any], depth: int) -> None:
+    def __init__(self, registry: _Evaluation, model: Callable[..., Any], depth: int | None) -> None:
         # torch.jit.freeze leaves modules without a mode.
         self.modules = [m for m in modules_of(model) if hasattr(m, "training")]
         self._registry, self._depth = registry, depth
@@ -168,7 +168,7 @@ class Evaluating(Change):
                 users[id(module)].users.add(self)
                 # The flag alone: train() may be overridden to do more, and could not be undone exactly.
                 module.training = False
-        if training:
+        if training and self._depth is not None:
             warnings.warn(
                 "the model is in train mode: it is explained in eval mode and restored afterwards",
                 TrainModeWarning,
@@ -204,14 +204,14 @@ class _Evaluation:
     """Models in eval mode, by their users, so that threads may share one: the first switches, the last restores.
 
     ``evaluating(model, depth)`` is the context manager; ``depth``: frames between it and the caller that the warning
-    points at. Buffers come back too.
+    points at, None for no warning. Buffers come back too.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users: dict[int, _Found] = {}
 
-    def __call__(self, model: Callable[..., Any], depth: int = 1) -> Evaluating:
+    def __call__(self, model: Callable[..., Any], depth: int | None = 1) -> Evaluating:
         return Evaluating(self, model, depth)
 
 

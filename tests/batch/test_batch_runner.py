@@ -557,10 +557,12 @@ def test_float64_arrays_suit_float32_models(x: torch.Tensor, tmp_path: Path) -> 
 
 
 def test_settings_that_are_functions_and_layers(tmp_path: Path) -> None:
-    """A function is named in the manifest, not its address; maps of a layer have no place in a job."""
+    """The manifest has a function's name and weights, not its address; maps of a layer have no place in a job."""
     net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Identity()).eval()
     described = describe_explainer(Gradient(net, output_fn=lambda output: output))
-    assert described["output_fn"].endswith("test_settings_that_are_functions_and_layers.<locals>.<lambda>")
+    assert described["output_fn"]["name"].endswith("test_settings_that_are_functions_and_layers.<locals>.<lambda>")
+    heads = [describe_explainer(Gradient(net, output_fn=torch.nn.Linear(3, 2)))["output_fn"] for _ in range(2)]
+    assert heads[0] != heads[1]
     with pytest.raises(SettingError, match="explainer: has a layer, and the maps of a job are those of its inputs"):
         explain_dataset(Gradient(net, layer="0"), torch.rand(4, 4), tmp_path / "out")
     assert not (tmp_path / "out").exists()

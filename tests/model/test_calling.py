@@ -108,6 +108,9 @@ def test_a_module_that_reads_the_output_is_in_eval_mode_meanwhile() -> None:
         maps = Gradient(NET, output_fn=read).attribute(X, 2)
     assert torch.equal(maps, Gradient(NET).attribute(X, 2))
     assert read[0].training
+    with pytest.warns(TrainModeWarning) as record:
+        Gradient(NET, layer="1", output_fn=read).rows_per_pass(X)
+    assert [w.filename for w in record] == [__file__]
 
 
 def test_a_message_names_what_an_output_holds() -> None:
@@ -296,6 +299,17 @@ def test_passes_up_to_a_layer_are_small_whatever_the_arguments() -> None:
 def test_layers_that_a_hook_does_not_serve_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layer: Linear is in a part of the model that torch.utils.checkpoint runs"):
         Gradient(Edits(checkpointed=True).eval(), layer="body").attribute(X, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        block = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 1).eval()
+        block.requires_grad_(False)
+        padding = torch.tensor([[False, False], [False, True]])
+        with pytest.raises(
+            ValueError, match=r"layer: TransformerEncoderLayer returns a nested tensor, in the fast path"
+        ):
+            Gradient(
+                lambda x: block(x, src_key_padding_mask=padding[: len(x)]).flatten(1), layer=block.layers[0]
+            ).attribute(X[:4].view(2, 2, 6), 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(NET, X)
