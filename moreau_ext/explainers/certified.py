@@ -16,7 +16,7 @@ from ..analysis.derivative import map_vjp
 from ..analysis.hessian import ESTIMATES, Method
 from ..model.precision import resolution
 from ..model.restore import leaves_as_found
-from ..model.target import Target, target_index
+from ..model.target import Target, of_rows, target_index
 from ..ops.layout import Tensors
 from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
@@ -58,7 +58,7 @@ def _known_of(solution: Solution, inputs: Any, target: Target, ids: Ids) -> tupl
     if known is not None and target is None:
         index = known.tolist()
         target = known[:, 0] if known.shape[1] == 1 else [tuple(row) for row in index]
-    elif known is not None and not callable(target):
+    elif known is not None and not callable(target) and not of_rows(target):
         asked = target_index(target, batch)
         if asked.tolist() != known.tolist():
             raise ValueError(

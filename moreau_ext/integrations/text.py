@@ -17,7 +17,7 @@ from ..explainers.moreau import GroupSparseMoreauGrad
 from ..explainers.registry import make_explainer
 from ..model.arguments import PerInput
 from ..model.restore import leaves_as_found
-from ..model.target import Target, target_index
+from ..model.target import PerRow, Target, read_target
 from ..solvers.groups import Labels, Pixels
 from .words import TextExplanation, explanation
 
@@ -40,6 +40,8 @@ class _FromEmbeddings(nn.Module):
 
 def _targets(index: Any, rows: Tensor) -> Any:
     """The targets of some sentences."""
+    if isinstance(index, PerRow):
+        return [index.scores_of[row] for row in rows.tolist()]
     if not isinstance(index, Tensor):
         return index
     some = index[rows]
@@ -146,7 +148,7 @@ class TextExplainer:
         real = torch.as_tensor(batch.get("attention_mask", torch.ones_like(numbers)), device=device).bool()
         special = self._special(batch, numbers) | ~real
         count = len(numbers)
-        index = target if target is None or callable(target) else target_index(target, count).to(device)
+        index = read_target(target, count, device)
         names = check_ids(torch.zeros(count, dtype=torch.int64) if ids is None else ids, count, device)
         if not bool(real.any(1).all()):
             raise ValueError(f"texts: sentence {int((~real.any(1)).nonzero()[0])} has no tokens")
