@@ -232,11 +232,11 @@ class SparseMoreau(Sparse, MoreauGrad):
         inputs: Inputs,
         ratios: Sequence[float],
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
     ) -> tuple[Solution, ...]:
         """The solutions for η = ratio·η_max, from sparse to dense, each begun where the sparser one ended.
 
