@@ -584,12 +584,11 @@ class Explainer(ABC):
                 (batch statistics, contrastive heads, the nodes of one graph) is refused.
             target: what to explain: None (the predicted class; the output itself where there is one per input), an int,
                 a tensor or array [B], [B, 1] or of one element, a list of B ints or of B tuples, one tuple (outputs of
-                higher rank), a list of B callables row -> number, or a callable output -> [B]. A callable
-                is called with the outputs of noisy copies, in any
-                number and order, if each of its scores depends on its own row alone. If it holds something for each
-                input (a class, a mask), it is called with the outputs of all inputs in their order, once per copy: give
-                that in ``additional_forward_args`` to a model that returns the score, which takes fewer calls. One that
-                mixes rows is refused.
+                higher rank), a list of B callables row -> number, or a callable output -> [B]. A callable is called
+                with the outputs of noisy copies, in any number and order, if each of its scores depends on its own row
+                alone. If it holds something for each input (a class, a mask), it is called with the outputs of all
+                inputs in their order, once per copy: give that in ``additional_forward_args`` to a model that returns
+                the score, which takes fewer calls. One that mixes rows is refused.
             additional_forward_args: passed to the model after the inputs, a value or a tuple of them. Tensors, arrays,
                 lists, and dicts or lists of tensors with one entry per input follow the inputs. Where a shared argument
                 happens to have B entries, two small passes of the first call decide; :class:`PerInput` and

@@ -22,7 +22,7 @@ from ..ops.layout import Tensors, in_form_of, tensors_of
 from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
 from ..solvers.problem import Problem
-from ..solvers.solution import Solution
+from ..solvers.solution import Form, Solution
 from .inputs import Call, Ids, Inputs, check_batch
 from .noisy import Noisy
 from .settings import Scalar, check_scalar, per_input_setting
@@ -223,7 +223,7 @@ class Certified(Noisy):
         self,
         inputs: Inputs,
         solution: Solution,
-        vectors: Any,
+        vectors: Form,
         target: Target = None,
         additional_forward_args: object = None,
         *,
@@ -234,7 +234,7 @@ class Certified(Noisy):
         hold_settings: bool = False,
         tol: float | None = None,
         max_steps: int = 100,
-    ) -> Any:
+    ) -> Form:
         """vᵀ·DA(x), the derivative of the map A in direction of the inputs, by the implicit function theorem.
 
         With S the support of the map, H = ∇²f_σ(x + δ*) and M the second derivative of the penalty on S (0 for L1),
@@ -311,4 +311,5 @@ class Certified(Noisy):
                     max_steps=max_steps,
                 )
             result = tuple(r.to(x.dtype) for r, x in zip(result, tensors, strict=True))
-        return in_form_of(self._like(call, result), result)
+        found: Form = in_form_of(self._like(call, result), result)
+        return found

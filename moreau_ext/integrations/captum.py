@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class CaptumAttribution:
         self.explainer = explainer
 
     @property
-    def forward_func(self) -> Callable[..., Any]:
+    def forward_func(self) -> Callable[..., object]:
         """The model."""
         return self.explainer._module
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._errors import ConvergenceWarning, EmptyMapWarning, without
 from ..explainers.base import Explainer, warn_empty, warn_unconverged
 from ..explainers.inputs import Ids
-from ..explainers.registry import make_explainer
+from ..explainers.registry import Model, make_explainer
 from ..model.restore import leaves_as_found
 from ..model.target import Target
 from ..plots import bars, features
@@ -180,13 +180,13 @@ class TabularExplainer:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         transformer: Transformer | None = None,
         feature_names: Sequence[str] | None = None,
         *,
         background: Table | None = None,
         method: str = "sparse",
-        **settings: Any,
+        **settings: object,
     ) -> None:
         if transformer is not None and not callable(getattr(transformer, "transform", None)):
             raise TypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, overload
 
@@ -20,6 +20,9 @@ from ..model.restore import leaves_as_found
 from ..model.target import PerRow, Target, read_target
 from ..solvers.groups import Labels, Pixels
 from .words import TextExplanation, explanation
+
+# Of transformers, or one that is called alike and returns input_ids and further arguments of the model.
+Tokenizer = Callable[..., Mapping[str, object]]
 
 # What a tokenizer returns beside the model's arguments.
 _NOT_ARGUMENTS = ("input_ids", "attention_mask", "special_tokens_mask", "offset_mapping", "length", "labels")
@@ -93,7 +96,9 @@ class TextExplainer:
     passes: sentences of one length are explained together, and all see the noise of one id.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, method: str = "group", **settings: Any) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer | None = None, method: str = "group", **settings: object
+    ) -> None:
         if not isinstance(model, nn.Module) or not callable(getattr(model, "get_input_embeddings", None)):
             raise TypeError(
                 f"model: expected an nn.Module with get_input_embeddings(), got {type(model).__name__}; wrap it in one "
@@ -103,7 +108,8 @@ class TextExplainer:
         some = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         if not some and "inputs_embeds" not in parameters:
             raise TypeError(f"model: {type(model).__name__}.forward does not take inputs_embeds")
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer: Any = tokenizer
         self._by_word = method == "group" and "groups" not in settings
         if self._by_word:
             settings["groups"] = Pixels(channel_axis=-1)
@@ -115,7 +121,11 @@ class TextExplainer:
 
     @overload
     def attribute(
-        self, texts: Sequence[Any] | Mapping[str, Any], target: Target = None, *, ids: Tensor | None = None
+        self,
+        texts: list[str] | list[tuple[str, str]] | Mapping[str, object],
+        target: Target = None,
+        *,
+        ids: Tensor | None = None,
     ) -> list[TextExplanation]: ...
 
     @leaves_as_found

@@ -10,7 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Target = int | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Callable[[Tensor], Tensor] | None
+Target = (
+    int
+    | Tensor
+    | np.ndarray[Any, Any]
+    | Sequence[int]
+    | Sequence[np.integer[Any]]
+    | Sequence[Tensor]
+    | Sequence[tuple[int, ...]]
+    | Sequence[Callable[[Tensor], Tensor]]
+    | Callable[[Tensor], Tensor]
+    | None
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-Model = Callable[..., Any]
+Model = Callable[..., object]
 
 
 @dataclass(frozen=True)
