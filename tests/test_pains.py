@@ -49,7 +49,7 @@ ELSEWHERE: dict[str, dict[str, list[str]]] = {
         RUNNER: ["test_noise_is_keyed_by_the_id_alone", "test_workers_change_nothing"],
         "batch/test_batch_ray.py": ["test_two_workers_give_the_same_rows"],
         "capture/test_cuda_graphs.py": ["test_maps_are_those_of_the_cpu_to_rounding"],
-        "model/test_parallel.py": ["test_data_parallel", "test_distributed_data_parallel"],
+        "model/test_parallel.py": ["test_data_parallel", "test_distributed_data_parallel", "test_offloaded_weights"],
     },
     "06 a different map each run: noise by seed and id; global generators stay": {
         EXPLAINERS: [

@@ -50,3 +50,17 @@ def test_distributed_data_parallel() -> None:
     # It trains as before.
     model.train()(X).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_offloaded_weights() -> None:
+    """As device_map="cpu" leaves them: each layer's parameters are there while it runs, and on "meta" otherwise."""
+    model = net()
+    for layer in model:
+        real = dict(layer.named_parameters())
+        away = {name: nn.Parameter(p.to("meta")) for name, p in real.items()}
+        layer._parameters.update(away)
+        layer.register_forward_pre_hook(lambda layer, _, real=real: layer._parameters.update(real))
+        layer.register_forward_hook(lambda layer, *_, away=away: layer._parameters.update(away))
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.equal(maps(model), maps(net()))
+    assert all(p.is_meta for p in model.parameters())
