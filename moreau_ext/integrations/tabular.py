@@ -193,6 +193,8 @@ class TabularExplainer:
                 f"transformer: expected a fitted transformer of scikit-learn, got {type(transformer).__name__}; of a "
                 "pipeline that ends in the model give pipeline[:-1]"
             )
+        if settings.get("layer") is not None:
+            raise ValueError("layer: the scores are those of the table's features; give make_explainer a layer")
         self.explainer: Explainer = make_explainer(method, model, **settings)
         self.transformer, self.background = transformer, background
         self.feature_names = None if feature_names is None else tuple(feature_names)

@@ -101,6 +101,8 @@ def test_a_warning_names_the_callers_line() -> None:
 
 
 def test_errors_name_the_cure() -> None:
+    with pytest.raises(ValueError, match="layer: the scores are those of the table's features"):
+        TabularExplainer(nn.Linear(2, 2), layer="0")
     with pytest.raises(TypeError, match=r"transformer: .* give pipeline\[:-1\]"):
         TabularExplainer(linear(), object())  # type: ignore[arg-type]  # the error is the test
     with pytest.raises(ValueError, match="transformer: PCA does not scale and shift each feature by itself"):
