@@ -399,7 +399,10 @@ class Explainer(ABC):
         """One object for all calls of one form, so that captures know it."""
         if called.model is not self._module:  # a copy of this call
             return called
-        return self._known.called.setdefault((called.names, called.keywords, called.shared), called)
+        key, kept = (called.names, called.keywords, called.shared), self._known.called
+        if key not in kept or kept[key].layer is not called.layer:  # its name may be another layer's by now
+            kept[key] = called
+        return kept[key]
 
     def _displaced(self, call: Call) -> Tensors:
         """What is displaced, checked: the inputs, or the output of the layer at them."""
@@ -419,8 +422,30 @@ class Explainer(ABC):
             )
             passes = PassRunner(limit, after=found.restore_buffers)
             rows = (torch.arange(batch, dtype=torch.float32, device=device),)
-            output = passes(layer_rows, self._as_read(score, arguments, rows, call, passes, layer_rows), rows)[0]
+            score = self._as_read(score, arguments, rows, call, passes, layer_rows)
+            output = passes(layer_rows, score, rows)[0]
+            self._check_layer(score, rows, output, passes)
         return check_inputs(output, self._module, self.precision, layout, "layer: its output")
+
+    def _check_layer(self, score: Score, rows: Tensors, output: Tensor, passes: PassRunner) -> None:
+        """Checks, in the first call of a kind, that a layer's output at the last input is that of a pass of it alone.
+
+        Raises:
+            MixingError: it is not, although that pass gives the same output again.
+        """
+        kind = (layer_rows, _kind(score, rows))
+        if len(output) == 1 or not output.is_floating_point() or kind in self._known.unmixed:
+            return
+        try:
+            with same_random_numbers(output.device):
+                one, again = [sample_output(score, rows, 1, passes, layer_rows)[-1] for _ in range(2)]
+        except Exception as error:  # it does not take one row
+            if isinstance(error, torch.AcceleratorError):
+                raise
+        else:
+            if torch.equal(one, again) and not agree(one, output[-1], score.precision, (output,)):
+                raise MixingError
+        self._known.unmixed.add(kind)
 
     def _unresolved(self, tensors: Tensors, call: Call, found: Evaluating) -> Score:
         batch = tensors[0].shape[0]

@@ -25,7 +25,7 @@ from moreau_ext import (
     prepare,
     zoo,
 )
-from moreau_ext._errors import TrainModeWarning
+from moreau_ext._errors import MixingError, TrainModeWarning
 from moreau_ext.model import calling
 from moreau_ext.model.calling import find_layer
 
@@ -206,6 +206,11 @@ def test_layers_of_a_transformer() -> None:
         assert maps.any()
 
 
+class Whole(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.long()
+
+
 def test_wrong_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layer: the model has no layer '7'; it has 0, 1, 2"):
         MoreauGrad(NET, layer="7")
@@ -218,6 +223,8 @@ def test_wrong_layers_are_refused() -> None:
         MoreauGrad(shared.eval(), layer=NET[1]).attribute(X)
     with pytest.raises(ValueError, match=r"inputs: expected at least one"):
         MoreauGrad(NET, layer="1").attribute(X[:0])
+    with pytest.raises(TypeError, match=r"layer: its output: expected floating point, got torch.int64"):
+        Gradient(nn.Sequential(nn.Linear(6, 6), Whole()).eval(), layer="1").attribute(X)
     with pytest.raises(ValueError, match=r"layer: its output: input 0 holds NaN or infinity"):
         MoreauGrad(NET, layer="1").attribute(X * torch.nan)
     assert not any(module._forward_hooks for module in shared.modules())
@@ -294,6 +301,23 @@ def test_passes_up_to_a_layer_are_small_whatever_the_arguments() -> None:
     hidden = NET[1](NET[0](x @ table) * scale[:, None])
     rest = SmoothGrad(lambda h, s: NET[2](h * s[:, None]), num_samples=8, max_batch=4)
     torch.testing.assert_close(maps, rest.attribute(hidden.detach(), 1, PerInput(scale)))
+
+
+def test_a_model_that_mixes_its_inputs_before_the_layer() -> None:
+    def model(x: Tensor) -> Tensor:
+        return NET(x - x.mean(0))
+
+    with pytest.raises(MixingError):
+        Gradient(model, layer=NET[1]).attribute(X, 1)
+    assert Gradient(model, layer=NET[1], max_batch=1).attribute(X, 1).shape == (5, 8)
+
+
+def test_a_name_is_that_of_the_layer_which_has_it_now() -> None:
+    model = nn.Sequential(NET[0], nn.Tanh(), NET[2]).eval()
+    explainer = SmoothGrad(model, layer="1", num_samples=4)
+    explainer.attribute(X, 1)
+    model[1] = nn.SiLU().eval()
+    assert torch.equal(explainer.attribute(X, 1), SmoothGrad(NET, layer="1", num_samples=4).attribute(X, 1))
 
 
 def test_layers_that_a_hook_does_not_serve_are_refused() -> None:
