@@ -155,7 +155,7 @@ def main() -> None:
         for method, (explainer, count, files) in cases.items():
             seconds: dict[str, list[float]] = {"bare": [], "job": []}
             parts: Counter[str] = Counter()
-            explainer.attribute(tensors[:BATCH], ids=ids[:BATCH])
+            explainer.attribute(tensors[: min(BATCH, count)], ids=ids[: min(BATCH, count)])
             for turn in range(rounds):
                 start = time.perf_counter()
                 for at in range(0, count, BATCH):

@@ -29,6 +29,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -54,7 +55,7 @@ from moreau_ext import (
     Tiles,
     zoo,
 )
-from moreau_ext.model.precision import PRECISIONS, Precision
+from moreau_ext.model.precision import PRECISIONS, Precision, flags
 from moreau_ext.preparation.prepare import prepare
 
 Run = Callable[[], Any]
@@ -91,6 +92,8 @@ PLAN: tuple[tuple[str, Precision, int], ...] = (
 # Candidates of a slice, to estimate its time, and calls of each before the first round.
 CANDIDATES = {"all": 11, "core": 5, "rest": 6}
 WARM_UP = 2
+# Seconds of preparing a network, about.
+PREPARING = 6.0
 
 
 @dataclass
@@ -172,7 +175,7 @@ def captum(setting: Setting, x: Tensor, target: Tensor, tf32: bool) -> tuple[Run
     tunnel, sigma = NoiseTunnel(Saliency(setting.model)), float(sigma_of(x).mean())
 
     def run(samples: int, each: int) -> None:
-        with torch.backends.cudnn.flags(allow_tf32=tf32):
+        with nullcontext() if tf32 else flags("float32", x.device, False):
             tunnel.attribute(x, nt_samples=samples, nt_samples_batch_size=each, stdevs=sigma, target=target, abs=False)
 
     seconds = {}
@@ -343,14 +346,17 @@ def errors(setting: Setting, precisions: list[Precision]) -> Iterator[dict[str, 
         budget *= 2
 
 
-def estimate(setting: Setting, what: str, precision: Precision, batch: int, precisions: int) -> float:
-    """Seconds of a slice, from what a gradient took; 0 before anything was measured."""
+def estimate(setting: Setting, what: str, precision: Precision, batch: int, precisions: list[Precision]) -> float:
+    """Seconds of a slice, from what a gradient took; those of preparing alone before anything was measured."""
     pace = setting.pace.get(precision, max(setting.pace.values(), default=0.0))
     once = pace * setting.gradients * batch
+    needed = {precision, *(precisions if what == "errors" else ())}
+    preparing = PREPARING * len(needed - set(setting.ready))
     if what == "errors":
-        # The references, the maps, the published schedule (with its noise from the host), and ours.
-        return once * (4 * FINER + 4 * precisions + 4 * FINER // 2) + 2 * pace * SAMPLES * SCHEDULE
-    return once * (1 + (WARM_UP + 1) * CANDIDATES[what])
+        # The references, the maps, ours by budgets, and the published schedule, whose noise from the host takes as long
+        # as its passes.
+        return preparing + once * (4 * FINER + 4 * len(precisions) + 5 * FINER // 2) + 2 * pace * SAMPLES * SCHEDULE
+    return preparing + once * (1 + (WARM_UP + 1) * CANDIDATES[what])
 
 
 def main() -> None:
@@ -384,6 +390,8 @@ def main() -> None:
             and precision in arguments.precisions
             and (arguments.only is None or what in arguments.only)
         ]
+        if not plan:
+            options.error("no slice has such a kind, precision and batch: see PLAN")
         slices = {f"{what}, {precision}, {batch}": (what, precision, batch) for what, precision, batch in plan}
         done = {row["slice"] for row in rows if row["net"] == NETS[name].title}
         setting: Setting | None = None
@@ -394,7 +402,7 @@ def main() -> None:
                 setting = set_up(name, device, gradients, max(arguments.batches))
             left = end - time.perf_counter()
             found: list[Any] | None = None
-            if left > estimate(setting, what, precision, batch, len(arguments.precisions)):
+            if left > estimate(setting, what, precision, batch, arguments.precisions):
                 if what == "errors":
                     found = list(errors(setting, arguments.precisions))
                 else:

@@ -13,8 +13,8 @@
 #   TOTAL=SECONDS     begin no part later, and end the last one then: for a machine that is lent for minutes
 #   LIMIT=SECONDS     of every part, in place of its own
 #   RESULTS=FOLDER    where the JSON goes, and gpu.log with all that the parts print. default: benchmarks/results, and
-#                     no log. What a file of the same name in either folder found is kept
-#   KEPT=FOLDER       where the build stays for the next call. default: build/gpu
+#                     no log
+#   KEPT=FOLDER       where the build and the JSON stay for the next call. default: build/gpu
 #   OPTIONS="..."     of the benchmarks. default: --quick
 #   COMMIT=HASH       where this is no git clone
 #   DEVICE=cpu        a trial of all parts on a machine without a GPU, without CUDA kernels; the tests skip themselves.
@@ -43,7 +43,7 @@ failed=0
 # The build looks for cmake and ninja on PATH, where those of a virtual environment that is not activated are missing.
 scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))') || exit 2
 export PATH="$scripts:$PATH"
-command -v nvcc >/dev/null || export PATH="$PATH:/usr/local/cuda/bin"
+export PATH="$PATH:/usr/local/cuda/bin"
 lacking=$("$python" - <<'PYTHON'
 import importlib.util, shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -74,11 +74,11 @@ PYTHON
 [[ $device == cpu ]] || "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
   { echo "gpu.sh: torch finds no CUDA device" >&2; exit 2; }
 
-# What one call leaves for the next one: the build, and the nets that were trained. The tree may be read-only.
+# What one call leaves for the next one: build, JSON, and the nets that were trained. The tree may be read-only.
 kept=${KEPT:-$root/build/gpu}
 mkdir -p "$kept" 2>/dev/null && [[ -w $kept ]] || kept=$work/kept
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$kept/cache}
-mkdir -p "$kept" "$XDG_CACHE_HOME"
+mkdir -p "$kept" "$XDG_CACHE_HOME" ${RESULTS:+"$RESULTS"}
 
 # --- the record --------------------------------------------------------------------------------------------------------
 # The file's name, and the parts that passed before; what they and others found lies in $work.
@@ -113,7 +113,8 @@ file = f"{slug}-{about['date']}-{(about['commit'] or 'unknown')[:7]}.json"
 usual = root / "benchmarks" / "results"
 folder = Path(os.environ.get("RESULTS") or usual)
 result = {**about, "parts": {}}
-for earlier in (usual / file, folder / file):
+here = Path(os.environ["KEPT"]) / file
+for earlier in (usual / file, here, folder / file):
     if earlier.exists():
         known = json.loads(earlier.read_text())
         result = {**result, **known, **about, "parts": {**result["parts"], **known["parts"]}}
@@ -136,12 +137,13 @@ elif name != "build" and log.exists():
     # Without the folder that the tests lay in.
     result[name] = [re.sub(r"[^ ]*/(?=tests/)", "", line) for line in log.read_text().strip().splitlines()[-3:]]
 folder.mkdir(parents=True, exist_ok=True)
-new = folder / f".{file}.new"
-new.write_text(json.dumps(result, indent=2) + "\n")
-new.replace(folder / file)
+for path in (here, folder / file):
+    new = path.with_name(f".{file}.new")
+    new.write_text(json.dumps(result, indent=2) + "\n")
+    new.replace(path)
 print(f"{name}: {status} in {seconds} s; in {folder / file}")
 PYTHON
-record() { ROOT=$root WORK=$work DEVICE=$device "$python" "$work/record.py" "$@"; }
+record() { ROOT=$root WORK=$work DEVICE=$device KEPT=$kept "$python" "$work/record.py" "$@"; }
 passed=$(record) || { echo "gpu.sh: an earlier result cannot be read" >&2; exit 2; }
 parts=("$@")
 if (($# == 0)); then
@@ -168,7 +170,7 @@ part() {  # name, seconds at most, command...
     75) status=partial ;; # ended in time, and goes on at the next call
     *) status=failed failed=1 ;;
   esac
-  [[ -z ${RESULTS:-} ]] || { mkdir -p "$RESULTS"; printf '\n--- %s\n' "$name"; cat "$work/$name.log"; } >>"$RESULTS/gpu.log"
+  [[ -z ${RESULTS:-} ]] || { printf '\n--- %s\n' "$name"; cat "$work/$name.log"; } >>"$RESULTS/gpu.log"
   tail -n 25 "$work/$name.log"
   record "$name" "$status" $((SECONDS - began))
   [[ $status == passed ]]
