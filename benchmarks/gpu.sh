@@ -106,7 +106,7 @@ about = {
     "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
     "torch": torch.__version__,
     "nvcc": (re.findall(r"release ([\d.]+)", said("nvcc", "--version") or "") or [None])[0],
-    "commit": os.environ.get("COMMIT") or said("git", "-C", str(root), "rev-parse", "HEAD"),
+    "commit": os.environ["COMMIT"] or None,
 }
 slug = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
 file = f"{slug}-{about['date']}-{(about['commit'] or 'unknown')[:7]}.json"
@@ -143,6 +143,8 @@ for path in (here, folder / file):
     new.replace(path)
 print(f"{name}: {status} in {seconds} s; in {folder / file}")
 PYTHON
+# Once: a commit in the middle of a run must not begin another file.
+export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null)}
 record() { ROOT=$root WORK=$work DEVICE=$device KEPT=$kept "$python" "$work/record.py" "$@"; }
 passed=$(record) || { echo "gpu.sh: an earlier result cannot be read" >&2; exit 2; }
 parts=("$@")
@@ -263,5 +265,6 @@ for dtype in (torch.float32, torch.bfloat16):
 elif [[ " ${parts[*]} " == *" ncu "* ]]; then
   record ncu not-found 0
 fi
-measure precision 90 bench_precision
+# Nets are trained on the processor first.
+measure precision 90 bench_precision --threads "$(nproc)"
 exit $failed

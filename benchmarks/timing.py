@@ -111,13 +111,13 @@ def interleaved(
         runs: the candidates.
         device: "cpu" or "cuda".
         rounds: how many times each is measured.
-        each: seconds that one measurement should last, by repetition.
+        each: seconds that one measurement should last, by repetition; 0 does not repeat.
     """
     timer = Timer(device)
     repeats = {}
     for name, run in runs.items():
         run()
-        repeats[name] = max(1, int(each / max(timer(run, 1), 1e-7)))
+        repeats[name] = max(1, int(each / max(timer(run, 1), 1e-7))) if each else 1
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

@@ -118,7 +118,11 @@ def test_every_part_runs_and_is_recorded_whatever_the_others_do(stubs: dict[str,
     assert [line.split(".json")[0].rsplit("/", 1)[1] for line in again] == ["ops", "vit", "precision"]
     assert list(result(stubs)["parts"]) == list(found["parts"])
     # The page takes any such file.
-    assert "Stub GPU" in rendering()["gpu"]("stub.json", result(stubs))
+    render = rendering()
+    assert "Stub GPU" in render["gpu"]("stub.json", result(stubs))
+    known = render["load"](render["H200"])["ops"]["rows"]
+    alone = [{**row, "variant": "perturb"} for row in known if row.get("variant") == "noise"]
+    assert "full overlap" in render["gpu_ops"]({"ops": {"rows": [*known, *alone]}})
 
     class Parsed(Exception):
         pass

@@ -647,19 +647,19 @@ def gpu_networks(real: list[Row]) -> str:
         def beside(name: str, these: dict[str, Row] = these) -> str:
             return ratio(these[name]["of bare passes"]) if name in these else "–"
 
-        def times(rival: str, these: dict[str, Row] = these, rivals: dict[str, float] = rivals) -> str:
-            if rival not in rivals or "SmoothGrad" not in these:
+        def times(ours: str, rival: str, these: dict[str, Row] = these, rivals: dict[str, float] = rivals) -> str:
+            if rival not in rivals or ours not in these:
                 return "–"
-            return ratio(these["SmoothGrad"]["gradients/s"] / rivals[rival])
+            return ratio(these[ours]["gradients/s"] / rivals[rival])
 
         body.append(
             [
                 f"{net}, {precision}, {batch}",
                 *(speed(name) for name in ("SmoothGrad", "MoreauGrad", "sparse", "group")),
                 f"{beside('sparse')}; {beside('sparse, eager')}",
-                times("captum"),
-                times("captum, without TF32"),
-                times("published loop"),
+                times("SmoothGrad", "captum"),
+                times("SmoothGrad", "captum, without TF32"),
+                times("published schedule by us", "published loop"),
             ]
         )
     head = [
@@ -668,11 +668,11 @@ def gpu_networks(real: list[Row]) -> str:
         "sparse / bare passes: captured; eager",
         "SmoothGrad / captum",
         "without TF32",
-        "/ published loop",
+        "published schedule, ours / as written",
     ]
     return f"""**Networks of published sizes**, 3 × 224 × 224, prepared; random weights but for EfficientNet-Lite0. The
-last columns are gradients per second of SmoothGrad divided by those of captum's SmoothGrad in float32 in its fastest
-passes, as it is and with TF32 switched off, and of the published loop as written:
+last columns are ratios of gradients per second: SmoothGrad against captum's in float32 in its fastest passes, as it is
+and with TF32 switched off; and the published schedule against the published loop as written:
 
 {table(head, body)}"""
 
@@ -733,9 +733,9 @@ def gpu_folder(every: list[Row]) -> str:
         for row in jobs
     ]
     head = ["job", "explainer alone, images/s", "job, images/s", *names]
-    return f"""**A folder of JPEG files** of 256 × 256, {jobs[0]["workers"]} processes that read: the job's speed beside
-its explainer's on tensors on the device, and the shares of the job's time that its main thread waits for or spends on
-each part:
+    return f"""**A folder of JPEG files** of 256 × 256 (readers: {jobs[0]["workers"]}): the job's speed beside its
+explainer's on tensors on the device, and the shares of the job's time that its main thread waits for or spends on each
+part:
 
 {table(head, body)}"""
 
