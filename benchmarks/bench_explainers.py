@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from nets import resnet50, vit
 from published import published
-from timing import interleaved, parser, replayed, report
+from timing import interleaved, parser, replayed, report, save
 from torch import Tensor, nn
 
 from moreau_ext import (
@@ -216,26 +217,34 @@ def beside_the_published(case: Case, device: str, quick: bool, x: Tensor, target
     return row
 
 
-def measured(case: Case, device: str, quick: bool) -> list[dict[str, Any]]:
+def measured(case: Case, arguments: Any) -> list[dict[str, Any]]:
+    device, quick = arguments.device, arguments.quick
     torch.manual_seed(0)
     x = torch.rand(case.batch, *case.features, device=device)
     target = torch.zeros(case.batch, dtype=torch.int64, device=device)
     rows = beside_the_passes(case, device, quick, x, target)
     # The published loop on 64 at once at most: 32 samples each.
-    return rows if case.batch > 64 else [*rows, beside_the_published(case, device, quick, x, target)]
+    if case.batch <= 64:
+        save("explainers", device, rows, arguments.json)
+        rows.append(beside_the_published(case, device, quick, x, target))
+    return rows
 
 
-def apart(number: int, case: Case, arguments: Any) -> list[dict[str, Any]]:
-    """The same in a process of its own, which leaves nothing to the next case, not even if it dies."""
+def apart(number: int, case: Case, arguments: Any, rows: list[dict[str, Any]]) -> None:
+    """Adds the rows of a case that is measured in a process of its own, which leaves nothing to the next case."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         options = ["--device", arguments.device, "--threads", str(arguments.threads), "--json", str(path)]
         options += ["--quick"] * arguments.quick + ["--case", str(number)]
-        done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.DEVNULL)
-        if path.exists():
-            rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-            return rows
-        return [{"model": case.name, "B": case.batch, "failed with": done.returncode}]
+        status = -signal.SIGINT
+        try:
+            status = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.DEVNULL).returncode
+        finally:
+            # What was measured stays if the rest is cut off.
+            rows += json.loads(path.read_text())["rows"] if path.exists() else []
+            if status:
+                rows.append({"model": case.name, "B": case.batch, "failed with": status})
+            report("explainers", arguments.device, rows, arguments.json)
 
 
 def main() -> None:
@@ -246,15 +255,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     every = cases(arguments.device, arguments.quick)
     if arguments.case is not None:
-        rows = measured(every[arguments.case], arguments.device, arguments.quick)
-        report("explainers", arguments.device, rows, arguments.json)
+        report("explainers", arguments.device, measured(every[arguments.case], arguments), arguments.json)
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, case in enumerate(every):
         if arguments.only in case.name:
-            rows.extend(apart(number, case, arguments))
-            # After each, so that what was measured stays if the rest is cut off.
-            report("explainers", arguments.device, rows, arguments.json)
+            apart(number, case, arguments, rows)
     sys.exit(any("failed with" in row for row in rows))
 
 
