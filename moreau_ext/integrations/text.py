@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, overload
 
@@ -11,15 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import ConvergenceWarning, EmptyMapWarning, without
+from ..analysis.hessian import Bank
 from ..explainers.base import Explainer, warn_empty, warn_unconverged
 from ..explainers.inputs import check_ids
 from ..explainers.moreau import GroupSparseMoreauGrad
 from ..explainers.registry import make_explainer
 from ..model.arguments import PerInput
+from ..model.modes import evaluating
 from ..model.restore import leaves_as_found
-from ..model.target import Target, target_index
+from ..model.target import PerRow, Target, read_target
 from ..solvers.groups import Labels, Pixels
+from ..solvers.problem import Problem
 from .words import TextExplanation, explanation
+
+# Of transformers, or one that is called alike and returns input_ids and further arguments of the model.
+Tokenizer = Callable[..., Mapping[str, object]]
+
+# Samples, or pairs of them, in which the errors of a word's features are compared.
+_TOGETHER = 64
 
 # What a tokenizer returns beside the model's arguments.
 _NOT_ARGUMENTS = ("input_ids", "attention_mask", "special_tokens_mask", "offset_mapping", "length", "labels")
@@ -40,6 +49,8 @@ class _FromEmbeddings(nn.Module):
 
 def _targets(index: Any, rows: Tensor) -> Any:
     """The targets of some sentences."""
+    if isinstance(index, PerRow):
+        return [index.scores_of[row] for row in rows.tolist()]
     if not isinstance(index, Tensor):
         return index
     some = index[rows]
@@ -91,7 +102,9 @@ class TextExplainer:
     passes: sentences of one length are explained together, and all see the noise of one id.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, method: str = "group", **settings: Any) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer | None = None, method: str = "group", **settings: object
+    ) -> None:
         if not isinstance(model, nn.Module) or not callable(getattr(model, "get_input_embeddings", None)):
             raise TypeError(
                 f"model: expected an nn.Module with get_input_embeddings(), got {type(model).__name__}; wrap it in one "
@@ -101,7 +114,8 @@ class TextExplainer:
         some = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         if not some and "inputs_embeds" not in parameters:
             raise TypeError(f"model: {type(model).__name__}.forward does not take inputs_embeds")
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer: Any = tokenizer
         self._by_word = method == "group" and "groups" not in settings
         if self._by_word:
             settings["groups"] = Pixels(channel_axis=-1)
@@ -113,7 +127,11 @@ class TextExplainer:
 
     @overload
     def attribute(
-        self, texts: Sequence[Any] | Mapping[str, Any], target: Target = None, *, ids: Tensor | None = None
+        self,
+        texts: list[str] | list[tuple[str, str]] | Mapping[str, object],
+        target: Target = None,
+        *,
+        ids: Tensor | None = None,
     ) -> list[TextExplanation]: ...
 
     @leaves_as_found
@@ -146,7 +164,7 @@ class TextExplainer:
         real = torch.as_tensor(batch.get("attention_mask", torch.ones_like(numbers)), device=device).bool()
         special = self._special(batch, numbers) | ~real
         count = len(numbers)
-        index = target if target is None or callable(target) else target_index(target, count).to(device)
+        index = read_target(target, count, device)
         names = check_ids(torch.zeros(count, dtype=torch.int64) if ids is None else ids, count, device)
         if not bool(real.any(1).all()):
             raise ValueError(f"texts: sentence {int((~real.any(1)).nonzero()[0])} has no tokens")
@@ -171,16 +189,28 @@ class TextExplainer:
                 solution = explainer.attribute(
                     x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None], return_solution=True
                 )
+                posed = explainer.problem(x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None])
+                gradients = self._samples(posed, solution.displacement)
             for i, row in enumerate(rows.tolist()):
                 places = columns[i].tolist()
                 tokens = self._tokens(numbers[row, columns[i]].tolist())
                 written = self._written(tokens, words[i], self._spans(given, batch, row, places))
                 one = solution.take(torch.tensor([i], device=device))
-                found[row] = explanation(tokens, words[i], written, x[i] - average, one)
+                found[row] = explanation(tokens, words[i], written, x[i] - average, one, gradients[i])
         explained = [e for e in found if e is not None]
         warn_empty([e.solution for e in explained])
         warn_unconverged([e.solution for e in explained], *self.explainer._claim)
         return explained[0] if isinstance(texts, str) else explained
+
+    def _samples(self, problem: Problem, displacement: Tensor) -> Tensor:
+        """Gradients at further noisy copies, or their means over pairs z, −z where the explainer has these; [B, n, T,
+        features]."""
+        pairs = getattr(getattr(self.explainer, "_method", self.explainer), "antithetic", True)
+        count = _TOGETHER * (1 + pairs)
+        bank = Bank(problem, (displacement,), count, antithetic=pairs)
+        with evaluating(self.model):
+            drawn = bank.gradients(0, count).view(len(displacement), _TOGETHER, -1, *displacement.shape[1:])
+        return drawn.mean(2)
 
     def _batch(self, texts: Any) -> Mapping[str, Any]:
         if isinstance(texts, Mapping):
