@@ -96,6 +96,7 @@ def result(stubs: dict[str, str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_is_recorded_whatever_the_others_do(stubs: dict[str, str]) -> None:
     done = called(stubs, LIMIT="2")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -154,6 +155,7 @@ def test_what_is_missing_is_said_at_once(stubs: dict[str, str]) -> None:
     assert "no part opps" in called(stubs, "opps").stderr
 
 
+@pytest.mark.slow
 def test_networks_are_measured_in_slices_that_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
