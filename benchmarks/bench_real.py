@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_real.py --device cuda --nets resnet50 --json FILE
 
 ResNet-50 and ViT-B/16 of torchvision, ConvNeXt-T of timm (random weights) and EfficientNet-Lite0 (ImageNet's), each
-prepared for every precision, on photographs of 3 x 224 x 224. rho = 1, noise 0.05, a budget of 512 gradients for every
-input, which no tolerance ends early.
+prepared for every precision, on photographs of 3 x 224 x 224. Noise 0.05, one rho for all, which rho="auto" finds for
+the first photograph, and a budget of 512 gradients for every input, which no tolerance ends early.
 
 maps: explanations and gradients per second of SmoothGrad and the three MoreauGrads, captured (on a GPU) and eager, with
 the error that each Solution states; beside "bare passes" of the same sizes at the same precision (on a GPU captured),
@@ -30,7 +30,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ from moreau_ext.preparation.prepare import prepare
 
 Run = Callable[[], Any]
 
-RHO, NOISE_LEVEL = 1.0, 0.05
+NOISE_LEVEL = 0.05
 # So small that every input takes its whole budget.
 TOLERANCE = 1e-4
 # Of the published loop, which always takes 32; its whole schedule is 300 steps.
@@ -107,6 +107,7 @@ class Setting:
     model: nn.Module
     images: Tensor
     target: Tensor
+    rho: float
     ready: dict[Precision, Prepared] = field(default_factory=dict)
     # Seconds of a gradient by precision, of the last slice.
     pace: dict[Precision, float] = field(default_factory=dict)
@@ -122,7 +123,7 @@ class Setting:
 
     def settings(self, gradients: int | None = None) -> dict[str, Any]:
         solver = AdaptiveProximalGradient(TOLERANCE, gradients or self.gradients)
-        return {"rho": RHO, "noise_level": NOISE_LEVEL, "solver": solver}
+        return {"rho": self.rho, "noise_level": NOISE_LEVEL, "solver": solver}
 
     def methods(self, precision: Precision, gradients: int | None = None, **more: Any) -> dict[str, Callable[..., Any]]:
         """Explainers by name; each takes ``cuda_graphs`` but SmoothGrad, which makes one step."""
@@ -159,7 +160,11 @@ def set_up(name: str, device: str, gradients: int, most: int) -> Setting:
     images = images.to(device)
     with torch.no_grad():
         target = torch.cat([model(rows).argmax(1) for rows in images.split(8)])
-    return Setting(name, net, device, gradients, model, images, target)
+    short = AdaptiveProximalGradient(0.5, 192)
+    first = MoreauGrad(model, noise_level=NOISE_LEVEL, solver=short).attribute(
+        images[:1], target[:1], return_solution=True
+    )
+    return Setting(name, net, device, gradients, model, images, target, float(first.rho[0]))
 
 
 def sigma_of(x: Tensor) -> Tensor:
@@ -198,7 +203,7 @@ def as_written(setting: Setting, steps: int) -> Run:
     x, target = setting.images[:1], setting.target[:1]
 
     def run() -> None:
-        for _ in published(setting.model, x, target, sigma_of(x), rho=RHO, steps=steps):
+        for _ in published(setting.model, x, target, sigma_of(x), rho=setting.rho, steps=steps):
             pass
 
     return run
@@ -265,8 +270,8 @@ def speeds(setting: Setting, what: str, precision: Precision, batch: int, left: 
     if precision == "float32" and batch == 1:
         steps = setting.gradients // SAMPLES
         add("published loop", as_written(setting, steps), steps * SAMPLES, False, 1)
-        schedule = ProximalGradient.paper(SAMPLES, steps)
-        ours = MoreauGrad(ready, rho=RHO, noise_level=NOISE_LEVEL, solver=schedule, cuda_graphs="auto")
+        schedule = replace(ProximalGradient.paper(SAMPLES, steps), step_size=0.1 * setting.rho)
+        ours = MoreauGrad(ready, rho=setting.rho, noise_level=NOISE_LEVEL, solver=schedule, cuda_graphs="auto")
         add("published schedule by us", partial(ours.attribute, x, target), steps * SAMPLES, cuda)
     seconds = interleaved(runs, setting.device, rounds, 0.0)
 
@@ -278,6 +283,7 @@ def speeds(setting: Setting, what: str, precision: Precision, batch: int, left: 
             "net": setting.net.title,
             "precision": precision,
             "B": batch,
+            "rho": setting.rho,
             "method": name,
             "captured": about[name]["captured"],
             "gradients": about[name]["gradients"],
@@ -303,7 +309,7 @@ def difference(a: Tensor, reference: Tensor) -> float:
 def errors(setting: Setting, precisions: list[Precision]) -> Iterator[dict[str, Any]]:
     """Errors of one input's maps, then error and seconds of the published loop and of ours."""
     x, target = setting.images[:1], setting.target[:1]
-    common = {"net": setting.net.title, "B": 1}
+    common = {"net": setting.net.title, "B": 1, "rho": setting.rho}
     # The same η for all: as a ratio it would depend on the noise.
     eta = {
         name: float(setting.methods("float32")[name]().attribute(x, target, return_solution=True).eta[0])
@@ -330,10 +336,10 @@ def errors(setting: Setting, precisions: list[Precision]) -> Iterator[dict[str, 
     steps = SCHEDULE if setting.gradients >= 512 else 20
     start, spent = time.perf_counter(), 0.0
     last, at = torch.zeros_like(x), {steps // 20, steps // 4, steps}
-    loop = published(setting.model, x, target, sigma_of(x), rho=RHO, steps=steps)
+    loop = published(setting.model, x, target, sigma_of(x), rho=setting.rho, steps=steps)
     for step, (_, last) in enumerate(loop, start=1):
         if step in at:
-            error = difference(-last / RHO, reference)  # waits for the device
+            error = difference(-last / setting.rho, reference)  # waits for the device
             spent = time.perf_counter() - start
             row = {"convergence of": "published loop", "gradients": step * SAMPLES, "seconds": spent, "error": error}
             yield {**common, **row}
