@@ -330,6 +330,10 @@ def test_words_have_the_colours_of_their_scores() -> None:
     edges = [box.get_edgecolor() for box in boxes[:3]]
     assert edges[0] == edges[2] != edges[1]
     assert figure.texts[0].get_text() == "settings"
+    # Without a sign: violet.
+    strengths = plots.words(found, norms=True).axes[0].patches
+    assert [box.get_facecolor() for box in strengths[::2]] == [(1, 1, 1, 1)] * 2
+    assert strengths[1].get_facecolor()[2] > strengths[1].get_facecolor()[0]
     # A long sentence takes several lines, within the figure.
     long = plots.words(replace(found, words=("word" * 10, "word" * 10, "c", "end")))
     long.savefig(io.BytesIO(), format="png")

@@ -9,7 +9,17 @@ import numpy as np
 
 from ..integrations.words import TextExplanation
 from ._arrays import Array
-from ._figure import CAPTION_LINE, CERTAIN, PLAIN, draw_foot, new_figure, signed_colours, wrapped, write_caption
+from ._figure import (
+    CAPTION_LINE,
+    CERTAIN,
+    PLAIN,
+    draw_foot,
+    new_figure,
+    signed_colours,
+    strength_colours,
+    wrapped,
+    write_caption,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,18 +34,24 @@ _POINTS = 10.0  # size of the words
 
 
 def words(
-    explanations: TextExplanation | Sequence[TextExplanation], titles: str | Sequence[str] = (), caption: str = ""
+    explanations: TextExplanation | Sequence[TextExplanation],
+    titles: str | Sequence[str] = (),
+    caption: str = "",
+    *,
+    norms: bool = False,
 ) -> Figure:
     """Sentences as rows of words on boxes, coloured by their scores; long sentences take several lines.
 
     Red raises the output and blue lowers it. Every sentence has a scale of its own, from -max|score| to +max|score|,
-    which is stated behind its title. Small scores are gray. Words whose score is exactly 0 are white. Words beyond
-    sampling noise (:meth:`TextExplanation.significant`) are outlined. Special tokens are gray and have no box.
+    which is stated behind its title. Small scores are gray. Words whose score is exactly 0 are white. Words that are in
+    the map beyond sampling noise (:meth:`TextExplanation.significant`) are outlined. Special tokens are gray, without a
+    box.
 
     Args:
         explanations: of one sentence, or of several.
         titles: one per sentence, above its row; none by default.
         caption: below the rows; line breaks are kept, long lines wrapped.
+        norms: draw the words' ``norms`` instead, from gray to violet: how much of the map is in a word, without a sign.
 
     Returns:
         A matplotlib Figure; write it with ``figure.savefig(path)``.
@@ -75,8 +91,8 @@ def words(
         raise ValueError(f"titles: expected one per sentence, {len(given)}, got {len(named)}")
 
     width_of = _ruler()
-    scores = [np.asarray(e.scores.detach().cpu()) for e in given]
-    largest = [float(np.abs(s).max()) for s in scores]
+    values = [np.asarray((e.norms if norms else e.scores).detach().cpu()) for e in given]
+    largest = [float(np.abs(v).max()) for v in values]
     heads = [
         f"{name}   full colour at {scale:.2g}" if scale else f"{name}   empty"
         for name, scale in zip(named, largest, strict=True)
@@ -89,13 +105,18 @@ def words(
     # In inches, from the upper left.
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(height, 0))
     axes.set_axis_off()
+    colours, low = (strength_colours(), 0) if norms else (signed_colours(), -1)
     top = _EDGE
-    for explanation, score, scale, head, places in zip(given, scores, largest, heads, placed, strict=True):
+    for explanation, value, scale, head, places in zip(given, values, largest, heads, placed, strict=True):
         axes.text(_EDGE, top + 0.45 * _TITLE, head.strip(), fontsize=8, va="center", color="0.25", **PLAIN)
-        _draw(axes, explanation, score, scale, places, top + _TITLE)
+        level = value / (scale or 1)
+        shades = colours((level + 1) / 2 if low < 0 else level)
+        shades[value == 0] = 1
+        _draw(axes, explanation, shades, places, top + _TITLE)
         top += _TITLE + _LINE * (places[-1][1] + 1)
     marks = [("0.6", "exactly 0"), (CERTAIN, "significant")]
-    draw_foot(figure, foot, signed_colours(), -1, ("lowers the output", "", "raises it"), marks)
+    ends = ("small", "", "largest norm") if norms else ("lowers the output", "", "raises it")
+    draw_foot(figure, foot, colours, low, ends, marks)
     write_caption(figure, lines)
     return figure
 
@@ -124,25 +145,19 @@ def _lines(widths: Sequence[float]) -> list[tuple[float, int, float]]:
 
 
 def _draw(
-    axes: Any,
-    explanation: TextExplanation,
-    scores: Array,
-    scale: float,
-    places: Sequence[tuple[float, int, float]],
-    top: float,
+    axes: Any, explanation: TextExplanation, shades: Array, places: Sequence[tuple[float, int, float]], top: float
 ) -> None:
-    """The words of a sentence, whose first line is ``top`` inches below the figure's edge."""
+    """The words of a sentence on boxes of colours [W, 4], its first line ``top`` inches below the figure's edge."""
     from matplotlib.patches import FancyBboxPatch
 
     certain, fixed = explanation.significant().tolist(), explanation.fixed.tolist()
     for i, (word, (left, line, width)) in enumerate(zip(explanation.words, places, strict=True)):
         y, ink = top + _LINE * line, "0.55"
         if not fixed[i]:
-            colour = signed_colours()((scores[i] / scale + 1) / 2) if scores[i] else (1.0, 1.0, 1.0, 1.0)
-            # Rec. 601, as grays are made elsewhere: white letters on dark boxes.
-            ink = "white" if np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
+            # White letters on dark boxes (Rec. 601).
+            ink = "white" if np.dot(shades[i, :3], (0.299, 0.587, 0.114)) < 0.5 else "black"
             edge, line_width = (CERTAIN, 1.3) if certain[i] else ("0.8", 0.6)
-            how: Any = {"facecolor": colour, "edgecolor": edge, "lw": line_width}
+            how: Any = {"facecolor": shades[i], "edgecolor": edge, "lw": line_width}
             axes.add_patch(FancyBboxPatch((left, y), width, _BOX, "round,pad=0,rounding_size=0.04", **how))
         at: Any = {"ha": "center", "va": "center_baseline"}
         axes.text(left + width / 2, y + 0.53 * _BOX, word, fontsize=_POINTS, color=ink, **at, **PLAIN)
