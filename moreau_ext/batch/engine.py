@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._errors import SettingError
 from ..explainers.base import Explainer
 from ..preparation.report import Prepared
 from ..solvers.solution import Solution
@@ -27,10 +28,15 @@ class Engine:
         target: "predicted", a class, or any other text for the targets that come with the rows.
         shape: of an input.
         map_dtype: of the maps in memory.
+
+    Raises:
+        SettingError: an explainer of a layer.
     """
 
     def __init__(self, explainer: Explainer, target: str | int, shape: tuple[int, ...], map_dtype: str):
         self.explainer, self.target, self.shape, self.map_dtype = explainer, target, shape, map_dtype
+        if explainer.layer is not None:
+            raise SettingError("explainer", "has a layer, and the maps of a job are those of its inputs")
         model: Any = explainer.model
         self._module = model.model if isinstance(model, Prepared) else model
         tensors = (

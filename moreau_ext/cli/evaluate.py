@@ -31,6 +31,8 @@ _PHOTOGRAPHS: dict[str, Any] = {
     "attack_samples": 32,
     "block": 6,
     "magnitudes": (3.0,),
+    # The adaptive attack explains every input anew in each of its steps: hours.
+    "attacks": ("gaussian", "frozen"),
     "baseline": "blur",
 }
 _DEFAULTS: dict[str, Any] = {
@@ -43,6 +45,7 @@ _DEFAULTS: dict[str, Any] = {
     "attack_samples": 256,
     "block": 100,
     "magnitudes": _PUBLISHED,
+    "attacks": ("gaussian", "frozen", "adaptive"),
     "baseline": 0.0,
 }
 
@@ -103,7 +106,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--methods", type=_words, metavar="A,B", help="default: all of the equal budget")
     parser.add_argument(
-        "--attack", type=_words, dest="attacks", metavar="A,B", help="default: gaussian,frozen,adaptive"
+        "--attack",
+        type=_words,
+        dest="attacks",
+        metavar="A,B",
+        help="default: gaussian,frozen,adaptive; photographs: gaussian,frozen",
     )
     parser.add_argument(
         "--magnitudes",
@@ -216,7 +223,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     chosen["magnitudes"] = _DIGITS if digits else chosen["magnitudes"]
     chosen |= {name: value for name, value in vars(arguments).items() if name in chosen and value is not None}
     known = tuple(name for name in DEFAULT if name != "group_superpixels" or not photographs)
-    attacks = arguments.attacks or (tuple(ATTACKS) if arguments.full else ("gaussian", "frozen", "adaptive"))
+    if arguments.full and not arguments.attacks:
+        chosen["attacks"] = tuple(ATTACKS)
     settings = Settings(
         budget=chosen["budget"],
         rho=chosen["rho"],
@@ -230,7 +238,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     )
     return Plan(
         methods=arguments.methods or (DEFAULT + PUBLISHED if arguments.full else known),
-        attacks=attacks,
+        attacks=chosen["attacks"],
         magnitudes=chosen["magnitudes"],
         norm=arguments.norm,
         limit=arguments.limit or (100 if digits else None),

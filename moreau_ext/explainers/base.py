@@ -6,23 +6,23 @@ import math
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
 from .._errors import BatchWarning, ConvergenceWarning, EmptyMapWarning, MixingError, OutputTypeError
 from ..model.arguments import arguments_of
 from ..model.bind import agree, read_arguments, resolved, sample_output, unresolved, with_reading
-from ..model.fixed import Fixed
+from ..model.calling import Called, find_layer, layer_output
 from ..model.forms import named_cure
 from ..model.memory import BLIND_ROWS, Footprint, same_random_numbers
-from ..model.modes import Evaluating, evaluating
+from ..model.modes import Evaluating, evaluating, without_inference_tensors
 from ..model.passes import PassRunner
 from ..model.precision import Precision, check_precision, without_autocast
 from ..model.restore import leaves_as_found
@@ -32,7 +32,7 @@ from ..ops.layout import Tensors
 from ..preparation.report import Prepared
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from .inputs import Ids, Mask, check_fixed, check_ids, check_inputs, empty_solution, in_form
+from .inputs import Call, Ids, Inputs, Mask, check_batch, check_fixed, check_ids, check_inputs, empty_solution, in_form
 from .settings import per_input_setting
 
 _lowering = threading.Lock()
@@ -112,6 +112,7 @@ class _Known:
         readings: which arguments follow the inputs.
         unmixed: kinds whose inputs do not mix.
         structured: whether the model's output is no tensor, so that a callable target reads it.
+        called: how the model is called, by the names of inputs and arguments; one object, so that captures know it.
     """
 
     fits: dict[Any, int] = field(default_factory=dict)
@@ -119,6 +120,7 @@ class _Known:
     readings: dict[Any, Any] = field(default_factory=dict)
     unmixed: set[Any] = field(default_factory=set)
     structured: bool = False
+    called: dict[Any, Called] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,6 +136,8 @@ class Explainer(ABC):
     max_batch: int | Literal["auto"] | None = field(default="auto", kw_only=True)
     unused_inputs: UnusedInputs = field(default="raise", kw_only=True)
     precision: Precision = field(default="float32", kw_only=True)
+    output_fn: Callable[[Any], Tensor] | None = field(default=None, kw_only=True)
+    layer: str | nn.Module | None = field(default=None, kw_only=True)
     # Maps that are held whatever the rows and inputs.
     _held: ClassVar[int] = 0
     _known: _Known = field(default_factory=_Known, init=False, repr=False)
@@ -148,6 +152,10 @@ class Explainer(ABC):
             object.__setattr__(self, "max_batch", int(self.max_batch))  # numpy's too
         check_score_settings(self.score, self.unused_inputs)
         check_precision(self.precision)
+        if self.output_fn is not None and not callable(self.output_fn):
+            raise TypeError(f"output_fn: expected a callable, got {type(self.output_fn).__name__}")
+        if self.layer is not None:
+            find_layer(self._module, self.layer)
 
     def __repr__(self) -> str:
         """The settings; of the model its name alone."""
@@ -163,7 +171,14 @@ class Explainer(ABC):
         return self.model.model if isinstance(self.model, Prepared) else self.model
 
     @leaves_as_found
-    def footprint(self, inputs: Any, additional_forward_args: Any = None, *, fixed: Any = None) -> Footprint | None:
+    def footprint(
+        self,
+        inputs: Inputs,
+        additional_forward_args: Any = None,
+        *,
+        fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
+    ) -> Footprint | None:
         """What :meth:`attribute` takes on such inputs, measured by passes of one and of two rows of the first.
 
         ``footprint(x).peak(rows, inputs)`` predicts, from above, the bytes of the tensors that a call with so many
@@ -171,7 +186,7 @@ class Explainer(ABC):
         nothing of what kernels take inside.
 
         Args:
-            inputs, additional_forward_args, fixed: as in :meth:`attribute`; at least one input.
+            inputs, additional_forward_args, fixed, forward_kwargs: as in :meth:`attribute`; at least one input.
 
         Returns:
             None for a model that does not run under the counter (torch.compile's do not).
@@ -187,25 +202,31 @@ class Explainer(ABC):
             True
         """
         with _outside_inference(), torch.no_grad():
-            tensors = self._checked(inputs)
+            call = Call(inputs, None, additional_forward_args, forward_kwargs, None, fixed)
+            tensors = self._displaced(call)
             if tensors[0].shape[0] == 0:
                 raise ValueError("inputs: expected at least one to measure passes with, got none")
-            with evaluating(self._module, depth=2) as found:
-                held = check_fixed(fixed, inputs, tensors)
-                score = self._unresolved(tensors, None, additional_forward_args, held, found)
-                return self._footprint(score, tensors, found, {})
+            with self._evaluating(depth=2) as found:
+                return self._footprint(self._unresolved(tensors, call, found), tensors, found, {})
 
     @leaves_as_found
-    def rows_per_pass(self, inputs: Any, additional_forward_args: Any = None, *, fixed: Any = None) -> int | None:
+    def rows_per_pass(
+        self,
+        inputs: Inputs,
+        additional_forward_args: Any = None,
+        *,
+        fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
+    ) -> int | None:
         """``max_batch`` as it comes out for such inputs; None for no limit. Raises what the model raises where it takes
         neither one or two of them nor all."""
         if self.max_batch != "auto":
             return self.max_batch
         with _outside_inference(), torch.no_grad():
-            tensors = self._checked(inputs)
-            with evaluating(self._module, depth=2) as found:
-                held = check_fixed(fixed, inputs, tensors)
-                score = self._unresolved(tensors, None, additional_forward_args, held, found)
+            call = Call(inputs, None, additional_forward_args, forward_kwargs, None, fixed)
+            tensors = self._displaced(call)
+            with self._evaluating(depth=2) as found:
+                score = self._unresolved(tensors, call, found)
                 rows = self._fit(score, tensors, found)[0]
                 if tensors[0].shape[0] and _kind(score, tensors) not in self._known.fits:
                     score.whole_output(tensors)
@@ -347,24 +368,66 @@ class Explainer(ABC):
         if problem.passes.exact is not None:
             self._known.exact[kind] = problem.passes.exact
 
-    def _checked(self, inputs: Any) -> Tensors:
-        layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
-        return check_inputs(inputs, self._module, self.precision, layout)
+    def _evaluating(self, depth: int) -> Evaluating:
+        """The model in eval mode, with what reads its output."""
+        # A tuple of both is no module itself, whose flag would be compared first.
+        model: Any = self._module if self.output_fn is None else (self._module, self.output_fn)
+        return evaluating(model, depth)
 
-    def _unresolved(
-        self, inputs: Tensors, target: Target, additional_forward_args: Any, fixed: Fixed | None, found: Evaluating
-    ) -> Score:
-        batch = inputs[0].shape[0]
-        arguments = arguments_of(additional_forward_args, batch)
-        score = unresolved(self._module, inputs, target, self.score, arguments, self.unused_inputs, self.precision)
-        score = replace(score, fixed=fixed)
+    def _called(self, call: Call) -> Callable[..., Any]:
+        """The model as a function of values by position."""
+        names = tuple(call.inputs) if isinstance(call.inputs, Mapping) else ()
+        keywords = tuple(call.keywords or ())
+        if not (names or keywords or self.output_fn or self.layer):
+            return self._module
+        model = without_inference_tensors(self._module)
+        layer = None if self.layer is None else find_layer(model, self.layer)
+        called = Called(model, self.output_fn, names, keywords, layer)
+        return called if model is not self._module else self._known.called.setdefault((names, keywords), called)
+
+    def _displaced(self, call: Call) -> Tensors:
+        """What is displaced, checked: the inputs, or the output of the layer at them."""
+        layout = self.model.memory_format if isinstance(self.model, Prepared) else torch.preserve_format
+        if self.layer is None:
+            return check_inputs(call.inputs, self._module, self.precision, layout)
+        inputs = check_batch(call.inputs)
+        batch, device = inputs[0].shape[0], inputs[0].device
+        if batch == 0:
+            raise ValueError("inputs: expected at least one: a layer's output has no shape without")
+        arguments = arguments_of(call.arguments, batch, call.keywords).after(inputs)
+        # In one pass of all inputs an argument is the same, whether it follows them or not.
+        limit = BLIND_ROWS if self.max_batch == "auto" else self.max_batch
+        with without_autocast(device), self._evaluating(depth=5) as found:
+            score = unresolved(
+                self._called(call), inputs, None, self.score, arguments, self.unused_inputs, self.precision
+            )
+            passes = PassRunner(None if arguments.ambiguous else limit, after=found.restore_buffers)
+            output = layer_output(score, passes, batch, device)
+        return check_inputs(output, self._module, self.precision, layout, "layer: its output")
+
+    def _unresolved(self, tensors: Tensors, call: Call, found: Evaluating) -> Score:
+        batch = tensors[0].shape[0]
+        arguments = arguments_of(call.arguments, batch, call.keywords)
+        if self.layer is not None:
+            arguments = arguments.after(check_batch(call.inputs))
+        score = unresolved(
+            self._called(call), tensors, call.target, self.score, arguments, self.unused_inputs, self.precision
+        )
+        score = replace(score, fixed=check_fixed(call.fixed, self._like(call, tensors), tensors))
         if not arguments.ambiguous:
             return score
-        kind, readings = (_kind(score, inputs), arguments.kind(batch)), self._known.readings
+        kind, readings = (
+            (_kind(score, tensors), arguments.kind(batch), tuple(call.keywords or ())),
+            self._known.readings,
+        )
         if kind not in readings:
             passes = PassRunner(after=found.restore_buffers)
-            readings.setdefault(kind, read_arguments(score, arguments, inputs, passes))
+            readings.setdefault(kind, read_arguments(score, arguments, tensors, passes))
         return with_reading(score, readings[kind], arguments, batch)
+
+    def _like(self, call: Call, tensors: Tensors) -> Inputs:
+        """What maps have the form of."""
+        return call.inputs if self.layer is None else tensors[0]
 
     def pose(self, problem: Problem) -> Problem:
         """The problem with the settings of this explainer; as it comes, it has σ = 0, ρ = 1 and no penalty."""
@@ -380,19 +443,17 @@ class Explainer(ABC):
         """The solution of a batch that has at least one input."""
 
     @contextmanager
-    def _posed(
-        self, inputs: Any, target: Target, additional_forward_args: Any, ids: Ids, fixed: Any
-    ) -> Iterator[tuple[Tensors, Problem | None]]:
-        """The checked inputs of a call and their problem, with the model in eval mode; no problem for no inputs."""
+    def _posed(self, call: Call) -> Iterator[tuple[Tensors, Problem | None]]:
+        """What a call displaces and the problem, with the model in eval mode; no problem for no inputs."""
         with _outside_inference(), torch.no_grad():
-            tensors = self._checked(inputs)
-            names = check_ids(ids, tensors[0].shape[0], tensors[0].device)
-            held = check_fixed(fixed, inputs, tensors)
+            tensors = self._displaced(call)
+            names = check_ids(call.ids, tensors[0].shape[0], tensors[0].device)
             if tensors[0].shape[0] == 0:
+                check_fixed(call.fixed, call.inputs, tensors)
                 yield tensors, None
                 return
-            with without_autocast(tensors[0].device), evaluating(self._module, depth=4) as found:
-                score = self._unresolved(tensors, target, additional_forward_args, held, found)
+            with without_autocast(tensors[0].device), self._evaluating(depth=4) as found:
+                score = self._unresolved(tensors, call, found)
                 passes, score, value = self._begin(score, tensors, found)
                 sigma = tuple([per_input_setting("sigma", 0.0, x) for x in tensors])
                 rho = tuple([per_input_setting("rho", 1.0, x) for x in tensors])
@@ -405,12 +466,13 @@ class Explainer(ABC):
     @leaves_as_found
     def problem(
         self,
-        inputs: Any,
+        inputs: Inputs,
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
-        fixed: Any = None,
+        fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
     ) -> Problem:
         """The problem that :meth:`attribute` solves, with settings that are measured or follow the solution still open.
 
@@ -418,7 +480,8 @@ class Explainer(ABC):
         mode.
 
         Args:
-            inputs, target, additional_forward_args, ids, fixed: see :meth:`attribute`; at least one input.
+            inputs, target, additional_forward_args, ids, fixed, forward_kwargs: see :meth:`attribute`; at least one
+                input.
 
         Raises:
             ValueError, TypeError: see :meth:`attribute`; no inputs.
@@ -430,7 +493,7 @@ class Explainer(ABC):
             >>> problem.rho[0][0], problem.score.target[0]
             (tensor(0.5000), tensor([1]))
         """
-        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (_, problem):
+        with self._posed(Call(inputs, target, additional_forward_args, forward_kwargs, ids, fixed)) as (_, problem):
             if problem is None:
                 raise ValueError("inputs: expected at least one, got none")
             return problem
@@ -444,6 +507,7 @@ class Explainer(ABC):
         *,
         ids: Ids = None,
         fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
         return_solution: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -456,50 +520,68 @@ class Explainer(ABC):
         *,
         ids: Ids = None,
         fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
         return_solution: Literal[False] = False,
     ) -> tuple[Tensor, ...]: ...
 
     @overload
     def attribute(
         self,
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Mapping[str, Tensor],
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
+        return_solution: Literal[False] = False,
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        ids: Ids = None,
+        fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
         return_solution: Literal[True],
     ) -> Solution: ...
 
     @overload
     def attribute(
         self,
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Inputs,
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
         return_solution: bool,
-    ) -> Tensor | tuple[Tensor, ...] | Solution: ...
+    ) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor] | Solution: ...
 
     @leaves_as_found
     def attribute(
         self,
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Inputs,
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
         return_solution: bool = False,
-    ) -> Tensor | tuple[Tensor, ...] | Solution:
+    ) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor] | Solution:
         """The maps of a batch.
 
         Args:
-            inputs: a tensor [B, *features], or a tuple of them, of floating point; any rank >= 1. Each input's map is
-                its own: it does not depend on the batch beyond the rounding of the model's passes. A model that mixes
-                the inputs of a batch (batch statistics, contrastive heads, the nodes of one graph) is refused.
+            inputs: a tensor [B, *features], a tuple of them (passed by position) or a dict (passed by name), of
+                floating point; any rank >= 1. With ``layer`` also integers. Each input's map is its own: it does not
+                depend on the batch beyond the rounding of the model's passes. A model that mixes the inputs of a batch
+                (batch statistics, contrastive heads, the nodes of one graph) is refused.
             target: what to explain: None (the predicted class; the output itself where there is one per input), an int,
                 a tensor or array [B], [B, 1] or of one element, a list of B ints or of B tuples, one tuple (outputs of
                 higher rank), or a callable output -> [B]. A callable is called with the outputs of noisy copies, in any
@@ -511,20 +593,21 @@ class Explainer(ABC):
                 lists, and dicts or lists of tensors with one entry per input follow the inputs. Where a shared argument
                 happens to have B entries, two small passes of the first call decide; :class:`PerInput` and
                 :class:`Shared` say it.
+            forward_kwargs: arguments that the model gets by name, read in the same way: an attention mask, a flag.
             ids: int64 [B], each input's name to the noise bank; its position by default. Give them when you split a
                 data set into batches, and an input draws the same noise in any of them. One integer gives all inputs
                 the same noise: maps of copies or neighbours of an input then differ by the inputs alone, which is what
                 robustness metrics compare.
             fixed: the features that may not move, bool: padding, special tokens, a background, all outside a region. A
                 mask that broadcasts to the features ([H, W] of images, [T, 1] of embeddings) serves all inputs; one
-                with as many axes as the inputs is a mask for each. For a tuple of inputs a tuple of masks or None. The
+                with as many axes as the inputs is a mask for each. Several inputs have as many masks, or None. The
                 model sees fixed features as they are, without noise; the map is zero there; and they count in no norm,
                 range, group, support, error or p-value, so that the map of the others is that of the problem restricted
                 to them. An input without free features has an empty map.
             return_solution: return a :class:`Solution` instead of the maps alone.
 
         Returns:
-            The maps, in the form, shape, dtype and device of ``inputs``; or the Solution.
+            The maps, in the form, shape, dtype and device of ``inputs`` (of the output of ``layer``); or the Solution.
 
         Raises:
             ValueError: NaN or infinity in an input, a target out of range or of the wrong length, groups or a mask that
@@ -533,10 +616,11 @@ class Explainer(ABC):
             TypeError: inputs that are no floating-point tensors, targets that are no integers, or a mask that is not of
                 bool.
         """
-        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
+        call = Call(inputs, target, additional_forward_args, forward_kwargs, ids, fixed)
+        with self._posed(call) as (tensors, problem):
             solution = empty_solution(tensors) if problem is None else self._solve(problem)
-        solution = in_form(solution, isinstance(inputs, Tensor))
+        solution = in_form(solution, self._like(call, solution.attribution))
         warn_empty([solution])
         warn_unconverged([solution], *self._claim)
-        found: Tensor | tuple[Tensor, ...] = solution.attribution
+        found: Tensor | tuple[Tensor, ...] | dict[str, Tensor] = solution.attribution
         return solution if return_solution else found

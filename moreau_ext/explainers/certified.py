@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +18,12 @@ from ..analysis.hessian import ESTIMATES, Method
 from ..model.precision import resolution
 from ..model.restore import leaves_as_found
 from ..model.target import Target, target_index
-from ..ops.layout import Tensors
+from ..ops.layout import Tensors, in_form_of, tensors_of
 from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from .inputs import Ids
+from .inputs import Call, Ids, Inputs, check_batch
 from .noisy import Noisy
 from .settings import Scalar, check_scalar, per_input_setting
 
@@ -32,8 +33,14 @@ def _check_method(method: str) -> None:
         raise ValueError(f"hessian: expected one of {', '.join(ESTIMATES)}, got {method!r}")
 
 
-def _known_of(solution: Solution, inputs: Any, target: Target, ids: Ids) -> tuple[Tensors, Tensors, Target, Ids, Any]:
+def _known_of(
+    solution: Solution, inputs: Inputs | None, target: Target, ids: Ids
+) -> tuple[Tensors, Tensors, Target, Ids, Any]:
     """(displacement, eta) of a solution as tuples, and its target, ids and fixed features, on the device of the inputs.
+
+    Args:
+        solution, target, ids: as given.
+        inputs: as given; None where a layer's output is displaced in their place.
 
     Raises:
         TypeError: not a Solution.
@@ -43,15 +50,16 @@ def _known_of(solution: Solution, inputs: Any, target: Target, ids: Ids) -> tupl
         raise TypeError(
             f"solution: expected a Solution (attribute with return_solution=True), got {type(solution).__name__}"
         )
-    of_one = isinstance(solution.displacement, Tensor)
-    displacement = (solution.displacement,) if of_one else solution.displacement
-    given = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if isinstance(given, tuple) and all(isinstance(x, Tensor) for x in given):
-        shapes = [tuple(d.shape) for d in displacement] if of_one == isinstance(inputs, Tensor) else None
-        expected = [tuple(x.shape) for x in given]
-        if shapes != expected:
+    displacement, fixed = tensors_of(solution.displacement), solution.fixed
+    if inputs is not None:
+        given = check_batch(inputs)
+        shapes, expected = [[tuple(d.shape) for d in tensors] for tensors in (displacement, given)]
+        if shapes != expected or isinstance(inputs, Tensor) != isinstance(solution.displacement, Tensor):
             raise ValueError(f"solution: expected displacements shaped as the inputs, {expected}, got {shapes}")
-    eta = solution.eta if isinstance(solution.eta, tuple) else (solution.eta,) * len(displacement)
+        fixed = in_form_of(inputs, tuple([f.to(x.device) for f, x in zip(tensors_of(fixed), given, strict=True)]))
+    if not any(bool(f.any()) for f in tensors_of(fixed)):
+        fixed = None
+    eta = (solution.eta,) * len(displacement) if isinstance(solution.eta, Tensor) else tensors_of(solution.eta)
     batch = len(solution.ids)
     ids = solution.ids if ids is None else ids
     known = solution.target
@@ -65,16 +73,16 @@ def _known_of(solution: Solution, inputs: Any, target: Target, ids: Ids) -> tupl
                 f"target: the solution explains {known.squeeze(1).tolist()[:5]}, and the target given is "
                 f"{asked.squeeze(1).tolist()[:5]}; leave it out, or solve for it"
             )
-    fixed = solution.fixed
-    if isinstance(inputs, Tensor):
-        fixed = fixed.to(inputs.device)
-    elif isinstance(given, tuple) and all(isinstance(x, Tensor) for x in given):
-        fixed = tuple([f.to(x.device) for f, x in zip(fixed, given, strict=True)])
     return displacement, eta, target, ids, fixed
 
 
 def _like_states(displacement: Tensors, inputs: Tensors) -> Tensors:
-    """Copies in the state dtype and memory layout of the inputs, on their device."""
+    """Copies in the state dtype and memory layout of what is displaced, on its device."""
+    shapes, expected = [[tuple(t.shape) for t in tensors] for tensors in (displacement, inputs)]
+    if shapes != expected:
+        raise ValueError(
+            f"solution: expected displacements shaped as the output of the layer, {expected}, got {shapes}"
+        )
     states = [torch.empty_like(x, dtype=ops.state_dtype(x.dtype)) for x in inputs]
     return tuple([s.copy_(d) for s, d in zip(states, displacement, strict=True)])
 
@@ -125,12 +133,13 @@ class Certified(Noisy):
     @leaves_as_found
     def certificate(
         self,
-        inputs: Any,
+        inputs: Inputs,
         solution: Solution,
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
         num_samples: int = 4096,
         num_hvp_samples: int = 128,
         hessian: Method = "auto",
@@ -147,7 +156,7 @@ class Certified(Noisy):
         you give constants that hold everywhere. See :class:`Certificate`.
 
         Args:
-            inputs, additional_forward_args: as in the call of :meth:`attribute` that gave ``solution``.
+            inputs, additional_forward_args, forward_kwargs: as in the call of :meth:`attribute` that gave ``solution``.
             target, ids: the solution's by default; other ids draw another bank. A callable target must be given.
             solution: with ``return_solution=True``. Any :class:`Solution` of these inputs will do, of
                 :meth:`eta_path` too: its displacement and its eta are used, and its rho where that was found.
@@ -185,8 +194,9 @@ class Certified(Noisy):
         _check_method(hessian)
         if not 0 < confidence < 1:
             raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
-        displacement, eta, target, ids, fixed = _known_of(solution, inputs, target, ids)
-        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
+        displacement, eta, target, ids, fixed = _known_of(solution, inputs if self.layer is None else None, target, ids)
+        call = Call(inputs, target, additional_forward_args, forward_kwargs, ids, fixed)
+        with self._posed(call) as (tensors, problem):
 
             def known(name: str, setting: Scalar) -> Tensor:
                 check_scalar(name, setting)
@@ -211,13 +221,14 @@ class Certified(Noisy):
     @leaves_as_found
     def vjp(
         self,
-        inputs: Any,
+        inputs: Inputs,
         solution: Solution,
         vectors: Any,
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
         num_samples: int | None = None,
         hessian: Method = "auto",
         hold_settings: bool = False,
@@ -234,7 +245,7 @@ class Certified(Noisy):
         complementarity), so v counts on S alone. It is what an adaptive attack on the map needs.
 
         Args:
-            inputs, additional_forward_args: as in the call of :meth:`attribute` that gave ``solution``.
+            inputs, additional_forward_args, forward_kwargs: as in the call of :meth:`attribute` that gave ``solution``.
             target, ids: the solution's by default; other ids draw another bank. A callable target must be given.
             solution: with ``return_solution=True``. The result is as good as its displacement is a solution.
             vectors: v, in the form and shape of ``inputs``.
@@ -271,16 +282,17 @@ class Certified(Noisy):
             check_count("num_samples", num_samples)
         if tol is not None and not 0 < tol < 1:
             raise ValueError(f"tol: expected a number between 0 and 1, got {tol!r}")
-        displacement, eta, target, ids, fixed = _known_of(solution, inputs, target, ids)
-        directions = (vectors,) if isinstance(vectors, Tensor) else vectors
+        displacement, eta, target, ids, fixed = _known_of(solution, inputs if self.layer is None else None, target, ids)
         expected = [tuple(d.shape) for d in displacement]
-        if not isinstance(directions, tuple) or [tuple(v.shape) for v in directions] != expected:
-            raise ValueError(f"vectors: expected the form and shape of the inputs, {expected}")
+        directions = tensors_of(vectors) if isinstance(vectors, (Tensor, tuple, Mapping)) else ()
+        if [tuple(v.shape) for v in directions] != expected:
+            raise ValueError(f"vectors: expected the form and shape of the maps, {expected}")
         counts = {"autograd": num_samples or 256, "stein": num_samples or 4096, "none": 1}
         own = None
         if num_samples is None and isinstance(self._method, ProximalGradient) and self._method.noise == "fixed":
             own = (self._method.num_samples, self._method.antithetic)
-        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
+        call = Call(inputs, target, additional_forward_args, forward_kwargs, ids, fixed)
+        with self._posed(call) as (tensors, problem):
             result = tensors
             if tol is None:
                 tol = 1e-10 if all(x.dtype == torch.float64 for x in tensors) else 1e-5
@@ -299,4 +311,4 @@ class Certified(Noisy):
                     max_steps=max_steps,
                 )
             result = tuple(r.to(x.dtype) for r, x in zip(result, tensors, strict=True))
-        return result[0] if isinstance(inputs, Tensor) else result
+        return in_form_of(self._like(call, result), result)

@@ -79,7 +79,7 @@ class Gradient(Explainer):
     """The plain gradient, A(x) = ∇f(x).
 
     Args:
-        model, score, max_batch, unused_inputs, precision: see :class:`MoreauGrad`.
+        model, score, max_batch, unused_inputs, precision, output_fn, layer: see :class:`MoreauGrad`.
 
     Example:
         >>> import torch
@@ -99,7 +99,8 @@ class SmoothGrad(Noisy):
     """The mean gradient over noisy copies, A(x) = (1/m) Σ_i ∇f(x + σz_i).
 
     Args:
-        model, noise_level, sigma, seed, score, max_batch, unused_inputs, precision: see :class:`MoreauGrad`.
+        model, noise_level, sigma, seed, score, max_batch, unused_inputs, precision, output_fn, layer: see
+            :class:`MoreauGrad`.
         num_samples: m; the default costs about as much as MoreauGrad does on small networks.
         antithetic: samples in pairs z, −z.
 
@@ -131,8 +132,8 @@ class SoftThresholdedSmoothGrad(Sparse, SmoothGrad):
     """SmoothGrad, soft-thresholded: A(x) = S_η(mean gradient), the cheapest sparse rival: one step of SparseMoreauGrad.
 
     Args:
-        model, noise_level, sigma, num_samples, antithetic, seed, score, max_batch, unused_inputs, precision: see
-            :class:`SmoothGrad`.
+        model, noise_level, sigma, num_samples, antithetic, seed, score, max_batch, unused_inputs, precision, output_fn,
+            layer: see :class:`SmoothGrad`.
         eta, eta_ratio, support: see :class:`SparseMoreauGrad`.
 
     Example:
@@ -152,7 +153,8 @@ class SparsifiedSmoothGrad(Noisy):
     non-negative, in [0, 1], and says nothing about sign or size.
 
     Args:
-        model, noise_level, sigma, seed, score, max_batch, unused_inputs, precision: see :class:`MoreauGrad`.
+        model, noise_level, sigma, seed, score, max_batch, unused_inputs, precision, output_fn, layer: see
+            :class:`MoreauGrad`.
         num_samples: m; 256 in the paper's comparison.
         keep: fraction of features kept per sample.
         clip: fraction of features that are clipped.

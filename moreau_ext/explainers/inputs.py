@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,33 +13,80 @@ from torch import Tensor, nn
 from .. import ops
 from ..model.fixed import Fixed
 from ..model.precision import check_dtypes
-from ..ops.layout import Tensors, flat_rows, memory_layout, tensor_of
+from ..model.target import Target
+from ..ops.layout import Tensors, flat_rows, in_form_of, memory_layout, tensor_of, tensors_of
 from ..solvers.errors import Errors
 from ..solvers.solution import Solution
 
+# The inputs of a call, and maps in their form: one tensor [B, *features], several by position, or several by name.
+Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 # Names of inputs to the noise bank: one per input [B], one for all, or None for their positions.
 Ids = int | Tensor | None
 # Which features are fixed: a mask for the input, or one or None for each of several.
-Mask = Tensor | tuple[Tensor | None, ...] | None
+Mask = Tensor | tuple[Tensor | None, ...] | Mapping[str, Tensor | None] | None
 
 
-def check_inputs(inputs: Any, model: Callable[..., Any], precision: str, layout: torch.memory_format) -> Tensors:
-    """Checked copies of the inputs of a call, dense and owned by it.
+@dataclass(frozen=True)
+class Call:
+    """What a call was given; see :meth:`moreau_ext.Explainer.attribute`.
 
     Args:
-        inputs: a tensor or a tuple of them, as given.
-        model: that will run on them; its parameters must be on their device.
-        precision: of the passes.
-        layout: of image batches [B, C, H, W].
+        inputs, target, arguments, keywords, ids, fixed: as given; the third and fourth are those of the model.
+    """
+
+    inputs: Inputs
+    target: Target
+    arguments: Any
+    keywords: Mapping[str, Any] | None
+    ids: Ids
+    fixed: Mask
+
+
+def names_of(inputs: Any) -> list[str]:
+    """How messages call the tensors of the inputs."""
+    if isinstance(inputs, Tensor):
+        return ["inputs"]
+    return [f"inputs[{key!r}]" for key in (inputs if isinstance(inputs, Mapping) else range(len(inputs)))]
+
+
+def check_batch(inputs: Any) -> Tensors:
+    """The tensors of inputs, checked to have one batch axis and one device.
 
     Raises:
         TypeError, ValueError: by name.
     """
-    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
-        raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {_made_of(inputs)}")
-    for i, x in enumerate(tensors):
-        name = "inputs" if isinstance(inputs, Tensor) else f"inputs[{i}]"
+    held = tensors_of(inputs) if isinstance(inputs, (Tensor, tuple, Mapping)) else ()
+    if not held or not all(isinstance(x, Tensor) for x in held):
+        raise TypeError(f"inputs: expected a tensor, or a tuple or dict of tensors, got {_made_of(inputs)}")
+    names = names_of(inputs)
+    for name, x in zip(names, held, strict=True):
+        if x.dim() < 1:
+            raise ValueError(f"{name}: expected a batch axis, got a tensor without axes")
+        if x.shape[0] != held[0].shape[0]:
+            raise ValueError(f"{name}: expected {held[0].shape[0]} inputs, as in {names[0]}, got {x.shape[0]}")
+        if x.device != held[0].device:
+            raise ValueError(f"{name}: expected a tensor on {held[0].device}, as {names[0]}, got one on {x.device}")
+    return held
+
+
+def check_inputs(
+    inputs: Any, model: Callable[..., Any], precision: str, layout: torch.memory_format, called: str = "inputs"
+) -> Tensors:
+    """Checked copies of the inputs of a call, dense and owned by it.
+
+    Args:
+        inputs: a tensor, a tuple or a dict of them, as given.
+        model: that will run on them; its parameters must be on their device.
+        precision: of the passes.
+        layout: of image batches [B, C, H, W].
+        called: their name in messages.
+
+    Raises:
+        TypeError, ValueError: by name.
+    """
+    tensors = check_batch(inputs)
+    for name, x in zip(names_of(inputs), tensors, strict=True):
+        name = name.replace("inputs", called, 1)
         if x.is_complex():
             raise TypeError(
                 f"{name}: expected real numbers, got {x.dtype}; explain real and imaginary parts, "
@@ -48,19 +95,14 @@ def check_inputs(inputs: Any, model: Callable[..., Any], precision: str, layout:
         if not x.is_floating_point():
             raise TypeError(
                 f"{name}: expected floating point, got {x.dtype}. Token ids cannot be displaced: explain the "
-                "embeddings, with a model that takes them as input; pixels are, as x.float() / 255 or as the model "
-                "takes them"
+                "embeddings, the output of layer= (TextExplainer does it for sentences); pixels are, as "
+                "x.float() / 255 or as the model takes them. What the model needs beside them, such as an attention "
+                "mask, goes into forward_kwargs"
             )
         if x.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call .to_dense() first")
         if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {x.dtype}")
-        if x.dim() < 1:
-            raise ValueError(f"{name}: expected a batch axis, got a tensor without axes")
-        if x.shape[0] != tensors[0].shape[0]:
-            raise ValueError(f"{name}: expected {tensors[0].shape[0]} inputs, as in inputs[0], got {x.shape[0]}")
-        if x.device != tensors[0].device:
-            raise ValueError(f"{name}: expected a tensor on {tensors[0].device}, as inputs[0], got one on {x.device}")
         if x.shape[0] and x.numel() == 0:
             raise ValueError(f"{name}: has no features, shape {tuple(x.shape)}")
         finite = flat_rows(torch.isfinite(x)).all(1)
@@ -83,8 +125,9 @@ def _made_of(inputs: Any) -> str:
         return f"{name}; torch.tensor({array}, dtype=torch.float32) is one, in the dtype of a float32 model"
     if isinstance(inputs, list) and inputs and all(isinstance(x, Tensor) for x in inputs):
         return "a list of tensors; torch.stack(x) is a batch of them, tuple(x) several inputs of one model"
-    if isinstance(inputs, (list, tuple)):
-        return f"a {name} of {', '.join(sorted({type(x).__name__ for x in inputs})) or 'nothing'}"
+    if isinstance(inputs, (list, tuple, Mapping)):
+        held = inputs.values() if isinstance(inputs, Mapping) else inputs
+        return f"a {name} of {', '.join(sorted({type(x).__name__ for x in held})) or 'nothing'}"
     return name
 
 
@@ -109,7 +152,7 @@ def check_fixed(fixed: Any, inputs: Any, tensors: Tensors) -> Fixed | None:
     """The fixed features of a call; None where there are none.
 
     Args:
-        fixed: as given: a mask, a tuple of masks where the inputs are one, or None.
+        fixed: as given: a mask, a tuple or dict of masks where the inputs are one, or None.
         inputs: as given.
         tensors: the checked inputs.
 
@@ -119,11 +162,18 @@ def check_fixed(fixed: Any, inputs: Any, tensors: Tensors) -> Fixed | None:
     if fixed is None:
         return None
     masks = (fixed,) if isinstance(inputs, Tensor) else fixed
+    if isinstance(inputs, Mapping) and isinstance(fixed, Mapping):
+        if not set(fixed) <= set(inputs):
+            raise ValueError(f"fixed: {', '.join(map(repr, set(fixed) - set(inputs)))} is no name of an input")
+        masks = tuple([fixed.get(key) for key in inputs])
     if not isinstance(masks, tuple) or len(masks) != len(tensors):
-        raise TypeError(f"fixed: expected a mask for each of the {len(tensors)} input tensors, in a tuple, or None")
+        raise TypeError(
+            f"fixed: expected a mask for each of the {len(tensors)} input tensors, in a tuple, or a dict as the inputs "
+            "are, or None"
+        )
     made = []
-    for i, (given, x) in enumerate(zip(masks, tensors, strict=True)):
-        name = "fixed" if isinstance(inputs, Tensor) else f"fixed[{i}]"
+    for name, given, x in zip(names_of(inputs), masks, tensors, strict=True):
+        name = name.replace("inputs", "fixed", 1)
         try:
             mask = torch.zeros((), dtype=torch.bool, device=x.device) if given is None else tensor_of(given)
         except (TypeError, ValueError, RuntimeError):
@@ -152,23 +202,25 @@ def _own(x: Tensor, layout: torch.memory_format) -> Tensor:
     return copy if memory_layout(copy) is not None else copy.contiguous()
 
 
-def in_form(solution: Solution, single: bool) -> Solution:
-    """A solver's tuples as the inputs were given: one tensor, or a tuple."""
-    if single:
-        form = (
-            "attribution",
-            "displacement",
-            "envelope_gradient",
-            "eta",
-            "sigma",
-            "standard_error",
-            "p_value",
-            "fixed",
-        )
-        return replace(solution, **{name: getattr(solution, name)[0] for name in form})
-    if all(e.dim() == 1 for e in solution.eta):
-        return replace(solution, eta=solution.eta[0])
-    return solution
+# The fields of a Solution that have the form of the inputs.
+_IN_FORM = (
+    "attribution",
+    "displacement",
+    "envelope_gradient",
+    "eta",
+    "sigma",
+    "standard_error",
+    "p_value",
+    "fixed",
+)
+
+
+def in_form(solution: Solution, like: Inputs) -> Solution:
+    """A solver's tuples as the inputs were given: one tensor, a tuple or a dict."""
+    formed = {name: in_form_of(like, getattr(solution, name)) for name in _IN_FORM}
+    if not isinstance(like, Tensor) and all(e.dim() == 1 for e in solution.eta):
+        formed["eta"] = solution.eta[0]
+    return replace(solution, **formed)
 
 
 def empty_solution(inputs: Tensors) -> Solution:

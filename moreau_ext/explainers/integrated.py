@@ -24,7 +24,7 @@ class IntegratedGradients(Explainer):
     A_i(x) = (x_i − b_i) ∫₀¹ ∂_i f(b + t(x − b)) dt. Unlike the other maps it is multiplied by the input.
 
     Args:
-        model, score, max_batch, unused_inputs, precision: see :class:`moreau_ext.MoreauGrad`.
+        model, score, max_batch, unused_inputs, precision, output_fn, layer: see :class:`moreau_ext.MoreauGrad`.
         baselines: as captum takes them; None for 0.
         n_steps: points of the quadrature.
 

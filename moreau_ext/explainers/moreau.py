@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -27,7 +27,7 @@ from ..solvers.problem import Problem, Tuning
 from ..solvers.solution import Solution
 from .base import warn_unconverged
 from .certified import Certified
-from .inputs import Ids, empty_solution, in_form
+from .inputs import Call, Ids, Inputs, Mask, empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
 from .sparse import Sparse
 
@@ -81,6 +81,12 @@ class MoreauGrad(Certified):
             certificate are then those of the model as it is run. benchmarks/bench_precision.py measures how far the
             maps move. The flags are the process's: a call that wants other ones waits for the passes under way, and
             they are restored after each pass.
+        output_fn: reads the tensor to explain from what the model returns, where that is a tuple, a dict or an object;
+            ``.logits`` and ["logits"] are found without it.
+        layer: explain the output of this layer in place of the inputs: a name of ``model.named_modules()``, or the
+            module. Maps, noise, penalties and ``fixed`` are then those of its output at the inputs, [B, *features],
+            which the model gets instead of the layer's own; so inputs may be token ids or categories. The layer runs
+            once in a pass, and returns a tensor, or a tuple or dict that begins with one.
 
     Raises:
         ValueError, TypeError: a setting out of range, by name; when called, "tf32" or "bfloat16" for inputs that are
@@ -223,13 +229,14 @@ class SparseMoreau(Sparse, MoreauGrad):
     @leaves_as_found
     def eta_path(
         self,
-        inputs: Any,
+        inputs: Inputs,
         ratios: Sequence[float],
         target: Target = None,
         additional_forward_args: Any = None,
         *,
         ids: Ids = None,
-        fixed: Any = None,
+        fixed: Mask = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[Solution, ...]:
         """The solutions for η = ratio·η_max, from sparse to dense, each begun where the sparser one ended.
 
@@ -237,7 +244,7 @@ class SparseMoreau(Sparse, MoreauGrad):
         eta, eta_ratio or support does not count.
 
         Args:
-            inputs, target, additional_forward_args, ids, fixed: see :meth:`attribute`.
+            inputs, target, additional_forward_args, ids, fixed, forward_kwargs: see :meth:`attribute`.
             ratios: ≥ 0, in any order.
 
         Returns:
@@ -263,7 +270,8 @@ class SparseMoreau(Sparse, MoreauGrad):
         if self.radius is not None or self.radius_ratio is not None:
             raise ValueError("eta_path: radius leads to another rho at each eta; give rho")
 
-        with self._posed(inputs, target, additional_forward_args, ids, fixed) as (tensors, problem):
+        call = Call(inputs, target, additional_forward_args, forward_kwargs, ids, fixed)
+        with self._posed(call) as (tensors, problem):
             if problem is None:
                 found = [empty_solution(tensors)] * len(steps)
             else:
@@ -275,7 +283,7 @@ class SparseMoreau(Sparse, MoreauGrad):
                 spent = found[first].gradient_evaluations + cost
                 found[first] = replace(found[first], gradient_evaluations=spent)
         warn_unconverged(found, *self._claim)
-        return tuple([in_form(solution, isinstance(inputs, Tensor)) for solution in found])
+        return tuple([in_form(solution, self._like(call, solution.attribution)) for solution in found])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -286,7 +294,7 @@ class SparseMoreauGrad(SparseMoreau):
 
     Args:
         model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, cuda_graphs, max_batch,
-            unused_inputs, precision: see :class:`MoreauGrad`.
+            unused_inputs, precision, output_fn, layer: see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute, in units of the gradient: a number, one per input [B], or one per feature [1, *features]
             or [B, *features].
         eta_ratio: η as a fraction of that input's η_max = ‖p(0)‖_∞, the least η with a zero map; default 0.1. It does
@@ -315,7 +323,7 @@ class GroupSparseMoreauGrad(SparseMoreau):
 
     Args:
         model, rho, radius, radius_ratio, noise_level, sigma, seed, score, solver, cuda_graphs, max_batch,
-            unused_inputs, precision: see :class:`MoreauGrad`.
+            unused_inputs, precision, output_fn, layer: see :class:`MoreauGrad`.
         eta: η ≥ 0, absolute; a number or one per input [B].
         eta_ratio: η as a fraction of that input's η_max = max_g ‖p_g(0)‖/w_g; default 0.1.
         support: instead of η, how many groups are not to be zero; see :class:`SparseMoreauGrad`.

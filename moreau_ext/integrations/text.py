@@ -11,15 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import ConvergenceWarning, EmptyMapWarning, without
+from ..analysis.hessian import Bank
 from ..explainers.base import Explainer, warn_empty, warn_unconverged
 from ..explainers.inputs import check_ids
 from ..explainers.moreau import GroupSparseMoreauGrad
 from ..explainers.registry import make_explainer
 from ..model.arguments import PerInput
+from ..model.modes import evaluating
 from ..model.restore import leaves_as_found
 from ..model.target import Target, target_index
 from ..solvers.groups import Labels, Pixels
+from ..solvers.problem import Problem
 from .words import TextExplanation, explanation
+
+# Samples, or pairs of them, in which the errors of a word's features are compared.
+_TOGETHER = 64
 
 # What a tokenizer returns beside the model's arguments.
 _NOT_ARGUMENTS = ("input_ids", "attention_mask", "special_tokens_mask", "offset_mapping", "length", "labels")
@@ -171,16 +177,28 @@ class TextExplainer:
                 solution = explainer.attribute(
                     x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None], return_solution=True
                 )
+                posed = explainer.problem(x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None])
+                gradients = self._samples(posed, solution.displacement)
             for i, row in enumerate(rows.tolist()):
                 places = columns[i].tolist()
                 tokens = self._tokens(numbers[row, columns[i]].tolist())
                 written = self._written(tokens, words[i], self._spans(given, batch, row, places))
                 one = solution.take(torch.tensor([i], device=device))
-                found[row] = explanation(tokens, words[i], written, x[i] - average, one)
+                found[row] = explanation(tokens, words[i], written, x[i] - average, one, gradients[i])
         explained = [e for e in found if e is not None]
         warn_empty([e.solution for e in explained])
         warn_unconverged([e.solution for e in explained], *self.explainer._claim)
         return explained[0] if isinstance(texts, str) else explained
+
+    def _samples(self, problem: Problem, displacement: Tensor) -> Tensor:
+        """Gradients at further noisy copies, or their means over pairs z, −z where the explainer has these; [B, n, T,
+        features]."""
+        pairs = getattr(getattr(self.explainer, "_method", self.explainer), "antithetic", True)
+        count = _TOGETHER * (1 + pairs)
+        bank = Bank(problem, (displacement,), count, antithetic=pairs)
+        with evaluating(self.model):
+            drawn = bank.gradients(0, count).view(len(displacement), _TOGETHER, -1, *displacement.shape[1:])
+        return drawn.mean(2)
 
     def _batch(self, texts: Any) -> Mapping[str, Any]:
         if isinstance(texts, Mapping):

@@ -23,7 +23,9 @@ class TextExplanation:
         scores: Σ_t ⟨A_t, x_t − m⟩ over a word's tokens, in units of the output; positive where the word raises it.
             float64 [W].
         norms: √Σ_t ‖A_t‖²; float64 [W].
-        standard_error: of the scores, by sampling, as if the features erred independently of each other; float64 [W].
+        standard_error: of the scores, by sampling; float64 [W]. The errors of a word's features are correlated: by how
+            much is measured at 64 further noisy copies, or pairs of them, which gradient_evaluations does not count.
+            NaN where it is not known.
         fixed: bool [W].
         tokens: T of them, as the tokenizer writes them.
         word_of_token: int64 [T].
@@ -104,8 +106,25 @@ def _of_words(values: Tensor, word_of_token: Tensor, words: int) -> Tensor:
     return values.new_zeros(words, dtype=torch.float64).index_add_(0, word_of_token, values.double())
 
 
+def together(gradients: Tensor, moved: Tensor, word_of_token: Tensor, words: int) -> Tensor:
+    """√(Var Σ_t ⟨g_t, c_t⟩ / Σ_t Σ_j c_tj² Var g_tj) over the tokens t of each word, c = x − m; float64 [W].
+
+    Errors of features that are correlated add up to more, or to less, than independent ones.
+
+    Args:
+        gradients: g of each sample, [n, T, features].
+        moved: x − m, [T, features].
+        word_of_token: int64 [T].
+        words: W.
+    """
+    weighted = gradients.double() * moved.double()
+    sums = weighted.new_zeros(len(weighted), words).index_add_(1, word_of_token, weighted.sum(2))
+    apart = _of_words(weighted.var(0).sum(1), word_of_token, words)
+    return torch.where(apart > 0, sums.var(0) / apart, 1.0).sqrt()
+
+
 def explanation(
-    tokens: list[str], words: list[int], written: list[str], moved: Tensor, solution: Solution
+    tokens: list[str], words: list[int], written: list[str], moved: Tensor, solution: Solution, gradients: Tensor
 ) -> TextExplanation:
     """The explanation of one sentence.
 
@@ -115,15 +134,17 @@ def explanation(
         written: each word as text.
         moved: x − m, [T, features].
         solution: of the sentence.
+        gradients: see :func:`together`.
     """
     count = len(written)
     place = torch.tensor(words, device=moved.device)
     a, c, error = solution.attribution[0].double(), moved.double(), solution.standard_error[0].double()
+    apart = _of_words((error * c).square().sum(1), place, count).sqrt()
     return TextExplanation(
         words=tuple(written),
         scores=_of_words((a * c).sum(1), place, count),
         norms=_of_words(a.square().sum(1), place, count).sqrt(),
-        standard_error=_of_words((error * c).square().sum(1), place, count).sqrt(),
+        standard_error=apart * together(gradients, c, place, count),
         fixed=_of_words((~solution.fixed[0].all(1)).double(), place, count) == 0,
         tokens=tuple(tokens),
         word_of_token=place,

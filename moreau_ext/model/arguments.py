@@ -112,16 +112,14 @@ def take_rows(value: Any, index: Tensor | slice) -> Any:
     return value[index] if isinstance(index, slice) else type(value)([value[i] for i in index.tolist()])
 
 
-def _options(position: int, value: Any, batch: int) -> list[Follows]:
+def _options(name: str, value: Any, batch: int) -> list[Follows]:
     """The ways to read an argument, the likeliest first."""
     follows: Follows = _has_rows(value, batch) or (type(value) in (list, tuple) and len(value) == batch)
     items = not _has_rows(value, batch) and _has_items(value, batch)
     if isinstance(value, PerInput):
-        held = _options(position, value.value, batch)
+        held = _options(name, value.value, batch)
         if not any(held):
-            raise ValueError(
-                f"additional_forward_args[{position}]: PerInput, but it has no axis or entries for {batch} inputs"
-            )
+            raise ValueError(f"{name}: PerInput, but it has no axis or entries for {batch} inputs")
         return [next(option for option in held if option)]
     if isinstance(value, Shared):
         return [False]
@@ -156,6 +154,11 @@ class Arguments:
         """Equal for arguments that a model reads alike."""
         return tuple([_kind(value, batch) for value in self.values])
 
+    def after(self, inputs: tuple[Any, ...]) -> Arguments:
+        """These after inputs that the model gets as they are."""
+        own: list[list[Follows]] = [[True] for _ in inputs]
+        return Arguments((*inputs, *self.values), (*own, *self.options))
+
     def readings(self) -> Iterator[tuple[Follows, ...]]:
         """The ways to read all, the likeliest first."""
         return islice(product(*self.options), _READINGS)
@@ -173,18 +176,27 @@ def _kind(value: Any, batch: int) -> Any:
     return type(value)
 
 
-def arguments_of(given: Any, batch: int) -> Arguments:
-    """Reads ``additional_forward_args``.
+def arguments_of(given: Any, batch: int, keywords: Mapping[str, Any] | None = None) -> Arguments:
+    """Reads ``additional_forward_args``, and ``forward_kwargs`` after them.
 
     Raises:
-        TypeError: a dict of arguments.
+        TypeError: a dict of arguments by position, or none of keywords.
         ValueError: a :class:`PerInput` without entries for so many inputs.
     """
     if isinstance(given, dict):
-        raise TypeError("additional_forward_args: expected a value or a tuple of them, passed by position, got a dict")
+        raise TypeError(
+            "additional_forward_args: expected a value or a tuple of them, passed by position, got a dict; "
+            "forward_kwargs= passes keyword arguments, and ({...},) passes the dict itself"
+        )
+    if keywords is not None and (not isinstance(keywords, Mapping) or not all(isinstance(k, str) for k in keywords)):
+        raise TypeError(f"forward_kwargs: expected a dict of arguments by name, got {type(keywords).__name__}")
     values = () if given is None else given
     values = values if isinstance(values, tuple) else (values,)
-    options = tuple([_options(i, v, batch) for i, v in enumerate(values)])
+    names = [f"additional_forward_args[{i}]" for i in range(len(values))]
+    if keywords:
+        values += tuple(keywords.values())
+        names += [f"forward_kwargs[{name!r}]" for name in keywords]
+    options = tuple([_options(name, v, batch) for name, v in zip(names, values, strict=True)])
     values = tuple([v.value if isinstance(v, (PerInput, Shared)) else v for v in values])
     return Arguments(tuple([v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in values]), options)
 

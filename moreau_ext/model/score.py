@@ -5,7 +5,7 @@ The only caller of torch.autograd.grad; the explainers run the model only here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,12 +121,13 @@ class Score:
         with autocast(self.precision, inputs[0].device):
             output = self.model(*inputs, *args)
         if not isinstance(output, Tensor):
-            output = getattr(output, "logits", output)
+            held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            output = output if held is None else held
         if not isinstance(output, Tensor):
             raise OutputTypeError(
-                f"model: expected a tensor (or an object with .logits) as output, got {type(output).__name__}; give a "
-                "callable target that makes one score per input of it, or wrap the model in a function that returns "
-                "the tensor to explain"
+                f"model: expected a tensor (or an object with .logits) as output, got {_made_of(output)}; give "
+                "output_fn, such as output_fn=lambda output: output[0], which reads the tensor to explain, or a "
+                "callable target that makes one score per input of it"
             )
         rows = inputs[0].shape[0]
         if output.dim() == 0 or output.shape[0] != rows:
@@ -266,6 +267,16 @@ class Score:
 
 def _model_and_target(model: Callable[..., Any], target: Any, x: Tensor, *more: Any) -> Tensor:
     return one_each(target(model(x, *more)), x.shape[0])
+
+
+def _made_of(output: Any) -> str:
+    """The type of an output that is no tensor, and what it holds."""
+    name = type(output).__name__
+    if isinstance(output, Mapping):
+        return f"{name} of {', '.join([str(key) for key in output][:8])}"
+    if isinstance(output, (tuple, list)):
+        return f"{name} of {', '.join([type(held).__name__ for held in output][:8])}"
+    return name
 
 
 def _copies(inputs: Tensors) -> Tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -94,8 +94,22 @@ def copy_into(targets: Tensors, values: Tensors) -> None:
         target.copy_(value)
 
 
+def tensors_of(value: Any) -> Tensors:
+    """The tensors of one, of a tuple or of a dict, in their order."""
+    if isinstance(value, Tensor):
+        return (value,)
+    return tuple(value.values()) if isinstance(value, Mapping) else tuple(value)
+
+
+def in_form_of(like: Any, tensors: Tensors) -> Any:
+    """Tensors in the form of a tensor, a tuple or a dict; the reverse of :func:`tensors_of`."""
+    if isinstance(like, Tensor):
+        return tensors[0]
+    return dict(zip(like, tensors, strict=True)) if isinstance(like, Mapping) else tensors
+
+
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A tensor changed, or all those of a tuple or of a record.
+    """A tensor changed, or all those of a tuple, of a dict or of a record.
 
     A record is a dataclass. Numbers and None are as they are.
     """
@@ -103,13 +117,15 @@ def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, tuple):
         return tuple([each_tensor(v, change) for v in value])
+    if isinstance(value, dict):
+        return {key: each_tensor(v, change) for key, v in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: each_tensor(getattr(value, f.name), change) for f in fields(value)})
     return value
 
 
 def take(value: Any, index: Tensor) -> Any:
-    """Some inputs of a batch: of a tensor [B, ...], in its memory layout, of a tuple, or of a record of such."""
+    """Some inputs of a batch: of a tensor [B, ...], in its memory layout, of a tuple, a dict or a record of such."""
 
     def rows(tensor: Tensor) -> Tensor:
         layout = memory_layout(tensor)
@@ -132,6 +148,8 @@ def join(parts: list[Any]) -> Any:
         return torch.cat([x.movedim(1, -1) for x in parts]).movedim(-1, 1)
     if isinstance(first, tuple):
         return tuple([join(list(column)) for column in zip(*parts, strict=True)])
+    if isinstance(first, dict):
+        return {key: join([part[key] for part in parts]) for key in first}
     if is_dataclass(first) and not isinstance(first, type):
         return replace(first, **{f.name: join([getattr(p, f.name) for p in parts]) for f in fields(first)})
     return first

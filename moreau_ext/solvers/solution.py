@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.layout import Tensors, each_tensor, flat_rows, join, take
+from ..ops.layout import Tensors, each_tensor, flat_rows, in_form_of, join, take, tensors_of
 from .errors import Errors, benjamini_hochberg
 from .problem import Problem
 
@@ -22,8 +22,8 @@ _PREMISE = (
 
 @dataclass(frozen=True, repr=False)
 class Solution:
-    """The result of an explanation. Fields over features have the form of the inputs (a tensor or a tuple of tensors);
-    the others hold one number per input, [B].
+    """The result of an explanation. Fields over features have the form of the inputs (a tensor, a tuple or a dict); the
+    others hold one number per input, [B].
 
     Args:
         attribution: the map A = S_η(p) ≈ −δ*/ρ, in the dtype of the inputs; units of a gradient; positive raises the
@@ -111,14 +111,13 @@ class Solution:
         """
         if not 0 < q < 1:
             raise ValueError(f"q: expected a number between 0 and 1, got {q!r}")
-        one = isinstance(self.p_value, Tensor)
-        tails, maps = ((self.p_value,), (self.attribution,)) if one else (self.p_value, self.attribution)
+        tails, maps = tensors_of(self.p_value), tensors_of(self.attribution)
         flat = torch.cat([flat_rows(p) for p in tails], dim=1)
         sizes = [flat_rows(p).shape[1] for p in tails]
-        fixed = torch.cat([flat_rows(f) for f in ((self.fixed,) if one else self.fixed)], dim=1)
+        fixed = torch.cat([flat_rows(f) for f in tensors_of(self.fixed)], dim=1)
         found = torch.split(benjamini_hochberg(flat.nan_to_num(1.0), q, ~fixed), sizes, dim=1)
         marked = tuple([f.view(p.shape) & (a != 0) for f, p, a in zip(found, tails, maps, strict=True)])
-        return marked[0] if one else marked
+        return in_form_of(self.p_value, marked)
 
     def forecast(self, tol: float) -> Tensor:
         """The gradients that a sampling error of ``tol`` would take, int64 [B]; −1 where it is not known.
@@ -198,10 +197,8 @@ class Solution:
         if count == 0:
             return lines[0]
         shown = self.take(torch.arange(min(count, limit), device=self.ids.device))
-        marked = shown.significant()
-        certain = torch.stack([flat_rows(m).sum(1) for m in ((marked,) if isinstance(marked, Tensor) else marked)]).sum(
-            0
-        ) / shown.nnz.clamp_min(1)
+        marked = torch.stack([flat_rows(m).sum(1) for m in tensors_of(shown.significant())]).sum(0)
+        certain = marked / shown.nnz.clamp_min(1)
         costs = [shown.forecast(tol).tolist() for tol in (0.1, 0.01)]
         for row in range(len(shown)):
             line = shown._line(row, float(certain[row]), [c[row] for c in costs])

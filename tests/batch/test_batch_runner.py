@@ -26,9 +26,9 @@ from helpers import read_maps, same_results
 from torch import nn
 
 from moreau_ext import Gradient, MoreauGrad, ProximalGradient, SmoothGrad, SparseMoreauGrad, zoo
-from moreau_ext._errors import EmptyMapWarning
+from moreau_ext._errors import EmptyMapWarning, SettingError
 from moreau_ext.batch import Config, Differs, dense, explain_config, explain_dataset, manifest, read, sink
-from moreau_ext.batch.job import shard_size
+from moreau_ext.batch.job import describe_explainer, shard_size
 
 SETTINGS: dict[str, Any] = {"batch": 4, "shard_rows": 8}
 
@@ -554,3 +554,13 @@ def test_float64_arrays_suit_float32_models(x: torch.Tensor, tmp_path: Path) -> 
     explain_dataset(sparse(), x, tmp_path / "a", **SETTINGS)
     explain_dataset(sparse(), x.double(), tmp_path / "b", **SETTINGS)
     np.testing.assert_array_equal(read_maps(tmp_path / "a"), read_maps(tmp_path / "b"))
+
+
+def test_settings_that_are_functions_and_layers(tmp_path: Path) -> None:
+    """A function is named in the manifest, not its address; maps of a layer have no place in a job."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Identity()).eval()
+    described = describe_explainer(Gradient(net, output_fn=lambda output: output))
+    assert described["output_fn"].endswith("test_settings_that_are_functions_and_layers.<locals>.<lambda>")
+    with pytest.raises(SettingError, match="explainer: has a layer, and the maps of a job are those of its inputs"):
+        explain_dataset(Gradient(net, layer="0"), torch.rand(4, 4), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

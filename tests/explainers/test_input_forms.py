@@ -80,5 +80,8 @@ def test_a_callable_target_reads_any_output(method: Callable[..., Any]) -> None:
     assert e.attribute(ROWS, lambda out: out["classes"][:, :1]).shape == ROWS.shape
     with pytest.raises(ValueError, match=r"target: the callable must return one score per row, \[3\], got \(3, 2\)"):
         e.attribute(ROWS, lambda out: out["classes"])
-    with pytest.raises(TypeError, match=r"model: expected a tensor .*, got dict; give a callable target"):
+    with pytest.raises(
+        TypeError,
+        match=r"model: expected a tensor .*, got dict of classes, inputs; give output_fn.* or a callable target",
+    ):
         e.attribute(ROWS, 1)

@@ -23,7 +23,9 @@ def test_attribute_returns_what_its_signature_says() -> None:
     maps = assert_type(Gradient(energy).attribute(x), Tensor)
     pair = assert_type(Gradient(of_two).attribute((x, x)), tuple[Tensor, ...])
     solution = assert_type(MoreauGrad(energy, rho=0.1).attribute(x, return_solution=True), Solution)
-    either = assert_type(Gradient(energy).attribute(x, return_solution=flag), Tensor | tuple[Tensor, ...] | Solution)
+    either = assert_type(
+        Gradient(energy).attribute(x, return_solution=flag), Tensor | tuple[Tensor, ...] | dict[str, Tensor] | Solution
+    )
     fixed = SparseMoreauGrad(energy).attribute(x, fixed=torch.tensor([True, False, False]))
     assert torch.equal(maps, pair[0])
     assert isinstance(solution, Solution)

@@ -33,6 +33,7 @@ from moreau_ext import (
     TextExplanation,
 )
 from moreau_ext._errors import EmptyMapWarning
+from moreau_ext.integrations.words import together
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _WORDS = "the a cat dog house tree walks sees under over river stone bread water small big old blue red with and"
@@ -279,3 +280,16 @@ def test_the_deciding_word_alone(kind: str, alone: int) -> None:
         assert int(one.fixed.sum()) == len(one.words) - len(text.split())
         hits += marked == [DECIDING[label]]
     assert hits >= alone
+
+
+def test_errors_of_features_that_are_correlated_add_up() -> None:
+    """g = s·v with one random s: Σ c·g errs by |Σ c·v|, and by √Σ (c·v)² if the features were independent."""
+    v, c = torch.randn(5, 3), torch.randn(5, 3)
+    place = torch.tensor([0, 1, 1, 2, 2])
+    found = together(torch.randn(4000, 1, 1) * v, c, place, 3)
+    weighted = (c * v).double()
+    sums = torch.stack([weighted[place == w].sum().abs() / weighted[place == w].norm() for w in range(3)])
+    torch.testing.assert_close(found, sums)
+    apart = together(torch.randn(4000, 5, 3), c, place, 3)
+    torch.testing.assert_close(apart, torch.ones_like(apart), atol=0.1, rtol=0)
+    assert together(torch.zeros(8, 5, 3), c, place, 3).tolist() == [1, 1, 1]

@@ -303,7 +303,11 @@ def test_logits_are_found(net: nn.Module, x: Tensor) -> None:
     ("model", "error", "message"),
     [
         (lambda x: {"a": x}, TypeError, r"model: expected a tensor \(or an object with .logits\) as output, got dict"),
-        (lambda x: (x, x), TypeError, r"model: expected a tensor .* got tuple; give a callable"),
+        (
+            lambda x: (x, x),
+            TypeError,
+            r"model: expected a tensor .* got tuple of Tensor, Tensor; give output_fn.* or a callable target",
+        ),
         (lambda x: x.sum(), ValueError, r"model: expected an output with one row per input, \[4, ...\], got \(\)"),
         (lambda x: x[:1], ValueError, r"model: expected an output with one row per input, \[4, ...\], got \(1, 6\)"),
     ],
