@@ -24,7 +24,7 @@ from ._figure import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDTH = 6.4  # inches
+_WIDTH = 5.2  # inches: words stay legible on a phone
 _EDGE = 0.1  # inches, around the rows
 _BOX = 0.23  # inches, height of a word's box
 _LINE = 0.31  # inches from a line of words to the next
