@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .explainers.moreau import SparseMoreauGrad as SparseMoreauGrad
     from .explainers.registry import METHODS as METHODS
     from .explainers.registry import make_explainer as make_explainer
+    from .integrations.tabular import TabularExplainer as TabularExplainer
+    from .integrations.tabular import TabularExplanation as TabularExplanation
     from .integrations.text import TextExplainer as TextExplainer
     from .integrations.words import TextExplanation as TextExplanation
     from .model.arguments import PerInput as PerInput
@@ -64,6 +66,8 @@ _WHERE = {
     "Solution": "solvers.solution",
     "SparseMoreauGrad": "explainers.moreau",
     "SparsifiedSmoothGrad": "explainers.gradients",
+    "TabularExplainer": "integrations.tabular",
+    "TabularExplanation": "integrations.tabular",
     "TextExplainer": "integrations.text",
     "TextExplanation": "integrations.words",
     "Tiles": "solvers.groups",

@@ -21,9 +21,9 @@ ORDER = (
     "solvers",
     "analysis",
     "explainers",
+    "plots",
     "integrations",
     "zoo",
-    "plots",
     "data",
     "batch",
     "evaluation",
@@ -103,7 +103,7 @@ def test_some_things_stand_in_one_place(name: str, path: Path) -> None:
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else v.stem)
 def test_importing_costs_torch_and_numpy_alone(name: str, path: Path) -> None:
     heavy = {"captum", "matplotlib", "sklearn", "tqdm", "torchvision", "scipy", "PIL", "skimage", "pyarrow", "pandas"}
-    heavy |= {"selenium", "ray", "safetensors", "transformers", "quantus", "zennit", "pytorch_grad_cam"}
+    heavy |= {"selenium", "ray", "safetensors", "transformers", "quantus", "zennit", "pytorch_grad_cam", "inseq"}
     assert not external(path, top_level_only=True) & heavy
     if name in ("cli", "__main__"):
         assert "torch" not in external(path, top_level_only=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .._checks import check_count
 from .._errors import SettingError
-from ..explainers.registry import make_explainer
+from ..explainers.base import Explainer
+from ..explainers.registry import Model, make_explainer
 from ..model.precision import Precision, check_precision
 from ..preparation.prepare import prepare
 from ..solvers.adaptive import AdaptiveProximalGradient, least_gradients
@@ -179,7 +180,7 @@ class Config:
         model, found = load_model(self.model, self.weights)
         return model.to(device), found if self.preprocess is None else load_preprocess(self.preprocess)
 
-    def explainer(self, model: Any) -> Any:
+    def explainer(self, model: Model) -> Explainer:
         """The explainer of a model, or of its prepared copy."""
         settings: dict[str, Any] = {n: getattr(self, n) for n in _EXPLAINER if getattr(self, n) is not None}
         settings |= {"score": self.score, "precision": self.precision}
@@ -203,7 +204,7 @@ class Config:
 
     def prepared_explainer(
         self, model: nn.Module, example: Tensor, choices: dict[str, Any] | None
-    ) -> tuple[Any, dict[str, Any] | None]:
+    ) -> tuple[Explainer, dict[str, Any] | None]:
         """The explainer, with the choices that depend on timing or on free memory.
 
         Args:

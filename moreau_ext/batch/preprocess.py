@@ -241,6 +241,6 @@ class Preprocess:
         return cls(**metadata.timm(settings))
 
     @classmethod
-    def of_torchvision(cls, transform: Any) -> Preprocess:
+    def of_torchvision(cls, transform: object) -> Preprocess:
         """From ``transforms()`` of torchvision's weights (``ImageClassification``)."""
         return cls(**metadata.torchvision(transform))

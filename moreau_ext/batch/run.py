@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -37,7 +37,7 @@ from .sources.open import open_source
 
 def explain_config(
     config: Config,
-    source: Any,
+    source: object,
     out: str | Path,
     *,
     column: str | None = None,
@@ -78,9 +78,45 @@ def explain_config(
         return run_local(opened, job, workers, progress)
 
 
+@overload
 def explain_dataset(
     explainer: Explainer,
-    dataset: Any,
+    dataset: object,
+    out: None = None,
+    *,
+    target: str | int = "predicted",
+    column: str | None = None,
+    preprocess: Preprocess | None = None,
+    batch: int = 32,
+    shard_rows: int | None = None,
+    workers: int = 0,
+    map_dtype: str = "float32",
+    map_format: str = "dense",
+    progress: bool = False,
+) -> Iterator[dict[str, Any]]: ...
+
+
+@overload
+def explain_dataset(
+    explainer: Explainer,
+    dataset: object,
+    out: str | Path,
+    *,
+    target: str | int = "predicted",
+    column: str | None = None,
+    preprocess: Preprocess | None = None,
+    batch: int = 32,
+    shard_rows: int | None = None,
+    workers: int = 0,
+    map_dtype: str = "float32",
+    map_format: str = "dense",
+    progress: bool = False,
+) -> Summary: ...
+
+
+def explain_dataset(
+    explainer: Explainer,
+    dataset: object,
     out: str | Path | None = None,
     *,
     target: str | int = "predicted",
@@ -92,7 +128,7 @@ def explain_dataset(
     map_dtype: str = "float32",
     map_format: str = "dense",
     progress: bool = False,
-) -> Any:
+) -> Summary | Iterator[dict[str, Any]]:
     """Explains a whole data set, and writes the results or yields them.
 
     Args:

@@ -17,13 +17,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._errors import SettingError, SettingFileNotFoundError, one_line
 from .._files import write
 from ..data import manifest as manifests
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FORMAT = 1
 ERRORS = "errors.parquet"
@@ -370,7 +373,7 @@ def _ours(name: str) -> bool:
     return name in (manifests.NAME, ERRORS) or (name.startswith(".") and name.endswith(".tmp"))
 
 
-def read(out: str | Path, columns: list[str] | None = None) -> Any:
+def read(out: str | Path, columns: list[str] | None = None) -> pyarrow.Table:
     """Reads the results of a folder as one Arrow table, in the order of the source, with the rows that have an error.
 
     The map is a fixed-shape tensor: ``read(out)["map"].combine_chunks().to_numpy_ndarray()`` is [N, *features].
@@ -428,18 +431,19 @@ def manifest(out: str | Path) -> dict[str, Any]:
     return found
 
 
-def dense(row: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def dense(row: Mapping[str, object], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """The map of a row as an array, from either format.
 
     Args:
         row: by column, as ``table.to_pylist()`` returns it.
         shape: of the map.
     """
-    if "map_indices" in row:
+    of: Mapping[str, Any] = row
+    if "map_indices" in of:
         flat = np.zeros(math.prod(shape), np.float32)
-        flat[np.asarray(row["map_indices"], int)] = row["map_values"]
+        flat[np.asarray(of["map_indices"], int)] = of["map_values"]
         return flat.reshape(shape)
-    return np.asarray(row["map"], np.float32).reshape(shape)
+    return np.asarray(of["map"], np.float32).reshape(shape)
 
 
 def output_error(error: OSError, folder: Path) -> OSError | None:

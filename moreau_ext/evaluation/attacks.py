@@ -14,6 +14,7 @@ share they minimise:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -159,7 +160,7 @@ class Attack:
     def run(
         self,
         explainer: Explainer,
-        model: Any,
+        model: Callable[..., Tensor],
         inputs: Tensor,
         target: Tensor,
         *,
@@ -198,7 +199,7 @@ class _Search:
         self,
         attack: Attack,
         explainer: Explainer,
-        model: Any,
+        model: Callable[..., Tensor],
         inputs: Tensor,
         target: Tensor,
         clean: Solution | None,

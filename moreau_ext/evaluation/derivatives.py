@@ -15,6 +15,7 @@ of the smoothed net, as Ghorbani et al. use a softplus in place of ReLU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ _PATH = 64  # points on the path of Integrated Gradients
 _SPARSIFIED = 0x5EED_5A55
 
 
-def find_hessian(model: Any, inputs: Tensor, *, noise_level: float = 0.1) -> Hessian:
+def find_hessian(model: Callable[..., object], inputs: Tensor, *, noise_level: float = 0.1) -> Hessian:
     """The valid second derivative of a model: "autograd" if it is smooth, "stein" if it has kinks.
 
     The first two inputs are tested by the rule of :meth:`moreau_ext.MoreauGrad.certificate`; a kink at either decides.

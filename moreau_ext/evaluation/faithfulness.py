@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ _TIES, _NUDGES = 0x5EED_71E5, 0x5EED_9D6E
 _MAX_ROWS = 4096
 
 
-def target_probability(model: Callable[..., Any], inputs: Tensor, target: Tensor) -> Tensor:
+def target_probability(model: Callable[..., Tensor], inputs: Tensor, target: Tensor) -> Tensor:
     """softmax(logits)[target] of every input, float64 [B].
 
     Args:
@@ -82,7 +82,7 @@ def drawn(seed: int, ids: Tensor, like: Tensor, count: int = 1, antithetic: bool
 
 
 def perturbation_curve(
-    model: Callable[..., Any],
+    model: Callable[..., Tensor],
     inputs: Tensor,
     maps: Tensor,
     target: Tensor,

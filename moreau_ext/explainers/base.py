@@ -31,7 +31,7 @@ from ..model.target import Target
 from ..ops.layout import Tensors
 from ..preparation.report import Prepared
 from ..solvers.problem import Problem
-from ..solvers.solution import Solution
+from ..solvers.solution import Form, Solution
 from .inputs import Call, Ids, Inputs, Mask, check_batch, check_fixed, check_ids, check_inputs, empty_solution, in_form
 from .settings import per_input_setting
 
@@ -131,7 +131,7 @@ class Explainer(ABC):
     the rows that fit and the captured steps, is guarded.
     """
 
-    model: Callable[..., Any] | Prepared
+    model: Callable[..., object] | Prepared
     score: ScoreName = field(default="logit", kw_only=True)
     max_batch: int | Literal["auto"] | None = field(default="auto", kw_only=True)
     unused_inputs: UnusedInputs = field(default="raise", kw_only=True)
@@ -174,10 +174,10 @@ class Explainer(ABC):
     def footprint(
         self,
         inputs: Inputs,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
     ) -> Footprint | None:
         """What :meth:`attribute` takes on such inputs, measured by passes of one and of two rows of the first.
 
@@ -213,10 +213,10 @@ class Explainer(ABC):
     def rows_per_pass(
         self,
         inputs: Inputs,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
     ) -> int | None:
         """``max_batch`` as it comes out for such inputs; None for no limit. Raises what the model raises where it takes
         neither one or two of them nor all."""
@@ -468,11 +468,11 @@ class Explainer(ABC):
         self,
         inputs: Inputs,
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
     ) -> Problem:
         """The problem that :meth:`attribute` solves, with settings that are measured or follow the solution still open.
 
@@ -503,11 +503,11 @@ class Explainer(ABC):
         self,
         inputs: Tensor,
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
         return_solution: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -516,11 +516,11 @@ class Explainer(ABC):
         self,
         inputs: tuple[Tensor, ...],
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
         return_solution: Literal[False] = False,
     ) -> tuple[Tensor, ...]: ...
 
@@ -529,37 +529,37 @@ class Explainer(ABC):
         self,
         inputs: Mapping[str, Tensor],
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
         return_solution: Literal[False] = False,
     ) -> dict[str, Tensor]: ...
 
     @overload
     def attribute(
         self,
-        inputs: Inputs,
+        inputs: Form,
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
         return_solution: Literal[True],
-    ) -> Solution: ...
+    ) -> Solution[Form]: ...
 
     @overload
     def attribute(
         self,
         inputs: Inputs,
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
         return_solution: bool,
     ) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor] | Solution: ...
 
@@ -568,11 +568,11 @@ class Explainer(ABC):
         self,
         inputs: Inputs,
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
         return_solution: bool = False,
     ) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor] | Solution:
         """The maps of a batch.
@@ -584,11 +584,11 @@ class Explainer(ABC):
                 (batch statistics, contrastive heads, the nodes of one graph) is refused.
             target: what to explain: None (the predicted class; the output itself where there is one per input), an int,
                 a tensor or array [B], [B, 1] or of one element, a list of B ints or of B tuples, one tuple (outputs of
-                higher rank), or a callable output -> [B]. A callable is called with the outputs of noisy copies, in any
-                number and order, if each of its scores depends on its own row alone. If it holds something for each
-                input (a class, a mask), it is called with the outputs of all inputs in their order, once per copy: give
-                that in ``additional_forward_args`` to a model that returns the score, which takes fewer calls. One that
-                mixes rows is refused.
+                higher rank), a list of B callables row -> number, or a callable output -> [B]. A callable is called
+                with the outputs of noisy copies, in any number and order, if each of its scores depends on its own row
+                alone. If it holds something for each input (a class, a mask), it is called with the outputs of all
+                inputs in their order, once per copy: give that in ``additional_forward_args`` to a model that returns
+                the score, which takes fewer calls. One that mixes rows is refused.
             additional_forward_args: passed to the model after the inputs, a value or a tuple of them. Tensors, arrays,
                 lists, and dicts or lists of tensors with one entry per input follow the inputs. Where a shared argument
                 happens to have B entries, two small passes of the first call decide; :class:`PerInput` and

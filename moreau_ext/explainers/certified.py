@@ -17,12 +17,12 @@ from ..analysis.derivative import map_vjp
 from ..analysis.hessian import ESTIMATES, Method
 from ..model.precision import resolution
 from ..model.restore import leaves_as_found
-from ..model.target import Target, target_index
+from ..model.target import Target, of_rows, target_index
 from ..ops.layout import Tensors, in_form_of, tensors_of
 from ..solvers.base import Solver
 from ..solvers.fixed import ProximalGradient
 from ..solvers.problem import Problem
-from ..solvers.solution import Solution
+from ..solvers.solution import Form, Solution
 from .inputs import Call, Ids, Inputs, check_batch
 from .noisy import Noisy
 from .settings import Scalar, check_scalar, per_input_setting
@@ -66,7 +66,7 @@ def _known_of(
     if known is not None and target is None:
         index = known.tolist()
         target = known[:, 0] if known.shape[1] == 1 else [tuple(row) for row in index]
-    elif known is not None and not callable(target):
+    elif known is not None and not callable(target) and not of_rows(target):
         asked = target_index(target, batch)
         if asked.tolist() != known.tolist():
             raise ValueError(
@@ -136,10 +136,10 @@ class Certified(Noisy):
         inputs: Inputs,
         solution: Solution,
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
         num_samples: int = 4096,
         num_hvp_samples: int = 128,
         hessian: Method = "auto",
@@ -223,18 +223,18 @@ class Certified(Noisy):
         self,
         inputs: Inputs,
         solution: Solution,
-        vectors: Any,
+        vectors: Form,
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
+        forward_kwargs: Mapping[str, object] | None = None,
         num_samples: int | None = None,
         hessian: Method = "auto",
         hold_settings: bool = False,
         tol: float | None = None,
         max_steps: int = 100,
-    ) -> Any:
+    ) -> Form:
         """vᵀ·DA(x), the derivative of the map A in direction of the inputs, by the implicit function theorem.
 
         With S the support of the map, H = ∇²f_σ(x + δ*) and M the second derivative of the penalty on S (0 for L1),
@@ -311,4 +311,5 @@ class Certified(Noisy):
                     max_steps=max_steps,
                 )
             result = tuple(r.to(x.dtype) for r, x in zip(result, tensors, strict=True))
-        return in_form_of(self._like(call, result), result)
+        found: Form = in_form_of(self._like(call, result), result)
+        return found

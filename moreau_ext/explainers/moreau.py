@@ -24,10 +24,10 @@ from ..solvers.loop import solve
 from ..solvers.path import solve_path
 from ..solvers.penalties import GroupL2, Penalty
 from ..solvers.problem import Problem, Tuning
-from ..solvers.solution import Solution
+from ..solvers.solution import Form, Solution
 from .base import warn_unconverged
 from .certified import Certified
-from .inputs import Call, Ids, Inputs, Mask, empty_solution, in_form
+from .inputs import Call, Ids, Mask, empty_solution, in_form
 from .settings import Scalar, check_scalar, per_input_setting
 from .sparse import Sparse
 
@@ -229,15 +229,15 @@ class SparseMoreau(Sparse, MoreauGrad):
     @leaves_as_found
     def eta_path(
         self,
-        inputs: Inputs,
+        inputs: Form,
         ratios: Sequence[float],
         target: Target = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         *,
         ids: Ids = None,
         fixed: Mask = None,
-        forward_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[Solution, ...]:
+        forward_kwargs: Mapping[str, object] | None = None,
+    ) -> tuple[Solution[Form], ...]:
         """The solutions for η = ratio·η_max, from sparse to dense, each begun where the sparser one ended.
 
         η_max is measured once per input, so that the ratios of one path are of the same number; the explainer's own

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
+from ..preparation.report import Prepared
+from .base import Explainer
 from .gradients import Gradient, SmoothGrad, SoftThresholdedSmoothGrad, SparsifiedSmoothGrad
 from .moreau import GroupSparseMoreauGrad, MoreauGrad, SparseMoreauGrad
 
+# As explainers take it.
+Model = Callable[..., object] | Prepared
 
-def _integrated_gradients(model: Callable[..., Any], **settings: Any) -> Any:
+
+def _integrated_gradients(model: Callable[..., object], **settings: Any) -> Explainer:
     from .integrated import IntegratedGradients
 
     return IntegratedGradients(model, **settings)
 
 
-METHODS: dict[str, Callable[..., Any]] = {
+METHODS: dict[str, Callable[..., Explainer]] = {
     "gradient": Gradient,
     "smoothgrad": SmoothGrad,
     "st_smoothgrad": SoftThresholdedSmoothGrad,
@@ -27,7 +32,23 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def make_explainer(method: str, model: Callable[..., Any], **settings: Any) -> Any:
+@overload
+def make_explainer(method: Literal["moreau"], model: Model, **settings: object) -> MoreauGrad: ...
+
+
+@overload
+def make_explainer(method: Literal["sparse"], model: Model, **settings: object) -> SparseMoreauGrad: ...
+
+
+@overload
+def make_explainer(method: Literal["group"], model: Model, **settings: object) -> GroupSparseMoreauGrad: ...
+
+
+@overload
+def make_explainer(method: str, model: Model, **settings: object) -> Explainer: ...
+
+
+def make_explainer(method: str, model: Model, **settings: object) -> Explainer:
     """The explainer of a method by its name, as every command line and protocol calls it.
 
     Args:

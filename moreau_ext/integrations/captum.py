@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from torch import Tensor
 
 from ..explainers.base import Explainer
-from ..explainers.inputs import Ids
+from ..explainers.inputs import Ids, Mask
 from ..explainers.integrated import IntegratedGradients
 from ..explainers.moreau import GroupSparseMoreauGrad
 from ..model.restore import leaves_as_found
@@ -48,7 +48,7 @@ class CaptumAttribution:
         self.explainer = explainer
 
     @property
-    def forward_func(self) -> Callable[..., Any]:
+    def forward_func(self) -> Callable[..., object]:
         """The model."""
         return self.explainer._module
 
@@ -69,6 +69,10 @@ class CaptumAttribution:
             "Solution.relative_residual and Solution.error: explainer.attribute(..., return_solution=True)"
         )
 
+    def attribute_future(self, *_: object, **__: object) -> NoReturn:
+        """Raises NotImplementedError, as most methods of captum do."""
+        raise NotImplementedError("attribute_future: a map takes several passes; use attribute")
+
     # NoiseTunnel calls attribute.__wrapped__, so a decorator there must be.
     @leaves_as_found
     def attribute(
@@ -79,6 +83,7 @@ class CaptumAttribution:
         *,
         feature_mask: Tensor | tuple[Tensor, ...] | None = None,
         ids: Ids = 0,
+        fixed: Mask = None,
     ) -> Inputs:
         """The maps of a batch.
 
@@ -90,6 +95,7 @@ class CaptumAttribution:
                 :class:`moreau_ext.GroupSparseMoreauGrad`, in place of its own.
             ids: as in :meth:`moreau_ext.Explainer.attribute`; by default one noise for all inputs, so that metrics
                 which repeat or nudge an input do not measure the noise. None for a noise of its own at every place.
+            fixed: as in :meth:`moreau_ext.Explainer.attribute`; one mask for all inputs where a metric repeats them.
 
         Returns:
             The maps, in the form and shape of ``inputs``, with their sign: ``captum.attr.Saliency`` takes the absolute
@@ -103,7 +109,7 @@ class CaptumAttribution:
         arguments = additional_forward_args
         if arguments is not None and not isinstance(arguments, tuple):
             arguments = (arguments,)
-        maps: Inputs = explainer.attribute(inputs, target, arguments, ids=ids)
+        maps: Inputs = explainer.attribute(inputs, target, arguments, ids=ids, fixed=fixed)
         return maps
 
     def _grouped(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..explainers.base import Explainer
-from ..explainers.inputs import Ids
+from ..explainers.inputs import Ids, Mask
 from ..model.target import Target
 
 
@@ -47,7 +47,12 @@ class Cam:
         self.explainer = explainer
 
     def __call__(
-        self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None = None, *, ids: Ids = 0
+        self,
+        input_tensor: Tensor,
+        targets: Sequence[Callable[[Tensor], Tensor]] | None = None,
+        *,
+        ids: Ids = 0,
+        fixed: Mask = None,
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The maps of a batch of images.
 
@@ -56,6 +61,7 @@ class Cam:
             targets: one callable per image that takes its row of the output, as ``ClassifierOutputTarget(3)``; None for
                 the predicted classes.
             ids: as in :meth:`moreau_ext.Explainer.attribute`; by default one noise for all inputs.
+            fixed: as in :meth:`moreau_ext.Explainer.attribute`; such as a background, bool [H, W].
 
         Returns:
             float32 [B, H, W] in [0, 1].
@@ -69,7 +75,7 @@ class Cam:
             raise ValueError(f"input_tensor: expected images [B, C, H, W], got {got}")
         if targets is not None and len(targets) != len(input_tensor):
             raise ValueError(f"targets: expected one per image, {len(input_tensor)}, got {len(targets)}")
-        length = self.explainer.attribute(input_tensor, _target_of(targets), ids=ids).float().norm(dim=1)
+        length = self.explainer.attribute(input_tensor, _target_of(targets), ids=ids, fixed=fixed).float().norm(dim=1)
         largest = length.amax((1, 2), keepdim=True)
         scaled = torch.where(largest > 0, length / largest, 0.0)
         maps: np.ndarray[Any, np.dtype[np.float32]] = scaled.cpu().numpy()
@@ -83,8 +89,4 @@ def _target_of(targets: Sequence[Callable[[Tensor], Tensor]] | None) -> Target:
     if all(type(t).__name__ == "ClassifierOutputTarget" for t in targets):
         # A class index needs no call of Python for each row.
         return [int(t.category) for t in targets]  # type: ignore[attr-defined]  # checked above
-
-    def score(output: Tensor) -> Tensor:
-        return torch.stack([target(row).sum() for target, row in zip(targets, output, strict=True)])
-
-    return score
+    return list(targets)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import SettingError
-from ..explainers.inputs import Ids
+from ..explainers.inputs import Ids, Mask
 from ..explainers.registry import make_explainer
 from ..model.target import Target
 from ..solvers.solution import Solution
@@ -27,6 +27,7 @@ def explain_func(
     device: str | torch.device | None = None,
     empty: Literal["raise", "keep"] = "raise",
     ids: Ids = 0,
+    fixed: Mask = None,
     **settings: object,
 ) -> Array:
     """The maps of a batch, as Quantus's metrics ask for them.
@@ -42,6 +43,7 @@ def explain_func(
             package's warning.
         ids: as in :meth:`moreau_ext.Explainer.attribute`; by default one noise for all inputs, so that metrics of
             robustness do not measure the noise.
+        fixed: as in :meth:`moreau_ext.Explainer.attribute`; one mask for all inputs.
         settings: arguments of the explainer, such as ``eta_ratio=0.2``.
 
     Returns:
@@ -67,7 +69,9 @@ def explain_func(
     dtype = first.dtype if first is not None and first.is_floating_point() else torch.float32
     where = device if device is not None else first.device if first is not None else "cpu"
     x = torch.as_tensor(given, device="cpu").to(where, dtype)
-    solution: Solution = make_explainer(method, model, **settings).attribute(x, targets, ids=ids, return_solution=True)
+    solution: Solution = make_explainer(method, model, **settings).attribute(
+        x, targets, ids=ids, fixed=fixed, return_solution=True
+    )
     if empty == "raise" and bool(solution.empty.any()):
         rows = solution.empty.nonzero().flatten().tolist()
         raise ValueError(

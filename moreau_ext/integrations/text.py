@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, overload
 
@@ -19,10 +19,13 @@ from ..explainers.registry import make_explainer
 from ..model.arguments import PerInput
 from ..model.modes import evaluating
 from ..model.restore import leaves_as_found
-from ..model.target import Target, target_index
+from ..model.target import PerRow, Target, read_target
 from ..solvers.groups import Labels, Pixels
 from ..solvers.problem import Problem
 from .words import TextExplanation, explanation
+
+# Of transformers, or one that is called alike and returns input_ids and further arguments of the model.
+Tokenizer = Callable[..., Mapping[str, object]]
 
 # Samples, or pairs of them, in which the errors of a word's features are compared.
 _TOGETHER = 64
@@ -46,6 +49,8 @@ class _FromEmbeddings(nn.Module):
 
 def _targets(index: Any, rows: Tensor) -> Any:
     """The targets of some sentences."""
+    if isinstance(index, PerRow):
+        return [index.scores_of[row] for row in rows.tolist()]
     if not isinstance(index, Tensor):
         return index
     some = index[rows]
@@ -97,7 +102,9 @@ class TextExplainer:
     passes: sentences of one length are explained together, and all see the noise of one id.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, method: str = "group", **settings: Any) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer | None = None, method: str = "group", **settings: object
+    ) -> None:
         if not isinstance(model, nn.Module) or not callable(getattr(model, "get_input_embeddings", None)):
             raise TypeError(
                 f"model: expected an nn.Module with get_input_embeddings(), got {type(model).__name__}; wrap it in one "
@@ -107,7 +114,8 @@ class TextExplainer:
         some = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         if not some and "inputs_embeds" not in parameters:
             raise TypeError(f"model: {type(model).__name__}.forward does not take inputs_embeds")
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer: Any = tokenizer
         self._by_word = method == "group" and "groups" not in settings
         if self._by_word:
             settings["groups"] = Pixels(channel_axis=-1)
@@ -119,7 +127,11 @@ class TextExplainer:
 
     @overload
     def attribute(
-        self, texts: Sequence[Any] | Mapping[str, Any], target: Target = None, *, ids: Tensor | None = None
+        self,
+        texts: list[str] | list[tuple[str, str]] | Mapping[str, object],
+        target: Target = None,
+        *,
+        ids: Tensor | None = None,
     ) -> list[TextExplanation]: ...
 
     @leaves_as_found
@@ -152,7 +164,7 @@ class TextExplainer:
         real = torch.as_tensor(batch.get("attention_mask", torch.ones_like(numbers)), device=device).bool()
         special = self._special(batch, numbers) | ~real
         count = len(numbers)
-        index = target if target is None or callable(target) else target_index(target, count).to(device)
+        index = read_target(target, count, device)
         names = check_ids(torch.zeros(count, dtype=torch.int64) if ids is None else ids, count, device)
         if not bool(real.any(1).all()):
             raise ValueError(f"texts: sentence {int((~real.any(1)).nonzero()[0])} has no tokens")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..explainers.base import Explainer
-from ..explainers.inputs import Ids
+from ..explainers.inputs import Ids, Mask
 from ..model.modes import evaluating
 from ..model.restore import leaves_as_found
 
@@ -28,6 +28,7 @@ class Attributor:
         attr_output: the weights, shaped as the output, or a function of the output that gives them; the output itself
             by default, as in zennit.
         ids: as in :meth:`moreau_ext.Explainer.attribute`; by default one noise for all inputs.
+        fixed: as in :meth:`moreau_ext.Explainer.attribute`.
 
     Raises:
         TypeError: not an explainer.
@@ -45,7 +46,9 @@ class Attributor:
     Source: zennit.attribution.Attributor.
     """
 
-    def __init__(self, explainer: Explainer, attr_output: Weights | None = None, *, ids: Ids = 0) -> None:
+    def __init__(
+        self, explainer: Explainer, attr_output: Weights | None = None, *, ids: Ids = 0, fixed: Mask = None
+    ) -> None:
         if not isinstance(explainer, Explainer):
             raise TypeError(
                 f"explainer: expected an explainer such as MoreauGrad(model), got {type(explainer).__name__}"
@@ -58,6 +61,7 @@ class Attributor:
         self.explainer = explainer
         self.attr_output = attr_output
         self.ids = ids
+        self.fixed = fixed
 
     def __enter__(self) -> Attributor:
         return self
@@ -93,5 +97,5 @@ class Attributor:
         def score(rows: Tensor) -> Tensor:
             return (rows * weights).flatten(1).sum(1)
 
-        maps: Tensor = self.explainer.attribute(input, score, ids=self.ids)
+        maps: Tensor = self.explainer.attribute(input, score, ids=self.ids, fixed=self.fixed)
         return output, maps

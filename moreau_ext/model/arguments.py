@@ -35,7 +35,7 @@ class PerInput:
                 [2., 2., 2.]])
     """
 
-    value: Any
+    value: object
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Shared:
                 [3., 4.]])
     """
 
-    value: Any
+    value: object
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .modes import without_inference_tensors
 from .passes import PassRunner
 from .precision import Precision, resolution
 from .score import Score, ScoreName, UnusedInputs, sample_rows, slope_of
-from .target import InOrder, Target, row_scores, target_index
+from .target import InOrder, PerRow, Target, read_target, row_scores
 
 
 def bind_score(
@@ -36,8 +36,8 @@ def bind_score(
         model: any callable; an nn.Module must be in eval mode (see ``evaluating``).
         inputs: tensors [B, ...].
         target: None (the predicted class, or the output itself where there is one per input), an int, a tensor or array
-            [B], [B, 1] or of one element, a list of B ints or tuples, a tuple (outputs of higher rank), or a callable
-            output -> [rows].
+            [B], [B, 1] or of one element, a list of B ints or tuples, a tuple (outputs of higher rank), a callable
+            output -> [rows], or a list of B callables row -> number.
         score: "logit" f = o_t; "log_prob" log softmax(o)_t; "prob" softmax(o)_t; "margin" o_t − max_{c≠t} o_c.
         additional_forward_args: passed on after the inputs; see :func:`read_arguments`.
         unused_inputs: "raise", or "zero" for a zero gradient.
@@ -73,8 +73,7 @@ def unresolved(
     """The score of :func:`bind_score` before the model has run, which its target may have to wait for, with its
     arguments in their likeliest reading."""
     batch = inputs[0].shape[0]
-    index: Tensor | Callable[[Tensor], Tensor] | None
-    index = target if target is None or callable(target) else target_index(target, batch).to(inputs[0].device)
+    index = read_target(target, batch, inputs[0].device)
     bound = Score(without_inference_tensors(model), score, index, (), (), unused_inputs, precision)
     return with_reading(bound, next(arguments.readings()), arguments, batch)
 
@@ -138,15 +137,15 @@ def resolved(score: Score, inputs: Tensors, passes: PassRunner, first: bool = Fa
     return bound, bound.of_output(output), output
 
 
-def _resolve(score: Score, output: Tensor) -> Tensor | Callable[[Tensor], Tensor] | InOrder | None:
+def _resolve(score: Score, output: Tensor) -> Tensor | Callable[[Tensor], Tensor] | InOrder | PerRow | None:
     """The target as an index that fits the output."""
     target, shape = score.target, tuple(output.shape)
     if isinstance(target, InOrder):
         return target
-    if callable(target):
+    if callable(target) or isinstance(target, PerRow):
         if score.name != "logit":
             raise ValueError(f"score: {score.name!r} needs a class as target; a callable target is the score itself")
-        return _of_rows(target, output)
+        return target if isinstance(target, PerRow) else _of_rows(target, output)
     single = output.dim() == 1 or (output.dim() == 2 and shape[1] == 1)
     if single:
         if score.name != "logit":

@@ -22,7 +22,7 @@ from .memory import Footprint, measure_footprint
 from .modes import plain_attention
 from .modules import modules_of
 from .precision import Precision, autocast, flags
-from .target import InOrder, one_each, row_scores
+from .target import InOrder, PerRow, one_each, row_scores
 
 ScoreName = Literal["logit", "log_prob", "prob", "margin"]
 
@@ -43,8 +43,8 @@ class Score:
     Args:
         model: called as ``model(*inputs, *args)``.
         name: which score.
-        target: int64 [n, k], one index tuple per row; a callable output -> [n], also :class:`InOrder`; or None for a
-            model with one output.
+        target: int64 [n, k], one index tuple per row; a callable output -> [n], also :class:`InOrder`; a callable for
+            each input; or None for a model with one output.
         args: additional arguments, expanded to the rows where they are per input.
         per_row: which of ``args`` are.
         unused_inputs: what to do when the score does not depend on an input.
@@ -54,7 +54,7 @@ class Score:
 
     model: Callable[..., Any]
     name: ScoreName
-    target: Tensor | Callable[[Tensor], Tensor] | InOrder | None
+    target: Tensor | Callable[[Tensor], Tensor] | InOrder | PerRow | None
     args: tuple[Any, ...]
     per_row: tuple[bool, ...]
     unused_inputs: UnusedInputs
@@ -66,7 +66,7 @@ class Score:
         target = self.target
         if isinstance(target, Tensor):
             target = target[index]
-        elif isinstance(target, InOrder):
+        elif isinstance(target, (InOrder, PerRow)):
             target = target.take(index)
         args = tuple([take_rows(a, index) if per else a for a, per in zip(self.args, self.per_row, strict=True)])
         return replace(self, target=target, args=args, fixed=self.fixed and self.fixed.take(index))
@@ -181,7 +181,7 @@ class Score:
         rows = output.shape[0]
         if self.target is None:
             return output.reshape(rows)
-        if isinstance(self.target, InOrder):
+        if isinstance(self.target, (InOrder, PerRow)):
             return self.target.scores(output)
         if not isinstance(self.target, Tensor):
             return row_scores(self.target, output)

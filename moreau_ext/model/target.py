@@ -1,16 +1,27 @@
-"""Targets: the output that is explained, as indices."""
+"""Targets: the output that is explained, as indices or as callables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Target = int | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Callable[[Tensor], Tensor] | None
+Target = (
+    int
+    | Tensor
+    | np.ndarray[Any, Any]
+    | Sequence[int]
+    | Sequence[np.integer[Any]]
+    | Sequence[Tensor]
+    | Sequence[tuple[int, ...]]
+    | Sequence[Callable[[Tensor], Tensor]]
+    | Callable[[Tensor], Tensor]
+    | None
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,60 @@ class InOrder:
         return torch.cat(found)[torch.cat(rows).argsort()]
 
 
+@dataclass(frozen=True)
+class PerRow:
+    """A callable for each input, called with one row of the output: that of its input, or of a noisy copy of it.
+
+    Args:
+        scores_of: B callables, row [...] -> one number.
+        place: int64 [n], the input that each row is a copy of.
+    """
+
+    scores_of: tuple[Callable[[Tensor], Tensor], ...]
+    place: Tensor
+
+    def take(self, index: Tensor | slice) -> PerRow:
+        """The same for some of the rows."""
+        return replace(self, place=self.place[index])
+
+    def scores(self, output: Tensor) -> Tensor:
+        """The scores [n] of an output [n, ...].
+
+        Raises:
+            ValueError: not one number for a row.
+        """
+        found = []
+        for place, row in zip(self.place.tolist(), output, strict=True):
+            score = self.scores_of[place](row)
+            if not isinstance(score, Tensor) or score.numel() != 1:
+                got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+                raise ValueError(f"target: callable {place} of the list must return one number, got {got}")
+            found.append(score.reshape(()))
+        return torch.stack(found)
+
+
+def of_rows(target: Target) -> TypeGuard[Sequence[Callable[[Tensor], Tensor]]]:
+    """Whether a target is a list of callables, one per input."""
+    return isinstance(target, (list, tuple)) and bool(target) and all(callable(t) for t in target)
+
+
+def read_target(
+    target: Target, batch: int, device: torch.device
+) -> Tensor | Callable[[Tensor], Tensor] | PerRow | None:
+    """A target before the model has run: indices int64 [B, k], or what makes the scores; None as it is.
+
+    Raises:
+        TypeError, ValueError: by name.
+    """
+    if target is None or callable(target):
+        return target
+    if not of_rows(target):
+        return target_index(target, batch).to(device)
+    if len(target) != batch:
+        raise ValueError(f"target: expected one callable per input, {batch}, got {len(target)}")
+    return PerRow(tuple(target), torch.arange(batch, device=device))
+
+
 def row_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
     """The scores [n] of a callable target, checked.
 
@@ -79,8 +144,8 @@ def target_index(target: Any, batch: int) -> Tensor:
             values = target if isinstance(target, Tensor) else torch.as_tensor(target, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
-                "target: expected None, an int, a tensor or array of integers, a list of ints or of tuples, a tuple, "
-                f"or a callable, got {target!r}"
+                "target: expected None, an int, a tensor or array of integers, a list of ints, tuples or callables, a "
+                f"tuple, or a callable, got {target!r}"
             ) from None
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             if values.numel():

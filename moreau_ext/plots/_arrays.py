@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..ops.layout import tensor_of
 from ..solvers.groups import Groups
 
 Array = np.ndarray[Any, Any]
+# Numbers to draw.
+Drawn = Tensor | ArrayLike
 _SHAPES = {1: "[features]", 2: "[H, W]", 3: "[channels, H, W]", 4: "[B, channels, H, W]"}
 
 

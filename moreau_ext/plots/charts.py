@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arrays import finite
+from ._arrays import Drawn, finite
 from ._figure import CAPTION_LINE, PLAIN, matplotlib, new_figure, plain, write_caption
 
 if TYPE_CHECKING:
@@ -143,12 +143,12 @@ def bars(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, floa
 
 
 def features(
-    map: Any,
+    map: Drawn,
     names: Sequence[str] | None = None,
     title: str = "",
     *,
-    errors: Any = None,
-    significant: Any = None,
+    errors: Drawn | None = None,
+    significant: Drawn | None = None,
     limit: int = 20,
 ) -> Figure:
     """The map of a table row as bars, the largest first, with error bars.

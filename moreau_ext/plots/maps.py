@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..solvers.groups import Groups
-from ._arrays import Array, as_batch, drawable, gray_of, labels_of, norms_of, rows_of
+from ._arrays import Array, Drawn, as_batch, drawable, gray_of, labels_of, norms_of, rows_of
 from ._figure import (
     CAPTION_LINE,
     CERTAIN,
@@ -41,12 +41,12 @@ _FOOT = 0.42  # inches, for the colour bar and the legend
 
 
 def gallery(
-    inputs: Any,
-    maps: Mapping[str, Any],
+    inputs: Drawn,
+    maps: Mapping[str, Drawn],
     titles: Sequence[str] | None = None,
     caption: str = "",
     *,
-    groups: Mapping[str, Any] | None = None,
+    groups: Mapping[str, Groups | Drawn] | None = None,
     percentile: float = 100,
 ) -> Figure:
     """A grid of inputs beside their maps: one row per input, one column per method.
@@ -80,7 +80,8 @@ def gallery(
         >>> [axes.get_title() for axes in figure.axes[:3]]
         ['input', 'one', 'none']
     """
-    rows, columns = len(inputs), 1 + len(maps)
+    sized: Any = inputs
+    rows, columns = len(sized), 1 + len(maps)
     given = rows_of(inputs, "inputs", rows)
     images = {name: rows_of(batch, f"maps[{name!r}]", rows) for name, batch in maps.items()}
     for name, image in images.items():
@@ -145,14 +146,14 @@ def gallery(
 
 
 def overlay(
-    image: Any,
-    map: Any,
+    image: Drawn | None,
+    map: Drawn,
     titles: str | Sequence[str] = "",
     caption: str = "",
     *,
     groups: Groups | Tensor | None = None,
     norms: bool = False,
-    significant: Any = None,
+    significant: Drawn | None = None,
     percentile: float = 99.5,
     blur: float = 0.0,
 ) -> Figure:
@@ -200,7 +201,7 @@ def overlay(
     maps = as_batch(map, "map", count)
     batch = None if image is None else as_batch(image, "image", len(maps) if np.ndim(map) == 4 else None)
     of_map = f"a map of shape {tuple(np.shape(map))}"
-    if batch is not None and (len(batch), *batch.shape[2:]) != (len(maps), *maps.shape[2:]):
+    if image is not None and batch is not None and (len(batch), *batch.shape[2:]) != (len(maps), *maps.shape[2:]):
         first = f"; channels come before the pixels: transpose to {(3, *batch.shape[1:3])}" * (batch.shape[3] == 3)
         raise ValueError(f"image: shape {tuple(np.shape(image))} does not fit {of_map}{first}")
     named = [titles] * len(maps) if isinstance(titles, str) else list(titles)

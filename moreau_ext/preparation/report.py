@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-Model = Callable[..., Any]
+Model = Callable[..., object]
 
 
 @dataclass(frozen=True)

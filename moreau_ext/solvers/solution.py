@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,13 +16,26 @@ from ..ops.layout import Tensors, each_tensor, flat_rows, in_form_of, join, take
 from .errors import Errors, benjamini_hochberg
 from .problem import Problem
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    # The form of the inputs: one tensor, several by position, or several by name.
+    Form = TypeVar("Form", bound=Tensor | tuple[Tensor, ...] | Mapping[str, Tensor], default=Any)
+else:
+    from typing import TypeVar
+
+    Form = TypeVar("Form")
+
+# Some inputs of a batch, by position.
+Index = int | slice | Sequence[int] | Sequence[bool] | Tensor | np.ndarray[Any, Any]
+
 _PREMISE = (
     "Errors rest on what was sampled: a step of the score that fewer than 3 in N of N samples straddle may be missed."
 )
 
 
 @dataclass(frozen=True, repr=False)
-class Solution:
+class Solution(Generic[Form]):
     """The result of an explanation. Fields over features have the form of the inputs (a tensor, a tuple or a dict); the
     others hold one number per input, [B].
 
@@ -59,10 +73,10 @@ class Solution:
         fixed: the features that were fixed; bool, in the form of the map.
     """
 
-    attribution: Any
-    displacement: Any
+    attribution: Form
+    displacement: Form
     envelope: Tensor
-    envelope_gradient: Any
+    envelope_gradient: Form
     score: Tensor
     residual: Tensor
     relative_residual: Tensor
@@ -72,23 +86,23 @@ class Solution:
     nnz: Tensor
     support: Tensor
     empty: Tensor
-    eta: Any
+    eta: Tensor | Form
     rho: Tensor
-    sigma: Any
-    standard_error: Any
-    p_value: Any
+    sigma: Form
+    standard_error: Form
+    p_value: Form
     error: Errors
     target: Tensor | None
     ids: Tensor
-    fixed: Any
+    fixed: Form
 
     @staticmethod
-    def concatenate(parts: Iterable[Solution]) -> Solution:
+    def concatenate(parts: Iterable[Solution[Form]]) -> Solution[Form]:
         """One solution of many, in their order."""
-        whole: Solution = join(list(parts))
+        whole: Solution[Form] = join(list(parts))
         return whole
 
-    def significant(self, q: float = 0.1) -> Any:
+    def significant(self, q: float = 0.1) -> Form:
         """The features that are in the map beyond sampling noise, at a false discovery rate of q.
 
         Bool, in the form of the map; whole groups where there are groups.
@@ -117,7 +131,8 @@ class Solution:
         fixed = torch.cat([flat_rows(f) for f in tensors_of(self.fixed)], dim=1)
         found = torch.split(benjamini_hochberg(flat.nan_to_num(1.0), q, ~fixed), sizes, dim=1)
         marked = tuple([f.view(p.shape) & (a != 0) for f, p, a in zip(found, tails, maps, strict=True)])
-        return in_form_of(self.p_value, marked)
+        found_in_form: Form = in_form_of(self.p_value, marked)
+        return found_in_form
 
     def forecast(self, tol: float) -> Tensor:
         """The gradients that a sampling error of ``tol`` would take, int64 [B]; −1 where it is not known.
@@ -140,7 +155,7 @@ class Solution:
         wanted = (self.error.unit_cost / tol**2).ceil().clamp_max(2.0**62)
         return torch.where(wanted.isnan(), -1, wanted.nan_to_num(0.0).clamp_min(1)).long()
 
-    def __getitem__(self, index: Any) -> Solution:
+    def __getitem__(self, index: Index) -> Solution[Form]:
         """The solution of some inputs, by position: an integer, a slice, a list, or a mask [B].
 
         The batch axis stays, also for a single one.
@@ -165,12 +180,12 @@ class Solution:
             raise IndexError(f"expected an integer, a slice, a list or a mask of the {len(self)} inputs, got {index!r}")
         return self.take(found.reshape(-1))
 
-    def to(self, device: torch.device | str) -> Solution:
+    def to(self, device: torch.device | str) -> Solution[Form]:
         """The solution with its tensors on a device. Dtypes differ between fields, and stay."""
-        moved: Solution = each_tensor(self, lambda tensor: tensor.to(device))
+        moved: Solution[Form] = each_tensor(self, lambda tensor: tensor.to(device))
         return moved
 
-    def cpu(self) -> Solution:
+    def cpu(self) -> Solution[Form]:
         """The solution with its tensors on the CPU."""
         return self.to("cpu")
 
@@ -232,9 +247,9 @@ class Solution:
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.summary())}</pre>"
 
-    def take(self, index: Tensor) -> Solution:
+    def take(self, index: Tensor) -> Solution[Form]:
         """The solution of some of the inputs."""
-        some: Solution = take(self, index)
+        some: Solution[Form] = take(self, index)
         return some
 
 

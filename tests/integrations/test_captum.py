@@ -27,6 +27,7 @@ pytest.importorskip("captum", reason="adapters for captum")
 from captum.attr import NoiseTunnel, Saliency
 from captum.attr import visualization as viz
 from captum.metrics import infidelity, sensitivity_max
+from captum.testing.attr.helpers.test_config import config as configurations
 from captum.testing.helpers import basic_models as nets
 
 # One step of size rho without noise: the map is the gradient.
@@ -100,6 +101,18 @@ CASES: dict[str, tuple[nn.Module, Any, dict[str, Any], Any]] = {
 }  # fmt: skip
 
 
+# The configurations of captum's generated tests that Saliency serves, also those written for other methods; the rest
+# explain hidden layers and have no target.
+SERVED = [c for c in configurations if "target" in c["attribute_args"] or isinstance(c["model"], nets.ReLULinearModel)]
+CASES |= {
+    f"captum's {c['name']}": (
+        c["model"], c["attribute_args"]["inputs"],
+        {k: v for k, v in c["attribute_args"].items() if k in ("target", "additional_forward_args")}, None,
+    )
+    for c in SERVED
+}  # fmt: skip
+
+
 def in_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
@@ -115,6 +128,7 @@ def of_row(value: Any, i: int, batch: int) -> Any:
 def test_gradients_of_captums_own_models(name: str) -> None:
     """By one step of size rho without noise, as Saliency gives them: together and one by one."""
     model, inputs, arguments, known = CASES[name]
+    inputs = tuple([x.detach() for x in inputs]) if isinstance(inputs, tuple) else inputs.detach()
     saliency = Saliency(model.eval())
     leaves = tuple([x.clone().requires_grad_() for x in in_tuple(inputs)])
     expected = saliency.attribute(leaves if isinstance(inputs, tuple) else leaves[0], abs=False, **arguments)
@@ -208,6 +222,15 @@ def test_a_feature_mask_is_the_groups() -> None:
     assert found.shape == x.shape
 
 
+def test_fixed_features_are_those_of_the_explainer() -> None:
+    x, solver = drawn(2, 3, 6, 6), ProximalGradient(num_samples=8, max_steps=10, tol=0.0)
+    explainer, background = SparseMoreauGrad(net(), rho=0.1, solver=solver), torch.arange(36).view(6, 6) < 12
+    expected = explainer.attribute(x, 1, ids=0, fixed=background)
+    assert torch.equal(CaptumAttribution(explainer).attribute(x, 1, fixed=background), expected)
+    tunnel = NoiseTunnel(CaptumAttribution(explainer))
+    assert not tunnel.attribute(x, nt_samples=2, stdevs=0.1, target=1, fixed=background)[..., background].any()
+
+
 def test_errors_name_the_cure() -> None:
     explainer = GroupSparseMoreauGrad(nets.BasicLinearModel().eval())
     x = (rows(2, 3), rows(2, 4))
@@ -217,6 +240,8 @@ def test_errors_name_the_cure() -> None:
         CaptumAttribution(net())  # type: ignore[arg-type]  # the error is the test
     with pytest.raises(NotImplementedError, match=r"Solution.relative_residual"):
         CaptumAttribution(explainer).compute_convergence_delta(x, 0, 1)
+    with pytest.raises(NotImplementedError, match=r"attribute_future: .* use attribute"):
+        CaptumAttribution(explainer).attribute_future(x)
     with pytest.raises(TypeError, match="SmoothGrad has no groups; use GroupSparseMoreauGrad"):
         CaptumAttribution(SmoothGrad(net())).attribute(drawn(1, 3, 6, 6), 0, feature_mask=torch.ones(6, 6).long())
     with pytest.raises(ValueError, match="expected one per input tensor, 2, got 1"):

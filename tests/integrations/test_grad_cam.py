@@ -42,6 +42,13 @@ def test_maps_are_lengths_over_channels_in_0_to_1() -> None:
     np.testing.assert_array_equal(Cam(explainer)(x), Cam(explainer)(x, [ClassifierOutputTarget(c) for c in predicted]))
 
 
+def test_a_fixed_background_has_no_heat() -> None:
+    background = torch.arange(36).view(6, 6) < 12
+    heat = Cam(MoreauGrad(net(), rho=0.1, solver=SOLVER))(drawn(2, 3, 6, 6), fixed=background)
+    assert not heat[:, background.numpy()].any()
+    assert heat.max() == 1
+
+
 def test_a_blank_map_stays_blank() -> None:
     with pytest.warns(EmptyMapWarning):
         found = Cam(SparseMoreauGrad(net(), rho=0.1, eta=1e6, solver=SOLVER))(drawn(2, 3, 6, 6))

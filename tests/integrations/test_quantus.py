@@ -41,6 +41,11 @@ def test_other_dtypes() -> None:
     np.testing.assert_array_equal(in_double, MoreauGrad(net().double(), **QUICK).attribute(torch.tensor(X), Y, ids=0))
 
 
+def test_fixed_features() -> None:
+    fixed = torch.arange(64).view(8, 8) < 20
+    assert not explain_func(net(), X, Y, method="gradient", fixed=fixed)[..., fixed.numpy()].any()
+
+
 def test_empty_maps_do_not_reach_quantus() -> None:
     message = r"inputs \[0, 1, 2, 3\] of 4 are zero everywhere.*give support=0.05.* empty='keep'"
     with pytest.warns(EmptyMapWarning), pytest.raises(ValueError, match=message):

@@ -22,6 +22,12 @@ def test_one_hot_weights_are_targets() -> None:
             torch.testing.assert_close(output, smooth_net()(X).detach())
 
 
+def test_fixed_features() -> None:
+    fixed = torch.arange(24) < 6
+    _, maps = Attributor(Gradient(smooth_net()), lambda output: WEIGHTS, fixed=fixed)(X)
+    assert torch.equal(maps, Gradient(smooth_net()).attribute(X, [2, 0, 2]).masked_fill(fixed, 0))
+
+
 def test_by_default_the_output_weighs_itself() -> None:
     """The vector-Jacobian product of zennit's Gradient without attr_output."""
     x = X.clone().requires_grad_()

@@ -143,7 +143,7 @@ def test_the_state_of_an_lstm() -> None:
 
 CLASSES = torch.tensor([0, 2, 1, 3])
 MASKS = torch.rand(B, 5, generator=torch.Generator().manual_seed(5))
-TARGETS: dict[str, Callable[[Tensor], Any]] = {
+TARGETS: dict[str, Any] = {
     "prefix": lambda o: o[torch.arange(len(o)), CLASSES[: len(o)]],
     "repeat": lambda o: o[torch.arange(len(o)), CLASSES.repeat(len(o) // B or 1)[: len(o)]],
     "interleave": lambda o: o[torch.arange(len(o)), CLASSES.repeat_interleave(max(1, len(o) // B))[: len(o)]],
@@ -151,6 +151,7 @@ TARGETS: dict[str, Callable[[Tensor], Any]] = {
     "gather": lambda o: o.gather(1, CLASSES[:, None]),
     "list": lambda o: torch.stack([row[c] for row, c in zip(o, CLASSES.tolist(), strict=True)]),
     "weights": lambda o: (o * MASKS[:, :4]).sum(1),
+    "callables": [lambda row, c=c: row[c] for c in CLASSES.tolist()],
 }
 
 
@@ -166,6 +167,34 @@ def test_a_callable_with_something_for_each_input(name: str, max_batch: Any) -> 
     else:
         want = MoreauGrad(net, rho=0.5, sigma=0.3, solver=SOLVER).attribute(x, CLASSES)
     torch.testing.assert_close(e.attribute(x, TARGETS[name]), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_list_of_callables_sees_rows_alone() -> None:
+    """As pytorch-grad-cam's targets: also of images, in certificates, and on a part of the inputs."""
+    seen = set()
+
+    def of(weights: Tensor) -> Callable[[Tensor], Tensor]:
+        def target(row: Tensor) -> Tensor:
+            seen.add(tuple(row.shape))
+            return (row * weights).sum().reshape(1)
+
+        return target
+
+    net, x = nn.Conv2d(1, 2, 3, padding=1).eval(), torch.randn(B, 1, 4, 5)
+    masks = torch.rand(B, 2, 4, 5)
+    e = MoreauGrad(nn.Sequential(net, nn.Tanh()).eval(), rho=0.5, sigma=0.3, solver=SOLVER)
+    targets = [of(m) for m in masks]
+    found = e.attribute(x, targets, return_solution=True)
+    want = e.attribute(x, lambda o: (o * masks).flatten(1).sum(1))
+    torch.testing.assert_close(found.attribution, want, rtol=1e-4, atol=1e-5)
+    assert seen == {(2, 4, 5)}
+    assert bool(e.certificate(x, found, targets, num_samples=8).residual.isfinite().all())
+    with pytest.raises(ValueError, match="target: expected one callable per input, 3, got 4"):
+        e.attribute(x[:3], targets)
+    with pytest.raises(ValueError, match=r"target: callable 0 of the list must return one number, got \(4, 5\)"):
+        e.attribute(x, [lambda row: row[0]] * B)
+    with pytest.raises(ValueError, match="score: 'prob' needs a class as target"):
+        MoreauGrad(net, rho=0.5, score="prob").attribute(x, targets)
 
 
 def test_a_callable_of_rows_sees_any_rows() -> None:

@@ -33,11 +33,16 @@ class Items(Source):
     """
 
     def __init__(
-        self, dataset: Any, column: str | None = None, preprocess: Preprocess | None = None, target: str | None = None
+        self,
+        dataset: object,
+        column: str | None = None,
+        preprocess: Preprocess | None = None,
+        target: str | None = None,
     ):
         self.preprocess, self.target = preprocess, target
-        self._dataset, self._column = dataset, column
-        if len(dataset) == 0:
+        self._column = column
+        self._dataset: Any = dataset
+        if len(self) == 0:
             raise SettingError("source", "the data set is empty")
         # (row, item) of the last read: the target and the input of a row come from one item.
         self._last: tuple[int, Any] | None = None
@@ -110,11 +115,15 @@ class Stream:
     left_out: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
-        self, dataset: Any, column: str | None = None, preprocess: Preprocess | None = None, target: str | None = None
+        self,
+        dataset: object,
+        column: str | None = None,
+        preprocess: Preprocess | None = None,
+        target: str | None = None,
     ):
         self.preprocess, self.target = preprocess, target
         self.column, self.kind = column, type(dataset).__name__
-        self._dataset = dataset
+        self._dataset: Any = dataset
         self._batched = False
         if isinstance(dataset, data.DataLoader):
             _check_order(dataset)

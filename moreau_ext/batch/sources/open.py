@@ -22,7 +22,7 @@ from .tables import TABLES, Table
 
 
 def open_source(
-    source: Any, *, preprocess: Preprocess | None = None, column: str | None = None, target: str | None = None
+    source: object, *, preprocess: Preprocess | None = None, column: str | None = None, target: str | None = None
 ) -> Source | Stream:
     """Opens a source.
 
@@ -49,7 +49,8 @@ def open_source(
     if isinstance(source, (Tensor, np.ndarray)):
         return Arrays({"array": source.numpy(force=True) if isinstance(source, Tensor) else source}, None, **how)
     if isinstance(source, Mapping) or type(source).__name__ == "NpzFile":
-        return Arrays({str(name): np.asarray(source[name]) for name in source}, column, **how)
+        arrays: Any = source
+        return Arrays({str(name): np.asarray(arrays[name]) for name in arrays}, column, **how)
     if hasattr(source, "columns") and (hasattr(source, "to_numpy") or hasattr(source, "to_pandas")):
         return Table.frame(source, column, **how)
     if hasattr(source, "__array__") and hasattr(source, "ndim"):
