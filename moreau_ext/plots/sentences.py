@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
-from ..integrations.words import TextExplanation
 from ._arrays import Array
 from ._figure import (
     CAPTION_LINE,
@@ -33,8 +33,27 @@ _FOOT = 0.42  # inches, for the colour bar and the legend
 _POINTS = 10.0  # size of the words
 
 
+@runtime_checkable
+class Sentence(Protocol):
+    """A :class:`moreau_ext.TextExplanation`, which is defined above this package."""
+
+    @property
+    def words(self) -> tuple[str, ...]: ...
+
+    @property
+    def scores(self) -> Tensor: ...
+
+    @property
+    def norms(self) -> Tensor: ...
+
+    @property
+    def fixed(self) -> Tensor: ...
+
+    def significant(self, q: float = ...) -> Tensor: ...
+
+
 def words(
-    explanations: TextExplanation | Sequence[TextExplanation],
+    explanations: Sentence | Sequence[Sentence],
     titles: str | Sequence[str] = (),
     caption: str = "",
     *,
@@ -48,7 +67,7 @@ def words(
     box.
 
     Args:
-        explanations: of one sentence, or of several.
+        explanations: a :class:`TextExplanation` of one sentence, or several.
         titles: one per sentence, above its row; none by default.
         caption: below the rows; line breaks are kept, long lines wrapped.
         norms: draw the words' ``norms`` instead, from gray to violet: how much of the map is in a word, without a sign.
@@ -80,8 +99,8 @@ def words(
         >>> [text.get_text() for text in figure.axes[0].texts[1:]]
         ['5', '3', '7']
     """
-    given = [explanations] if isinstance(explanations, TextExplanation) else list(explanations)
-    if not all(isinstance(e, TextExplanation) for e in given):
+    given = [explanations] if isinstance(explanations, Sentence) else list(explanations)
+    if not all(isinstance(e, Sentence) for e in given):
         kinds = sorted({type(e).__name__ for e in given})
         raise TypeError(f"explanations: expected those of a TextExplainer, got {', '.join(kinds)}")
     if not given:
@@ -145,7 +164,7 @@ def _lines(widths: Sequence[float]) -> list[tuple[float, int, float]]:
 
 
 def _draw(
-    axes: Any, explanation: TextExplanation, shades: Array, places: Sequence[tuple[float, int, float]], top: float
+    axes: Any, explanation: Sentence, shades: Array, places: Sequence[tuple[float, int, float]], top: float
 ) -> None:
     """The words of a sentence on boxes of colours [W, 4], its first line ``top`` inches below the figure's edge."""
     from matplotlib.patches import FancyBboxPatch
