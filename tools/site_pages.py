@@ -44,6 +44,11 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     return files
 
 
+def on_post_build(config: Any, **_: Any) -> None:
+    # It is for a server: its links start at the server's root, where files have no site.
+    Path(config.site_dir, "404.html").unlink()
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = (PAGES | NOTEBOOKS).get(page.file.src_uri, f"docs/{page.file.src_uri}")
     parts = _FENCE.split(markdown)
