@@ -110,9 +110,12 @@ def check_inputs(
             row = int((~finite).nonzero()[0])
             raise ValueError(f"{name}: input {row} holds NaN or infinity")
     if isinstance(model, nn.Module):
+        devices = {p.device for p in model.parameters()}
         # Offloaded parameters lie on "meta" until a hook, of torch or of accelerate, brings them.
-        hooked = any(m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in model.modules())
-        devices = {p.device for p in model.parameters() if not (p.is_meta and hooked)}
+        if torch.device("meta") in devices and any(
+            m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in model.modules()
+        ):
+            devices -= {torch.device("meta")}
         if len(devices) == 1 and tensors[0].device not in devices:
             raise ValueError(f"inputs: are on {tensors[0].device}, but the model is on {devices.pop()}")
     check_dtypes(precision, tensors)
