@@ -7,10 +7,12 @@ Without noise the step is bound by memory: it and a copy go round a ring of buff
 are in bytes of gradients per second (a copy also writes as many; the last column counts all traffic of both). The last
 table has the adaptive solver's momentum step, again beside PyTorch's own operations.
 
-On a GPU (--device cuda) a roofline follows: each variant of the step at sizes from 64 MB of gradients on, with the
+On a GPU (--device cuda) a roofline comes first: each variant of the step at sizes from 64 MB of gradients on, with the
 bytes it must move, its share of the bandwidth of a copy measured beside it, the same update as eager PyTorch and as
-torch.compile (noise on the device in both), and what nvcc says of its kernel; all as replays of CUDA graphs, so that no
-call from Python counts. Then small sizes: called, as a replay, and as one of 20 steps in a graph.
+torch.compile (noise on the device in both), and without --quick what nvcc says of its kernel; all as replays of CUDA
+graphs, so that no call from Python counts. "perturb" draws and writes the same copies without loading gradients: a step
+that overlaps both takes the longer of "no noise" and "perturb", one that does not their sum. Then small sizes: called,
+as a replay, and as one of 20 steps in a graph.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ SHAPES = {
     "[16,32,3072]": (16, 32, (3, 32, 32)),
     "[1,32,150528]": (1, 32, (3, 224, 224)),
 }
-# On a GPU: 134 MB of float32 gradients (67 of bfloat16), 308 MB, and 1.2 GB; and sizes that leave it mostly idle.
+# On a GPU: 308 MB of float32 gradients (half of bfloat16), 134 MB, and 1.2 GB; and sizes that leave it mostly idle.
 LARGE = {
-    "[342,32,3072]": (342, 32, (3, 32, 32)),
     "[16,32,150528]": (16, 32, (3, 224, 224)),
+    "[342,32,3072]": (342, 32, (3, 32, 32)),
     "[64,32,150528]": (64, 32, (3, 224, 224)),
 }
 SMALL = {"[1,32,64]": (1, 32, (1, 8, 8)), "[1,32,3072]": (1, 32, (3, 32, 32)), "[1,8,150528]": (1, 8, (3, 224, 224))}
@@ -187,13 +189,13 @@ def machine_code() -> dict[str, sass_table.Row]:
         return {r.kernel: r for r in sass_table.rows(ptxas_table.SOURCES / "prox_step.cu", sm, Path(folder))}
 
 
-def roofline(rounds: int) -> Iterator[dict[str, Any]]:
+def roofline(rounds: int, static: dict[str, sass_table.Row]) -> Iterator[dict[str, Any]]:
     """What each variant moves and how fast, at sizes where memory should be the limit. A graph holds several steps, so
     that what passes between two replays is not counted as a step's."""
-    static, times = machine_code(), 8
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        for size, (batch, samples, features) in LARGE.items():
+    times = 8
+    for size, (batch, samples, features) in LARGE.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
             torch.compiler.reset()  # one function is compiled for at most eight sizes
             b = Buffers(batch, samples, features, "cuda", dtype)
             plain, pairs, tile = b.noise(False), b.noise(True), Tiles(14 if features[1] % 14 == 0 else 4)
@@ -205,6 +207,8 @@ def roofline(rounds: int) -> Iterator[dict[str, Any]]:
                 f"{tile} antithetic": fused(b, noise=pairs, structure=tile),
                 f"{tile} no noise": fused(b, noise=None, structure=tile),
                 "Pixels()": fused(b, noise=plain, structure=Pixels()),
+                "perturb": partial(ops.perturb, b.x, b.displacement, plain, out=b.noisy),
+                "perturb antithetic": partial(ops.perturb, b.x, b.displacement, pairs, out=b.noisy),
             }
             others = {
                 "eager no noise": partial(eager_step, b),
@@ -223,12 +227,15 @@ def roofline(rounds: int) -> Iterator[dict[str, Any]]:
             copy = 2 * stored * b.gradients.numel() / seconds["copy"]
             for variant in runs:
                 kind = next(k for k in ("no noise", "antithetic", "noise") if k in variant or k == "noise")
-                grouped = "(" in variant
+                grouped, alone = "(" in variant, "perturb" in variant
                 # Gradients, and copies with x; the mean is written, the displacement read and written.
                 moved = stored * b.gradients.numel() + 3 * state * b.x.numel()
+                if alone:
+                    moved = state * b.x.numel()
                 if kind != "no noise":
                     moved += stored * (b.gradients.numel() + b.x.numel())
-                code = static.get(f"prox_step_{'group_' if grouped else ''}kernel<{name}, 1>")
+                kernel = "perturb" if alone else "prox_step_group" if grouped else "prox_step"
+                code = static.get(f"{kernel}_kernel<{name}, 1>")
                 yield {
                     "[B,m,d]": size,
                     "dtype": name,
@@ -286,6 +293,13 @@ def main() -> None:
     dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
     rows: list[dict[str, Any]] = []
     bandwidth: list[dict[str, Any]] = []
+    if device == "cuda":
+        # Which takes half a minute and no GPU.
+        static = {} if arguments.quick else machine_code()
+        for row in chain(roofline(rounds, static), small(rounds)):
+            rows.append(row)
+            # After each, so that what was measured stays if the rest is cut off.
+            save("ops", device, rows, arguments.json)
     for dtype in dtypes:
         for name, (batch, samples, features) in SHAPES.items():
             b = Buffers(batch, samples, features, device, dtype)
@@ -356,10 +370,6 @@ def main() -> None:
         }
     )
     rows += momentum(device, rounds)
-    if device == "cuda":
-        for row in chain(roofline(rounds), small(rounds)):
-            rows.append(row)
-            save("ops", device, rows, arguments.json)
     report("ops", device, rows, arguments.json)
 
 

@@ -15,7 +15,7 @@ import copy
 from typing import Any
 
 import torch
-from timing import interleaved, parser, report
+from timing import interleaved, parser, report, save
 
 from moreau_ext import AdaptiveProximalGradient, ProximalGradient, SparseMoreauGrad, zoo
 from moreau_ext.model.precision import PRECISIONS
@@ -65,6 +65,8 @@ def main() -> None:
                         "seconds": seconds[precision],
                     }
                 )
+        # After each, so that what was measured stays if the rest is cut off.
+        save("precision", arguments.device, rows, arguments.json)
     report("precision", arguments.device, rows, arguments.json)
 
 

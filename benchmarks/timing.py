@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ def said(*command: str) -> str | None:
     return done.stdout.strip() or None
 
 
+@functools.cache
 def machine(device: str) -> dict[str, Any]:
     """Who ran this: processor, threads, versions, commit."""
     model = platform.processor()
@@ -74,8 +76,13 @@ class Timer:
         return begin.elapsed_time(end) / 1e3 / repeat
 
 
-def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The launches of one call, captured in a CUDA graph."""
+def replayed(run: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
+    """The launches of one call, captured in a CUDA graph.
+
+    Args:
+        run: the call; its results are not used.
+        pool: memory that graphs may share, since no two of them are replayed at once.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -85,7 +92,7 @@ def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     # A stream of its own, as long as the graph lives: see CudaDevice in moreau_ext/capture/cuda.py.
     private = ops.private_stream(torch.device("cuda"))
-    with torch.cuda.graph(graph, stream=private):
+    with torch.cuda.graph(graph, pool=pool, stream=private):
         run()
 
     def replay() -> None:
@@ -104,13 +111,13 @@ def interleaved(
         runs: the candidates.
         device: "cpu" or "cuda".
         rounds: how many times each is measured.
-        each: seconds that one measurement should last, by repetition.
+        each: seconds that one measurement should last, by repetition; 0 does not repeat.
     """
     timer = Timer(device)
     repeats = {}
     for name, run in runs.items():
         run()
-        repeats[name] = max(1, int(each / max(timer(run, 1), 1e-7)))
+        repeats[name] = max(1, int(each / max(timer(run, 1), 1e-7))) if each else 1
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ BLOCK = re.compile(
 )
 SHELL = re.compile(r"(?P<skip><!-- parsed only: .+? -->\n)?^```bash\n(?P<code>.*?)^```\n", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
+IMAGE = re.compile(r'<img src="(?!https?:)(?P<path>[^"]+)"')
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -98,8 +100,18 @@ def test_links_lead_somewhere() -> None:
         headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
         return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
-    for page in [*PAGES, *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"]:
-        for link in LINK.finditer(page.read_text("utf-8")):
+    def written(page: Path) -> str:
+        """Without the code of a notebook."""
+        text = page.read_text("utf-8")
+        if page.suffix != ".ipynb":
+            return text
+        return "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+
+    notebooks = sorted((ROOT / "examples").glob("*.ipynb"))
+    for page in [*PAGES, *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *notebooks]:
+        for image in IMAGE.finditer(written(page)):
+            assert (page.parent / image["path"]).is_file(), f"{page.name}: {image['path']}"
+        for link in LINK.finditer(written(page)):
             target = (page.parent / link["path"]).resolve() if link["path"] else page
             assert target.exists(), f"{page.name}: {link['path']}"
             if link["anchor"]:

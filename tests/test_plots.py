@@ -7,13 +7,14 @@ import importlib
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from moreau_ext import Tiles, plots
+from moreau_ext import TextExplainer, Tiles, plots
 from moreau_ext.plots import gallery
 
 INPUTS = torch.rand(3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
@@ -292,6 +293,63 @@ def test_bars_have_a_row_per_method_and_a_colour_per_group() -> None:
     assert len(axes.lines) == 6
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seeds", "nets"]
     figure.savefig(io.BytesIO(), format="png")
+
+
+# --- sentences -----------------------------------------------------------------------------------------------------
+
+
+class Sentences(torch.nn.Module):
+    """The output is the sine of the second token's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(9, 4)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embedding
+
+    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return inputs_embeds[:, 1].sum(1).sin()
+
+
+def test_words_have_the_colours_of_their_scores() -> None:
+    batch = {"input_ids": torch.tensor([[5, 3, 7, 1]]), "special_tokens_mask": torch.tensor([[0, 0, 0, 1]])}
+    (found,) = TextExplainer(Sentences().eval()).attribute(batch)
+    scores = torch.tensor([0.0, 0.4, -0.1, 0.0], dtype=torch.float64)
+    found = replace(found, words=("a", "$b_1$", "c", "end"), scores=scores)
+    figure = plots.words([found, found], ["one", "two"], "settings")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == [head for n in ("one", "two") for head in (f"{n}   full colour at 0.4", "a", "$b_1$", "c", "end")]
+    # The special token has no box. The second word alone is in the map.
+    boxes = figure.axes[0].patches
+    assert len(boxes) == 6
+    white, red, blue = (np.array(box.get_facecolor()[:3]) for box in boxes[:3])
+    assert (white == 1).all()
+    assert red[0] > red[2]
+    assert blue[2] > blue[0]
+    edges = [box.get_edgecolor() for box in boxes[:3]]
+    assert edges[0] == edges[2] != edges[1]
+    assert figure.texts[0].get_text() == "settings"
+    # Without a sign: violet.
+    strengths = plots.words(found, norms=True).axes[0].patches
+    assert [box.get_facecolor() for box in strengths[::2]] == [(1, 1, 1, 1)] * 2
+    assert strengths[1].get_facecolor()[2] > strengths[1].get_facecolor()[0]
+    # A long sentence takes several lines, within the figure.
+    long = plots.words(replace(found, words=("word" * 10, "word" * 10, "c", "end")))
+    long.savefig(io.BytesIO(), format="png")
+    places = [text.get_position() for text in long.axes[0].texts[1:]]
+    assert len({y for _, y in places}) == 2
+    assert max(box.get_x() + box.get_width() for box in long.axes[0].patches) < long.get_figwidth()
+
+
+def test_words_refuses() -> None:
+    (found,) = TextExplainer(Sentences().eval()).attribute({"input_ids": torch.tensor([[5, 3]])})
+    with pytest.raises(TypeError, match="those of a TextExplainer, got Tensor"):
+        plots.words([torch.zeros(3)])
+    with pytest.raises(ValueError, match="one sentence or more"):
+        plots.words([])
+    with pytest.raises(ValueError, match="titles: expected one per sentence, 1, got 2"):
+        plots.words(found, ["one", "two"])
 
 
 # --- photographs ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,19 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# The first run on a GPU, whose notes speak of it alone.
 H200 = "nvidia-h200-2026-11-26.json"
+CHANGED = """**Changed since, and not measured on a GPU**: group steps are a new kernel that loads, draws and writes as
+the one without groups does. A fused step takes 96 registers on sm_90 instead of the 122 of that run, so more warps stay
+on a multiprocessor ([the table of machine code](../benchmarks/README.md)). First steps, last steps and the ends of
+levels are captured too. In that run cuDNN could convolve in TF32 in the bare passes, as torch lets it, and not in the
+explanations; now it may in neither."""
+# The networks of benchmarks/gpu.sh, and all of its parts.
+GPU_NETS = ("resnet50", "vit", "efficientnet", "convnext")
+GPU_PARTS = (
+    *("tests", "explainers", "ops", *GPU_NETS, "folder"),
+    *("racecheck", "memcheck", "synccheck", "initcheck", "ncu", "precision"),
+)
 # The largest budget that bench_solver.py follows the solvers to.
 FOLLOWED = 8192
 # 300 steps of 32 samples: what the published schedule takes, whatever the input.
@@ -456,98 +468,286 @@ divided by that of the best in-place eager PyTorch version of the same step:
 """
 
 
-def h200() -> str:
-    found = load(H200)
-    replayed = [row for row in found["ops"]["rows"] if "variant" in row]
-    called = [row for row in found["ops_called"]["rows"] if "variant" in row]
-    small = [row for row in found["ops"]["rows"] if row.get("how") == "replayed"]
-    momentum = [row["/ eager replayed"] for row in found["ops"]["rows"] if "/ eager replayed" in row]
-    largest = replayed[-1]["[B,m,d]"]
+def gpu_file() -> str:
+    """The newest result of benchmarks/gpu.sh."""
+    found = [path.name for path in RESULTS.glob("*.json") if not path.name.startswith(("cpu-", "no-gpu-"))]
+    return max(found, key=lambda name: (load(name)["date"], name))
+
+
+def said(found: dict[str, Any], part: str) -> str:
+    """The last line of a part, without times and separators."""
+    return str(found[part][-1]).split(" in ")[0].split(": ")[-1].strip("= ")
+
+
+def gpu(name: str, found: dict[str, Any]) -> str:
+    """A result of benchmarks/gpu.sh, by its parts; any of them may be missing."""
+    statuses = {part: about["status"] for part, about in found["parts"].items()}
+    checks = [
+        f"{part}: {said(found, part)}"
+        for part in ("tests", "racecheck", "memcheck", "synccheck", "initcheck")
+        if isinstance(found.get(part), list)
+    ]
+    missing = [part for part in GPU_PARTS if statuses.get(part) not in ("passed", "partial") and part not in found]
+    parts = [
+        f"""## On a GPU: {found["gpu"]}
+
+One run of some minutes on {found["date"]}, at commit {(found["commit"] or "unknown")[:7]} (torch {found["torch"]},
+driver {found["driver"]}, nvcc {found["nvcc"]}); `{name}`, by `benchmarks/gpu.sh`. {"; ".join(checks)}.
+{f"Not run: {', '.join(missing)}." if missing else ""}"""
+    ]
+    if notes := found.get("notes"):
+        parts.append("Notes of that run:\n\n" + "\n".join(f"- {note}." for note in notes))
+    # A part that ended before its first row has none.
+    rows = {part: found[part]["rows"] for part in GPU_PARTS if isinstance(found.get(part), dict)}
+    if rows.get("ops"):
+        parts.append(gpu_ops(found))
+    if rows.get("explainers"):
+        parts.append(gpu_explainers(rows["explainers"]))
+    if real := [row for net in GPU_NETS for row in rows.get(net, [])]:
+        parts += [gpu_networks(real), gpu_errors(real)]
+    if rows.get("folder"):
+        parts.append(gpu_folder(rows["folder"]))
+    if rows.get("precision"):
+        parts.append(gpu_precision(rows["precision"]))
+    if name == H200:
+        parts.append(CHANGED)
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def gpu_ops(found: dict[str, Any]) -> str:
+    every = found["ops"]["rows"]
+    replayed = [row for row in every if "variant" in row]
+    if not replayed:
+        return ""
+    called = [row for row in found.get("ops_called", {"rows": []})["rows"] if "variant" in row]
+    small = [row for row in every if row.get("how") == "replayed"]
+    momentum = [row["/ eager replayed"] for row in every if "/ eager replayed" in row]
     sizes = list(dict.fromkeys(row["[B,m,d]"] for row in replayed))
 
     def share(row: Row) -> float:
-        # The copy beside the largest replay was slower than copies are: see the file's notes.
-        if row["[B,m,d]"] != largest:
-            return float(row["share of copy"])
-        (other,) = (c for c in called if all(c[key] == row[key] for key in ("[B,m,d]", "dtype", "variant")))
-        return float(other["share of copy"])
+        # Of H200's run the copy beside the largest replay was slower than copies are: see that file's notes.
+        same = [c for c in called if all(c[key] == row[key] for key in ("[B,m,d]", "dtype", "variant"))]
+        return float(same[0]["share of copy"] if same and row["[B,m,d]"] == sizes[-1] else row["share of copy"])
 
-    body = []
-    for dtype in ("float32", "bfloat16"):
-        for variant in ("no noise", "noise", "antithetic"):
-            these = [row for row in replayed if row["dtype"] == dtype and row["variant"] == variant]
-            body.append(
-                [
-                    f"{dtype}, {variant}",
-                    ", ".join(ratio(share(row)) for row in these),
-                    between(row["eager / its"] for row in these),
-                    between(row["compile / its"] for row in these),
-                ]
-            )
+    def of(dtype: str, variant: str) -> list[Row]:
+        return [row for row in replayed if row["dtype"] == dtype and row["variant"] == variant]
+
+    kinds = [
+        (dtype, variant)
+        for dtype in ("float32", "bfloat16")
+        for variant in ("no noise", "noise", "antithetic")
+        if of(dtype, variant)
+    ]
+    body = [
+        [
+            f"{dtype}, {variant}",
+            ", ".join(ratio(share(row)) for row in of(dtype, variant)),
+            between(row["eager / its"] for row in of(dtype, variant)),
+            between(row["compile / its"] for row in of(dtype, variant)),
+        ]
+        for dtype, variant in kinds
+    ]
 
     def slower(kind: str) -> str:
         return between(1 / row["L1's time / its"] for row in replayed if row["variant"].startswith(kind))
 
-    timed = [row for row in found["explainers"]["rows"] if "method" in row]
-    fixed = [row for row in timed if "default" not in row["method"]]
-    (default,) = (row for row in timed if "default" in row["method"])
-    (speed,) = (row for row in found["explainers"]["rows"] if "default converged" in row)
-    parts = "\n".join(f"- {note}." for note in found["notes"])
-    return f"""## On a GPU: {found["gpu"]}
-
-One run of some minutes on {found["date"]}, at commit {found["commit"][:7]} (torch {found["torch"]}, driver
-{found["driver"]}, nvcc {found["nvcc"]}); `{H200}`, by `benchmarks/gpu.sh`. Tests: {
-        found["tests"][-1].split(" in ")[0]
-    }.
-memcheck: {found["memcheck"][-1].split(": ")[-1]}; racecheck: {
-        found["racecheck"][-1].split(": ")[-1]
-    }. Notes of that run:
-
-{parts}
-
-**The fused step** as a replayed graph at {", ".join(sizes)}: its share of a copy's bandwidth, one number per size, and
-how many times as long eager PyTorch and torch.compile take for the same update with their noise on the device:
+    lines = [
+        f"- Groups beside L1 without groups: tiles take {slower('Tiles')} times as long, pixels {slower('Pixels')}.",
+    ]
+    whole = [
+        (
+            row["ms"] / max(loading["ms"], drawing["ms"]),
+            row["ms"] / (loading["ms"] + drawing["ms"]),
+        )
+        for dtype in ("float32", "bfloat16")
+        for row, loading, drawing in zip(of(dtype, "noise"), of(dtype, "no noise"), of(dtype, "perturb"), strict=False)
+    ]
+    if whole:
+        lines.append(
+            f"- A step with noise takes {between(w[0] for w in whole)} times as long as the longer of loading alone "
+            f"and drawing alone, and {between(w[1] for w in whole)} of their sum. A first number of 1 is full overlap, "
+            "a second one of 1 none."
+        )
+    if small:
+        lines.append(
+            f"- At small sizes a replay takes {between((row['fused µs'] for row in small), count)} µs; eager takes "
+            f"{between(row['eager / fused'] for row in small)} and torch.compile "
+            f"{between(row['compile / fused'] for row in small)} times as long."
+        )
+    if momentum:
+        lines.append(
+            f"- The default solver's momentum step takes {between(momentum)} of eager PyTorch's time, both replayed."
+        )
+    return f"""**The fused step** as a replayed graph at {", ".join(sizes)}: its share of a copy's bandwidth, one
+number per size, and how many times as long eager PyTorch and torch.compile take for the same update with their noise on
+the device:
 
 {table(["step", "share of a copy", "eager / fused", "torch.compile / fused"], body)}
 
-- Groups were slow: tiles took {slower("Tiles")} times as long as L1 without groups, pixels {slower("Pixels")}.
-- At small sizes a replay takes {between((row["fused µs"] for row in small), count)} µs; eager takes
-  {between(row["eager / fused"] for row in small)} and torch.compile {between(row["compile / fused"] for row in small)}
-  times as long.
-- The default solver's momentum step takes {between(momentum)} of eager PyTorch's time, both replayed.
+{chr(10).join(lines)}"""
 
-**An explanation** of {speed["B"]} inputs, {speed["model"]}: with captured steps {
-        between(row["ratio"] for row in fixed)
-    }
-times its captured bare passes, by the default solver {ratio(default["ratio"])}; without captured steps
-{between(row["eager ratio"] for row in timed)}. Explanations per second:
 
-{
-        table(
+def gpu_explainers(every: list[Row]) -> str:
+    timed = [row for row in every if "method" in row]
+    speeds = [row for row in every if "default converged" in row]
+    failed = [row for row in every if "failed with" in row]
+    cases: dict[str, list[Row]] = {}
+    for row in timed:
+        # The default solver's row follows those with fixed steps of the same model and batch.
+        if "default" not in row["method"]:
+            case = f"{row['model']}, {row['B x m x steps']}"
+        cases.setdefault(case, []).append(row)
+
+    def eager(row: Row) -> str:
+        return f"; {ratio(row['eager ratio'])}" if "eager ratio" in row else ""
+
+    def cells(case: str) -> list[str]:
+        found = {row["method"]: row for row in cases[case]}
+        return [
+            case,
+            *(
+                f"{ratio(found[name]['ratio'])}{eager(found[name])}" if name in found else "–"
+                for name in ("moreau", "sparse", "group", "sparse, default solver")
+            ),
+        ]
+
+    head = ["model, B x m x steps", "MoreauGrad", "sparse", "group", "sparse, default solver"]
+    text = f"""**An explanation** divided by its captured bare passes: with captured steps; without.
+
+{table(head, map(cells, cases))}"""
+    who = ("as written", "noise on the device", "batched", "batched, compiled", "ours", "default")
+    names = ("published as written", "its noise on the device", "batched", "batched, compiled")
+    head = ["model, B", *names, "ours, same steps and samples", "default solver"]
+
+    def speed(row: Row, name: str) -> str:
+        value = row.get(f"{name}, explanations/s")
+        return "–" if value is None else f"{value:.3g}"
+
+    if speeds:
+        body = [[f"{row['model']}, {row['B']}", *(speed(row, name) for name in who)] for row in speeds]
+        text += f"\n\nExplanations per second:\n\n{table(head, body)}"
+    if failed:
+        text += "\n\nFailed: " + "; ".join(f"{row['model']}, B = {row['B']}" for row in failed) + "."
+    return text
+
+
+def gpu_networks(real: list[Row]) -> str:
+    timed = [row for row in real if "method" in row]
+    body = []
+    for net, precision, batch in dict.fromkeys((row["net"], row["precision"], row["B"]) for row in timed):
+        # Of two slices the later one was measured beside its own bare passes.
+        these = {
+            row["method"]: row for row in timed if (row["net"], row["precision"], row["B"]) == (net, precision, batch)
+        }
+        rivals = {row["method"]: row["gradients/s"] for row in timed if (row["net"], row["B"]) == (net, batch)}
+
+        def speed(name: str, these: dict[str, Row] = these) -> str:
+            return count(these[name]["gradients/s"]) if name in these else "–"
+
+        def beside(name: str, these: dict[str, Row] = these) -> str:
+            return ratio(these[name]["of bare passes"]) if name in these else "–"
+
+        def times(ours: str, rival: str, these: dict[str, Row] = these, rivals: dict[str, float] = rivals) -> str:
+            if rival not in rivals or ours not in these:
+                return "–"
+            return ratio(these[ours]["gradients/s"] / rivals[rival])
+
+        body.append(
             [
-                "published as written",
-                "its noise on the device",
-                "batched",
-                "batched, compiled",
-                "ours, same steps and samples",
-                "default solver",
-            ],
-            [
-                [
-                    f"{speed[f'{who}, explanations/s']:.3g}"
-                    for who in ("as written", "noise on the device", "batched", "batched, compiled", "ours", "default")
-                ]
-            ],
+                f"{net}, {precision}, {batch}",
+                *(speed(name) for name in ("SmoothGrad", "MoreauGrad", "sparse", "group")),
+                f"{beside('sparse')}; {beside('sparse, eager')}",
+                times("SmoothGrad", "captum"),
+                times("SmoothGrad", "captum, without TF32"),
+                times("published schedule by us", "published loop"),
+            ]
         )
-    }
+    head = [
+        "network, precision, B",
+        *(f"{name}, gradients/s" for name in ("SmoothGrad", "MoreauGrad", "sparse", "group")),
+        "sparse / bare passes: captured; eager",
+        "SmoothGrad / captum",
+        "without TF32",
+        "published schedule, ours / as written",
+    ]
+    return f"""**Networks of published sizes**, 3 × 224 × 224, prepared; random weights but for EfficientNet-Lite0. The
+last columns are ratios of gradients per second: SmoothGrad against captum's in float32 in its fastest passes, as it is
+and with TF32 switched off; and the published schedule against the published loop as written:
 
-**Changed since, and not measured on a GPU**: group steps are a new kernel that loads, draws and writes as the one
-without groups does. A fused step takes fewer registers on sm_90 than the {
-        replayed[0]["registers"]
-    } of that run, so more
-warps stay on a multiprocessor ([the table of machine code](../benchmarks/README.md)). First steps, last steps and the
-ends of levels are captured too.
-"""
+{table(head, body)}"""
+
+
+def gpu_errors(real: list[Row]) -> str:
+    of = [row for row in real if "error of" in row]
+    if not of:
+        return ""
+    precisions = list(dict.fromkeys(row["precision"] for row in of))
+    body = [
+        [
+            f"{net}, {method}",
+            *(
+                percent(row["error"], 1)
+                for precision in precisions
+                for row in of
+                if (row["net"], row["error of"], row["precision"]) == (net, method, precision)
+            ),
+        ]
+        for net, method in dict.fromkeys((row["net"], row["error of"]) for row in of)
+    ]
+    lines = []
+    for net in dict.fromkeys(row["net"] for row in of):
+        runs = [row for row in real if row["net"] == net and "convergence of" in row]
+        theirs = [row for row in runs if row["convergence of"] == "published loop"]
+        ours = [row for row in runs if row["convergence of"] == "MoreauGrad"]
+        if not theirs or not ours:
+            continue
+        end = theirs[-1]
+        reached = next((row for row in ours if row["error"] <= end["error"]), None)
+        line = (
+            f"- {net}: the published loop ends at {percent(end['error'], 1)} after {count(end['gradients'])} gradients "
+            f"and {end['seconds']:.1f} s; MoreauGrad "
+        )
+        if reached:
+            faster = ratio(end["seconds"] / reached["seconds"])
+            lines.append(f"{line}is there with {count(reached['gradients'])} gradients, {faster} times as fast.")
+        else:
+            lines.append(f"{line}does not get there with {count(ours[-1]['gradients'])} gradients.")
+    return f"""Relative error of one input's maps against a reference of 16 times the gradients in float32, with other
+noise:
+
+{table(["network, map", *precisions], body)}
+
+{chr(10).join(lines)}"""
+
+
+def gpu_folder(every: list[Row]) -> str:
+    jobs = [row for row in every if "job images/s" in row]
+    names = ("decoding", "copying", "passes", "results", "writing", "beginning and end")
+    body = [
+        [
+            f"{row['net']}, {row['method']}, {count(row['images'])} images",
+            f"{row['bare images/s']:.3g}",
+            f"{row['job images/s']:.3g}",
+            *(percent(row[name] / row["job seconds"], 1) for name in names),
+        ]
+        for row in jobs
+    ]
+    head = ["job", "explainer alone, images/s", "job, images/s", *names]
+    return f"""**A folder of JPEG files** of 256 × 256 (readers: {jobs[0]["workers"]}): the job's speed beside its
+explainer's on tensors on the device, and the shares of the job's time that its main thread waits for or spends on each
+part:
+
+{table(head, body)}"""
+
+
+def gpu_precision(every: list[Row]) -> str:
+    body = [
+        [row["net"], row["solver"], row["precision"], power(row["error, median"]), f"{1e3 * row['seconds']:.0f}"]
+        for row in every
+    ]
+    return f"""**Precision**: sparse maps against the float64 model on the same noise.
+
+{table(["net", "solver", "precision", "error, median", "milliseconds"], body)}"""
 
 
 def prepare() -> str:
@@ -803,7 +1003,7 @@ the raw numbers. A commit is the one that was measured.
         defaults(),
         explainers(),
         ops(),
-        h200(),
+        gpu(gpu_file(), load(gpu_file())),
         prepare(),
         imagenet(),
         rows_per_pass(),

@@ -1,4 +1,4 @@
-"""A hook of mkdocs.yml: pages of the repository's root become pages of the site, with links that fit both places.
+"""A hook of mkdocs.yml: pages of the repository's root and notebooks become pages of the site; links fit both places.
 
 README.md, CHANGELOG.md and others stay where GitHub looks for them. Their links (docs/guide.md) and those to them
 (../SECURITY.md) are rewritten for the site. A link to a file that is no page of the site becomes its path.
@@ -6,6 +6,8 @@ README.md, CHANGELOG.md and others stay where GitHub looks for them. Their links
 
 from __future__ import annotations
 
+import base64
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -22,6 +24,7 @@ PAGES = {
     "benchmarking.md": "benchmarks/README.md",
     "security.md": "SECURITY.md",
 }
+NOTEBOOKS = {f"example-{path.stem}.md": f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.ipynb"))}
 _LINK = re.compile(
     r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]+)?\)"
 )
@@ -33,20 +36,50 @@ _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 def on_files(files: Files, config: Any, **_: Any) -> Files:
     for page, source in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for page, source in NOTEBOOKS.items():
+        text, pictures = _notebook(ROOT / source, page.removesuffix(".md"))
+        files.append(File.generated(config, page, content=text))
+        for name, png in pictures.items():
+            files.append(File.generated(config, name, content=png))
     return files
 
 
+def on_post_build(config: Any, **_: Any) -> None:
+    # It is for a server: its links start at the server's root, where files have no site.
+    Path(config.site_dir, "404.html").unlink()
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    source = PAGES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    source = (PAGES | NOTEBOOKS).get(page.file.src_uri, f"docs/{page.file.src_uri}")
     parts = _FENCE.split(markdown)
     return "".join(part if part.startswith("```") else _rewritten(part, source) for part in parts)
+
+
+def _notebook(path: Path, name: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and its pictures by their file's name."""
+    parts: list[str] = []
+    pictures = {}
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                file = f"{name}-{len(pictures) + 1}.png"
+                pictures[file] = base64.b64decode(data["image/png"])
+                parts.append(f'<img src="../docs/{file}" alt="The picture that the code above draws">')
+            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    # Below the title.
+    parts.insert(1, f"This page is the notebook `{path.relative_to(ROOT)}` with its outputs.")
+    return "\n\n".join(parts), pictures
 
 
 def _rewritten(text: str, source: str) -> str:
     def target(path: str) -> str | None:
         """Its page or file of the site, None where there is none."""
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        named = {file: page for page, file in PAGES.items()}
+        named = {file: page for page, file in (PAGES | NOTEBOOKS).items()}
         if path in named:
             return named[path]
         return path.removeprefix("docs/") if path.startswith("docs/") else None

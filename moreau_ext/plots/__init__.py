@@ -7,5 +7,6 @@ global state of pyplot, so they work in servers and threads. The first call impo
 from .charts import bands, bars, features
 from .heat import gaussian_blur, heat_gallery
 from .maps import gallery, overlay
+from .sentences import words
 
-__all__ = ["bands", "bars", "features", "gallery", "gaussian_blur", "heat_gallery", "overlay"]
+__all__ = ["bands", "bars", "features", "gallery", "gaussian_blur", "heat_gallery", "overlay", "words"]

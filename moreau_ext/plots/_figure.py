@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}
 _PIXELS = 110  # of a map, per inch of its panel
 GROUP = "black"  # borders of groups
+CERTAIN = "#00a03c"  # borders of what is significant
 CAPTION_LINE = 0.17  # inches per line of the caption
 _LETTER = 0.061  # inches per letter of the caption, a little more than the average
 # Ends of RdBu, with a gray in the middle where that has white: white is left to what is exactly zero.

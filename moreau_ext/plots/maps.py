@@ -12,6 +12,7 @@ from ..solvers.groups import Groups
 from ._arrays import Array, Drawn, as_batch, drawable, gray_of, labels_of, norms_of, rows_of
 from ._figure import (
     CAPTION_LINE,
+    CERTAIN,
     GROUP,
     PLAIN,
     blend,
@@ -37,7 +38,6 @@ _WIDE = 2.6  # inches, width of an image of an overlay
 _LABEL = 0.75  # inches, for the row titles
 _HEAD = 0.45  # inches, for the column titles
 _FOOT = 0.42  # inches, for the colour bar and the legend
-_CERTAIN = "#00a03c"
 
 
 def gallery(
@@ -267,10 +267,10 @@ def overlay(
                 draw_groups(axes, labels[row], ~zero[row], min(0.9, pixel), halo=axes is not middle)
             if marked is not None:
                 thin = min(1.1, 0.3 * pixel + 0.1)
-                draw_outline(axes, marked[row].astype(int), marked[row], _CERTAIN, thin, inset=0.07)
+                draw_outline(axes, marked[row].astype(int), marked[row], CERTAIN, thin, inset=0.07)
     marks = [("0.6", "exactly 0")]
     marks += [(GROUP, "group in the map")] if labels is not None else []
-    marks += [(_CERTAIN, "significant")] if marked is not None else []
+    marks += [(CERTAIN, "significant")] if marked is not None else []
     words = ("small", "", "largest norm") if norms else ("lowers the score", "", "raises it")
     draw_foot(figure, foot, colours, low, words, marks)
     if batch is not None and blur:

@@ -14,7 +14,7 @@ from helpers import CUDA_MISSING, DEVICE, in_threads, others
 from test_graphs import SOLVERS, explainers, one_by_one, same
 from torch import Tensor, nn
 
-from moreau_ext import MoreauGrad, ProximalGradient, SparseMoreauGrad, zoo
+from moreau_ext import AdaptiveProximalGradient, MoreauGrad, ProximalGradient, SparseMoreauGrad, zoo
 from moreau_ext.capture.runner import Runner
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(CUDA_MISSING is not None, reason=str(CUDA_MISSING))]
@@ -215,6 +215,50 @@ def test_memory_is_returned_with_the_explainer() -> None:
     assert torch.cuda.memory_allocated(DEVICE) == before[0]
     # A block or two may stay in the cache of another stream.
     assert torch.cuda.memory_reserved(DEVICE) <= before[1] + (4 << 20)
+
+
+def test_200_calls_of_changing_sizes_leave_the_memory_as_it_was() -> None:
+    """Explainers and their graphs are dropped in between, or live on beside new ones."""
+    model, x = net(), digits(64)
+    make = explainers(ProximalGradient(4, 8))
+    names, sizes = ("moreau", "sparse", "group"), (4, 64, 1, 16, 33, 64, 7)
+    expected: dict[tuple[str, int], Tensor] = {}
+    for name in names:
+        stepped = make[name](model)
+        one_by_one(stepped)
+        expected |= {(name, size): stepped.attribute(x[:size]) for size in sizes}
+    alive: dict[str, Any] = {}
+    memory: list[int] = []
+    for turn in range(200):
+        name, size = names[turn % 3], sizes[turn % 7]
+        if turn % 5 == 0:
+            alive.pop(name, None)
+        if name not in alive:
+            alive[name] = make[name](model)
+        assert torch.equal(alive[name].attribute(x[:size]), expected[name, size])
+        if turn % 50 == 49:
+            alive.clear()
+            gc.collect()
+            torch.cuda.synchronize(DEVICE)
+            torch.cuda.empty_cache()
+            memory.append(torch.cuda.memory_allocated(DEVICE))
+    assert memory[1:] == memory[:1] * 3
+
+
+def test_64_inputs_after_4_of_a_deep_net() -> None:
+    """The calls of the benchmark that once ended with a segmentation fault at its second size, in one process."""
+    for count in (4, 64):
+        model = zoo.resnet20().eval().to(DEVICE)
+        x = torch.rand(count, 3, 32, 32, device=DEVICE)
+        made: list[Any] = []
+        for kind in (MoreauGrad, SparseMoreauGrad):
+            for solver in (ProximalGradient(8, 20, tol=0.0), AdaptiveProximalGradient(0.01, 224)):
+                made += [kind(model, rho=1.0, solver=solver, cuda_graphs="auto") for _ in range(2)]
+                one_by_one(made[-1])
+        for _ in range(3):
+            maps = [explainer.attribute(x, 0) for explainer in made]
+        for captured, stepped in zip(maps[::2], maps[1::2], strict=True):
+            assert torch.equal(captured, stepped)
 
 
 @pytest.mark.parametrize("solver", ["auto", "fixed"])
