@@ -262,7 +262,7 @@ def test_features_are_bars_with_errors() -> None:
     assert [tuple(bar.get_facecolor()[:3]) == (1, 1, 1) for bar in axes.patches] == [False, False, True]
     lines = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
     np.testing.assert_allclose(lines[:3], [[-2.1, -1.9], [0.8, 1.2], [-0.4, 0.6]], rtol=1e-6)
-    assert figure.texts[0].get_text() == "1 smaller ones are not shown; 1 of them are exactly 0."
+    assert figure.texts[0].get_text() == "Not shown: 1 smaller ones; all exactly 0."
     assert len(figure.legends[0].get_texts()) == 4
     plots.features(torch.zeros(2)).savefig(io.BytesIO(), format="svg")
 

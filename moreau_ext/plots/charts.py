@@ -191,7 +191,8 @@ def features(
     lines = []
     if len(left_out):
         zeros = int((values[left_out] == 0).sum())
-        lines.append(f"{len(left_out)} smaller ones are not shown; {zeros} of them are exactly 0.")
+        which = "all" if zeros == len(left_out) else f"{zeros} of them"
+        lines.append(f"Not shown: {len(left_out)} smaller ones; {which} exactly 0.")
     above = 0.12 + 0.16 * len(title.splitlines())
     height = above + 0.65 + 0.24 * len(order) + CAPTION_LINE * len(lines)
     figure = new_figure(5.2, height)
