@@ -215,9 +215,12 @@ class Solution(Generic[Form]):
         marked = torch.stack([flat_rows(m).sum(1) for m in tensors_of(shown.significant())]).sum(0)
         certain = marked / shown.nnz.clamp_min(1)
         costs = [shown.forecast(tol).tolist() for tol in (0.1, 0.01)]
-        for row in range(len(shown)):
+        named = shown.ids.tolist()
+        # One id for all names none of them.
+        numbers = named if len(set(named)) == len(named) else range(len(named))
+        for row, number in enumerate(numbers):
             line = shown._line(row, float(certain[row]), [c[row] for c in costs])
-            lines.append(f"  input {int(shown.ids[row])}: {line}")
+            lines.append(f"  input {number}: {line}")
         if count > limit:
             lines.append(f"  ... and {count - limit} more")
         return "\n".join([*lines, _PREMISE])

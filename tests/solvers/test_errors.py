@@ -181,3 +181,10 @@ def test_denoising_is_switchable_and_says_nothing_at_a_tolerance() -> None:
     assert torch.equal(off.attribution, off.envelope_gradient)
     change = (on.attribution - off.attribution).norm(dim=1) / off.attribution.norm(dim=1)
     assert float(change[off.converged].max()) < 1e-4
+
+
+def test_rows_of_a_summary_are_named_by_ids_where_these_differ() -> None:
+    explainer = SmoothGrad(lambda x: x.square().sum(1), num_samples=4)
+    for ids, names in ((torch.tensor([7, 3]), ["input 7", "input 3"]), (5, ["input 0", "input 1"])):
+        lines = explainer.attribute(torch.ones(2, 2), ids=ids, return_solution=True).summary().splitlines()[1:3]
+        assert [line.split(":")[0].strip() for line in lines] == names
