@@ -413,7 +413,7 @@ class Explainer(ABC):
         batch, device = inputs[0].shape[0], inputs[0].device
         if batch == 0:
             raise ValueError("inputs: expected at least one: a layer's output has no shape without")
-        arguments = arguments_of(call.arguments, batch, call.keywords).after(inputs)
+        arguments = self._arguments(call, batch)
         limit = BLIND_ROWS if self.max_batch == "auto" else self.max_batch
         # The use that follows warns.
         with without_autocast(device), self._evaluating(depth=None) as found:
@@ -426,6 +426,11 @@ class Explainer(ABC):
             output = passes(layer_rows, score, rows)[0]
             self._check_layer(score, rows, output, passes)
         return check_inputs(output, self._module, self.precision, layout, "layer: its output")
+
+    def _arguments(self, call: Call, batch: int) -> Arguments:
+        """What follows the displaced tensors in a pass."""
+        arguments = arguments_of(call.arguments, batch, call.keywords)
+        return arguments if self.layer is None else arguments.after(tensors_of(call.inputs))
 
     def _check_layer(self, score: Score, rows: Tensors, output: Tensor, passes: PassRunner) -> None:
         """Checks, in the first call of a kind, that a layer's output at the last input is that of a pass of it alone.
@@ -448,10 +453,7 @@ class Explainer(ABC):
         self._known.unmixed.add(kind)
 
     def _unresolved(self, tensors: Tensors, call: Call, found: Evaluating) -> Score:
-        batch = tensors[0].shape[0]
-        arguments = arguments_of(call.arguments, batch, call.keywords)
-        if self.layer is not None:
-            arguments = arguments.after(check_batch(call.inputs))
+        arguments = self._arguments(call, tensors[0].shape[0])
         score = unresolved(
             self._called(call), tensors, call.target, self.score, arguments, self.unused_inputs, self.precision
         )

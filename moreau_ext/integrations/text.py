@@ -190,7 +190,13 @@ class TextExplainer:
                 solution = explainer.attribute(
                     x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None], return_solution=True
                 )
-                posed = explainer.problem(x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None])
+                # Without noise there is no error, and of some methods it is not known.
+                erring = (solution.standard_error > 0).flatten(1).any(1).tolist()
+                posed = None
+                if any(erring):
+                    posed = explainer.problem(
+                        x, _targets(index, rows), further, ids=names[rows], fixed=fixed[..., None]
+                    )
             with self.explainer._evaluating(depth=None):
                 for i, row in enumerate(rows.tolist()):
                     places = columns[i].tolist()
@@ -198,8 +204,9 @@ class TextExplainer:
                     written = self._written(tokens, words[i], self._spans(given, batch, row, places))
                     this = torch.tensor([i], device=device)
                     one = solution.take(this)
-                    errs = bool((one.standard_error > 0).any())  # not without noise, nor where it is not known
-                    gradients = self._samples(posed.take(this), one.displacement) if errs else None
+                    gradients = (
+                        self._samples(posed.take(this), one.displacement) if posed is not None and erring[i] else None
+                    )
                     found[row] = explanation(tokens, words[i], written, x[i] - average, one, gradients)
         explained = [e for e in found if e is not None]
         warn_empty([e.solution for e in explained])

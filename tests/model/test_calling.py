@@ -119,7 +119,7 @@ def test_a_message_names_what_an_output_holds() -> None:
     with pytest.raises(TypeError, match=r"got tuple of Tensor, Tensor; give output_fn"):
         Gradient(lambda x: (x, x)).attribute(X)
     with pytest.raises(TypeError, match=r"output_fn: expected a callable, got int"):
-        Gradient(NET, output_fn=0)  # type: ignore[arg-type]
+        Gradient(NET, output_fn=0)  # type: ignore[arg-type]  # refused
 
 
 @pytest.mark.parametrize("of", [str, None])
@@ -217,7 +217,7 @@ def test_wrong_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layer: Linear is no part of the model"):
         MoreauGrad(NET, layer=nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"layer: expected a name or an nn.Module, got int"):
-        MoreauGrad(NET, layer=3)  # type: ignore[arg-type]
+        MoreauGrad(NET, layer=3)  # type: ignore[arg-type]  # refused
     shared = nn.Sequential(NET[0], NET[1], nn.Linear(8, 6), NET[1])
     with pytest.raises(ValueError, match=r"layer: SiLU ran 2 times in a pass of the model, expected once"):
         MoreauGrad(shared.eval(), layer=NET[1]).attribute(X)

@@ -429,7 +429,7 @@ class DiffersInLargePasses(nn.Conv2d):
     """Right on the few rows that a layer is tried on, wrong on more."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if len(x) < 3 else Standardised.forward(self, x)  # type: ignore[arg-type]
+        return super().forward(x) if len(x) < 3 else Standardised.forward(self, x)  # type: ignore[arg-type]  # borrowed
 
 
 class TwoTensors(nn.Conv2d):

@@ -183,7 +183,8 @@ def _check_order(loader: data.DataLoader[Any]) -> None:
         raise _no_number("DataLoader has in_order=False")
     batches = loader.batch_sampler
     sized = not isinstance(loader.dataset, data.IterableDataset)
-    whole = sized and batches is not None and len(loader.dataset) % getattr(batches, "batch_size", 1) == 0  # type: ignore[arg-type]
+    rows = len(loader.dataset) if sized else 0  # type: ignore[arg-type]  # a Dataset need not declare its length
+    whole = sized and batches is not None and rows % getattr(batches, "batch_size", 1) == 0
     if not whole and (loader.drop_last or getattr(batches, "drop_last", False)):
         raise SettingError("source", "the DataLoader leaves out the last rows (drop_last=True); use drop_last=False")
 
