@@ -279,7 +279,9 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
         "converged": lambda r: _number(r["converged_share"], ".0%"),
         "gradients/image": lambda r: f"{r['gradient_evaluations_per_input']:.0f}",
         "seconds": lambda r: f"{r['seconds']:.1f}",
-        "images/s": lambda r: f"{r['images_per_second']:.0f}",
+        "images/s": lambda r: (
+            f"{r['images_per_second']:.3g}" if r["images_per_second"] < 100 else f"{r['images_per_second']:.0f}"
+        ),
     }
     lines = [["method", *columns]]
     lines += [[name, *(show(result) for show in columns.values())] for name, result in results.items()]
